@@ -1,0 +1,92 @@
+"""Every exception that tq_store raises.
+
+::
+
+    TQStoreError
+    ├── ConfigError              a setting is wrong; the message says which and what to write instead
+    ├── BlockFormatError         bytes that are not a sound block
+    │   ├── NotABlock            the magic is missing
+    │   ├── UnsupportedVersion   a format version or feature flag that this reader does not know
+    │   ├── LengthMismatch       shorter or longer than the header says
+    │   ├── ChecksumMismatch     header or payload differ from what was written
+    │   ├── InvalidHeader        intact, but its fields contradict each other or the limits
+    │   └── IdentityMismatch     a sound block, but not the one that was asked for
+    ├── BackendError             a storage medium failed
+    │   ├── BackendTimeout       it did not answer in time
+    │   ├── BackendUnavailable   it cannot be reached or refuses to work
+    │   └── BackendFull          it has no room and may not make any
+    └── RpcError                 the service answered with a failure, or not at all
+        ├── RpcTimeout           the deadline passed
+        ├── RpcUnavailable       nobody listens, or the server is draining
+        └── RpcDenied            the token is missing, wrong, or not allowed to do this
+
+A miss is not an error: it is a value.
+"""
+
+
+class TQStoreError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(TQStoreError):
+    """A setting is wrong; the message names it and says what to write instead."""
+
+
+class BlockFormatError(TQStoreError):
+    """Bytes that are not a sound block."""
+
+
+class NotABlock(BlockFormatError):
+    """The magic is missing."""
+
+
+class UnsupportedVersion(BlockFormatError):
+    """A format version or feature flag that this reader does not know."""
+
+
+class LengthMismatch(BlockFormatError):
+    """Shorter or longer than the header says."""
+
+
+class ChecksumMismatch(BlockFormatError):
+    """Header or payload differ from what was written."""
+
+
+class InvalidHeader(BlockFormatError):
+    """Intact, but its fields contradict each other or exceed the limits."""
+
+
+class IdentityMismatch(BlockFormatError):
+    """A sound block, but not the one that was asked for."""
+
+
+class BackendError(TQStoreError):
+    """A storage medium failed."""
+
+
+class BackendTimeout(BackendError):
+    """The medium did not answer in time."""
+
+
+class BackendUnavailable(BackendError):
+    """The medium cannot be reached or refuses to work."""
+
+
+class BackendFull(BackendError):
+    """The medium has no room and may not make any."""
+
+
+class RpcError(TQStoreError):
+    """The service answered with a failure, or not at all."""
+
+
+class RpcTimeout(RpcError):
+    """The deadline of the call passed."""
+
+
+class RpcUnavailable(RpcError):
+    """Nobody listens at the address, or the server is draining."""
+
+
+class RpcDenied(RpcError):
+    """The token is missing, wrong, or not allowed to do this."""

@@ -1,0 +1,123 @@
+"""Who a block is: namespace, chained prefix hash, block key.
+
+A block key is 64 bytes: the digest of the namespace (everything that makes two caches incompatible) and the
+hash of all tokens up to the end of the block. Equal keys therefore mean interchangeable blocks.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import NewType
+
+from tq_store.errors import ConfigError
+
+DIGEST_BYTES = 32
+BLOCK_KEY_BYTES = 2 * DIGEST_BYTES
+
+BlockKey = NewType("BlockKey", bytes)
+"""Namespace digest followed by prefix hash; plain bytes so that it is its own wire and Redis form."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Namespace:
+    """Everything besides the tokens that decides whether two caches hold interchangeable bytes.
+
+    Args:
+        model: Name or path under which the operator knows the model.
+        revision: What tells two sets of weights of that name apart (a commit, a file digest).
+        kv_dtype: Dtype of keys and values before the codec, e.g. ``"bfloat16"``.
+        codec_fingerprint: Hex digest over all parameters of the codec.
+        codec_state: Hex digest of statistics that readers must share; empty for a stateless codec.
+        page_tokens: Tokens in a page; part of the byte layout.
+        num_layers: Attention layers whose pages a block holds.
+        num_kv_heads: KV heads of the whole model, whatever the parallelism.
+        head_dim: Values in one key.
+        salt: Keeps apart what only the caller knows to be different (a LoRA adapter, a user).
+    """
+
+    model: str
+    revision: str
+    kv_dtype: str
+    codec_fingerprint: str
+    codec_state: str = ""
+    page_tokens: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    salt: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "revision", "kv_dtype", "codec_fingerprint"):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"namespace field {name!r} is empty; it must name what the cache was made from"
+                )
+        for name in ("page_tokens", "num_layers", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"namespace field {name!r} must be at least 1, not {getattr(self, name)}")
+
+    def digest(self) -> bytes:
+        """SHA-256 over all fields, each with its name and length, in the order of declaration."""
+        hasher = hashlib.sha256(b"tq-store namespace v1")
+        for field in fields(self):
+            for part in (field.name.encode(), str(getattr(self, field.name)).encode()):
+                hasher.update(struct.pack("<I", len(part)))
+                hasher.update(part)
+        return hasher.digest()
+
+
+def prefix_hashes(token_ids: Sequence[int], page_tokens: int) -> Iterator[bytes]:
+    """Hash of every prefix that ends on a page boundary, each chained to the one before.
+
+    Args:
+        token_ids: Token ids from position 0 on, each in ``[0, 2**32)``.
+        page_tokens: Tokens a page holds; a partial last page has no hash.
+
+    Yields:
+        32 bytes per full page.
+
+    Raises:
+        ValueError: A token id does not fit 32 bits.
+    """
+    parent = hashlib.sha256(b"tq-store prefix v1").digest()
+    for start in range(0, len(token_ids) - page_tokens + 1, page_tokens):
+        try:
+            tokens = struct.pack(f"<{page_tokens}I", *token_ids[start : start + page_tokens])
+        except struct.error as error:
+            raise ValueError(
+                f"token ids {start} to {start + page_tokens} are not all in [0, 2**32)"
+            ) from error
+        parent = hashlib.sha256(parent + tokens).digest()
+        yield parent
+
+
+def block_keys(namespace: Namespace, token_ids: Sequence[int]) -> list[BlockKey]:
+    """Keys of all full pages of a token sequence, in order."""
+    digest = namespace.digest()
+    return [BlockKey(digest + prefix) for prefix in prefix_hashes(token_ids, namespace.page_tokens)]
+
+
+def split_key(key: BlockKey) -> tuple[bytes, bytes]:
+    """Namespace digest and prefix hash of a key.
+
+    Raises:
+        ValueError: Not 64 bytes.
+    """
+    if len(key) != BLOCK_KEY_BYTES:
+        raise ValueError(f"a block key has {BLOCK_KEY_BYTES} bytes, not {len(key)}")
+    return key[:DIGEST_BYTES], key[DIGEST_BYTES:]
+
+
+def parse_key(text: str) -> BlockKey:
+    """Key from the 128 hex digits that the command line and logs show.
+
+    Raises:
+        ValueError: Not 128 hex digits.
+    """
+    try:
+        key = BlockKey(bytes.fromhex(text))
+    except ValueError as error:
+        raise ValueError("a block key is written as 128 hex digits") from error
+    split_key(key)
+    return key
