@@ -17,6 +17,8 @@ class PutOutcome(Enum):
     """It was there already; content addressing makes the two interchangeable."""
     REFUSED = 3
     """No room, or the block is larger than the whole budget. A future miss, not an error."""
+    INVALID = 4
+    """The bytes are not a sound block of that key. Said by the store that verifies, never by a medium."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,9 @@ class Backend(Protocol):
 
     async def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Remove blocks; True where one was there."""
+
+    async def quarantine(self, key: BlockKey) -> None:
+        """Take a corrupt block out of service; keep its bytes for inspection where the medium can."""
 
     async def purge(self, namespace: bytes | None = None) -> int:
         """Remove all blocks of a namespace digest, or all of this store's; returns how many."""
