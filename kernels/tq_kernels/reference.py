@@ -1,0 +1,193 @@
+"""Plain float32 PyTorch for quantize and dequantize: the truth that kernels are tested against.
+
+A key k becomes y = R k, less the centre c of its page: z = y - c. With the code's levels L and target t,
+index_j = nearest level to z_j * t * sqrt(d) / |z|, and scale = |z| / |L[index]|, so that the reconstruction
+R^T (c + scale * L[index]) keeps the length of z ("norm-corrected"). Values likewise, without a centre.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from tq_kernels.codebook import LEVELS, TARGETS, midpoints
+from tq_kernels.layout import PageLayout
+from tq_kernels.packing import pack, unpack
+from tq_kernels.rotation import rotation_matrix
+from tq_kernels.spec import Code, KeyCenter
+
+_ITEM_DTYPES = {2: torch.int16, 4: torch.int32}
+_E4M3_MAX = 448.0
+
+
+def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Whole pages from keys and values.
+
+    Args:
+        keys: ``[num_tokens, num_kv_heads, head_dim]``, floating point; num_tokens a multiple of page_tokens.
+        values: The same shape.
+        layout: Page geometry and codec.
+
+    Returns:
+        Pages ``[num_tokens / page_tokens, page_bytes]`` uint8, padding zero.
+
+    Raises:
+        ValueError: A shape that does not fit the layout.
+    """
+    _check_tokens(keys, values, layout)
+    num_pages = keys.shape[0] // layout.page_tokens
+    pages = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=keys.device)
+    key, value = (_by_page(tensor, layout) for tensor in (keys, values))
+    rotation = _rotation(layout, keys.device)
+    if layout.spec.key.rotated:
+        key = key @ rotation.T
+    if layout.spec.key_center is KeyCenter.PAGE:
+        center = key.mean(dim=2).to(torch.float16)
+        _view(pages, layout, "key_center")[..., 0, :] = center.view(torch.int16)
+        key = key - center.float()[:, :, None]
+    if layout.spec.value.rotated:
+        value = value @ rotation.T
+    _write_side(pages, layout, "key", *_indices(key, layout.spec.key))
+    _write_side(pages, layout, "value", *_indices(value, layout.spec.value))
+    return pages
+
+
+def dequantize(
+    pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that pages stand for.
+
+    Args:
+        pages: ``[num_pages, page_bytes]`` uint8.
+        layout: Page geometry and codec, the same as when they were made.
+        dtype: Of the result.
+
+    Returns:
+        Keys and values, each ``[num_pages * page_tokens, num_kv_heads, head_dim]``.
+    """
+    rotation = _rotation(layout, pages.device)
+    sides = []
+    for side, code in (("key", layout.spec.key), ("value", layout.spec.value)):
+        levels, scales = read_side(pages, layout, side)
+        if scales is not None:
+            levels = levels * scales[..., None]
+        center = read_key_center(pages, layout) if side == "key" else None
+        if center is not None:
+            levels = levels + center[:, :, None]
+        if code.rotated:
+            levels = levels @ rotation
+        sides.append(levels.transpose(1, 2).flatten(0, 1).to(dtype))
+    return sides[0], sides[1]
+
+
+def read_side(pages: torch.Tensor, layout: PageLayout, side: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Levels and scales of ``"key"`` or ``"value"``, still rotated and centred.
+
+    Returns:
+        Levels ``[num_pages, num_kv_heads, page_tokens, head_dim]`` float32, and scales
+        ``[num_pages, num_kv_heads, page_tokens]`` float32, or None for a code without scales.
+    """
+    code = layout.spec.key if side == "key" else layout.spec.value
+    words, signs = _view(pages, layout, f"{side}_words"), None
+    if layout.plane(f"{side}_signs"):
+        signs = _view(pages, layout, f"{side}_signs")
+    if side == "value":
+        words, signs = words.transpose(-1, -2), None if signs is None else signs.transpose(-1, -2)
+    indices = unpack(words, signs, code)
+    levels = level_table(code, pages.device).index_select(0, indices.flatten()).view(indices.shape)
+    if side == "value":
+        levels = levels.transpose(-1, -2)
+    if not code.rotated:
+        return levels, None
+    return levels, _view(pages, layout, f"{side}_scales")[..., 0, :].view(torch.float16).float()
+
+
+def read_key_center(pages: torch.Tensor, layout: PageLayout) -> torch.Tensor | None:
+    """Rotated key centres ``[num_pages, num_kv_heads, head_dim]`` float32, or None where there are none."""
+    if layout.spec.key_center is KeyCenter.NONE:
+        return None
+    return _view(pages, layout, "key_center")[..., 0, :].view(torch.float16).float()
+
+
+@lru_cache(maxsize=32)
+def level_table(code: Code, device: torch.device) -> torch.Tensor:
+    """Value of every index: float32, ``[2**bits]``."""
+    if code is Code.BF16:
+        bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+        return bits.view(torch.bfloat16).float().to(device)
+    if code.bits == 8:
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+    positive = torch.tensor(LEVELS[code], dtype=torch.float32)
+    return torch.cat((positive, -positive)).to(device)
+
+
+def _indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Nearest indices of ``[..., head_dim]`` float32, and norm-corrected fp16 scales ``[...]`` or None."""
+    if code is Code.BF16:
+        return vectors.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF, None
+    if code is Code.E4M3:
+        return _e4m3(vectors), None
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    tiny = torch.finfo(torch.float32).tiny
+    unit = vectors * (TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(tiny))
+    if code is Code.E4M3_SCALED:
+        indices = _e4m3(unit)
+    else:
+        boundaries = torch.tensor(midpoints(LEVELS[code]), dtype=torch.float32, device=vectors.device)
+        magnitude = torch.bucketize(unit.abs(), boundaries, right=True, out_int32=True)
+        indices = magnitude | (torch.signbit(unit).to(torch.int32) << (code.bits - 1))
+    levels = level_table(code, vectors.device).index_select(0, indices.flatten()).view(indices.shape)
+    length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(tiny)
+    scales = (norm / length).clamp_max(torch.finfo(torch.float16).max)
+    return indices, scales.squeeze(-1).to(torch.float16)
+
+
+def _e4m3(vectors: torch.Tensor) -> torch.Tensor:
+    """Bytes of the saturating e4m3 cast, as int32."""
+    cast = vectors.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    return cast.view(torch.uint8).to(torch.int32)
+
+
+def _write_side(
+    pages: torch.Tensor, layout: PageLayout, side: str, indices: torch.Tensor, scales: torch.Tensor | None
+) -> None:
+    code = layout.spec.key if side == "key" else layout.spec.value
+    if side == "value":
+        indices = indices.transpose(-1, -2)
+    words, signs = pack(indices, code)
+    if side == "value":
+        words, signs = words.transpose(-1, -2), None if signs is None else signs.transpose(-1, -2)
+    _view(pages, layout, f"{side}_words").copy_(words)
+    if signs is not None:
+        _view(pages, layout, f"{side}_signs").copy_(signs)
+    if scales is not None:
+        _view(pages, layout, f"{side}_scales")[..., 0, :] = scales.view(torch.int16)
+
+
+def _view(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tensor:
+    """A plane of all pages and heads, in place: ``[num_pages, num_kv_heads, rows, columns]``."""
+    plane = layout.plane(name)
+    if plane is None:
+        raise KeyError(name)
+    sections = pages.view(-1, layout.num_kv_heads, layout.section_bytes)
+    raw = sections[..., plane.offset : plane.offset + plane.num_bytes]
+    return raw.view(_ITEM_DTYPES[plane.item_bytes]).view(*raw.shape[:-1], plane.rows, plane.columns)
+
+
+def _by_page(tensor: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """``[num_tokens, heads, dim]`` as float32 ``[num_pages, heads, page_tokens, dim]``."""
+    return tensor.float().reshape(-1, layout.page_tokens, *tensor.shape[1:]).transpose(1, 2)
+
+
+def _rotation(layout: PageLayout, device: torch.device) -> torch.Tensor:
+    return rotation_matrix(layout.head_dim, layout.spec.rotation_seed).to(device)
+
+
+def _check_tokens(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> None:
+    expected = (layout.num_kv_heads, layout.head_dim)
+    if keys.shape != values.shape or keys.dim() != 3 or tuple(keys.shape[1:]) != expected:
+        raise ValueError(
+            f"keys and values must both be [num_tokens, {expected[0]}, {expected[1]}], "
+            f"not {list(keys.shape)} and {list(values.shape)}"
+        )
+    if keys.shape[0] % layout.page_tokens:
+        raise ValueError(f"{keys.shape[0]} tokens are not whole pages of {layout.page_tokens}")

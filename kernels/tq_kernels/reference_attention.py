@@ -1,0 +1,219 @@
+"""Plain float32 PyTorch attention over packed pages: the truth that kernels are tested against.
+
+Nothing is rotated back per token. With R the rotation, c the centre of a page and L the levels,
+q . k = (R q) . c + scale_k * (R q) . L_k, and the output is R^T of the sum of p * scale_v * L_v.
+Every function also returns the log-sum-exp of its scores, so that results over disjoint tokens can be merged.
+"""
+
+import torch
+
+from tq_kernels.layout import PageLayout
+from tq_kernels.reference import read_key_center, read_side
+from tq_kernels.rotation import rotation_matrix
+
+_SCORES_AT_ONCE = 1 << 23
+"""Bounds the score matrix in memory; longer prefixes go through in runs of pages."""
+
+
+def decode_attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    layout: PageLayout,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None = None,
+    query_positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One query a sequence against the tokens in its pages.
+
+    Args:
+        query: ``[num_seqs, num_query_heads, head_dim]``; num_query_heads a multiple of the KV heads.
+        pages: ``[num_pages, page_bytes]`` uint8.
+        block_table: ``[num_seqs, max_pages]`` page of every run of page_tokens tokens; -1 past the end.
+        lengths: ``[num_seqs]`` tokens to attend to; 0 gives zeros and a log-sum-exp of -inf.
+        layout: Page geometry and codec.
+        softmax_scale: Factor on the scores.
+        sliding_window: Attend only to the last so many positions up to the query's own, or to all.
+        query_positions: ``[num_seqs]`` position of each query; by default that of its last token in pages.
+
+    Returns:
+        Output ``[num_seqs, num_query_heads, head_dim]`` and log-sum-exp ``[num_seqs, num_query_heads]``, both
+        float32.
+    """
+    positions = lengths - 1 if query_positions is None else query_positions
+    parts = [
+        _attend_pages(
+            query[seq : seq + 1],
+            pages,
+            block_table[seq],
+            int(lengths[seq]),
+            layout,
+            softmax_scale=softmax_scale,
+            sliding_window=sliding_window,
+            first_position=int(positions[seq]),
+        )
+        for seq in range(query.shape[0])
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def extend_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    prefix_len: int,
+    layout: PageLayout,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New queries of one sequence against a compressed prefix and the raw tokens after it.
+
+    Args:
+        query: ``[num_new, num_query_heads, head_dim]``, the last num_new positions of the sequence.
+        keys: ``[num_raw, num_kv_heads, head_dim]``, positions prefix_len and on; num_raw >= num_new.
+        values: The same shape.
+        pages: ``[num_pages, page_bytes]`` uint8.
+        block_table: ``[max_pages]`` page of every run of page_tokens tokens of the prefix.
+        prefix_len: Tokens in the prefix.
+        layout: Page geometry and codec.
+        softmax_scale: Factor on the scores.
+        sliding_window: Attend only to the last so many positions up to the query's own, or to all.
+
+    Returns:
+        Output ``[num_new, num_query_heads, head_dim]`` and log-sum-exp ``[num_new, num_query_heads]``, both
+        float32.
+    """
+    num_new, num_raw = query.shape[0], keys.shape[0]
+    if num_raw < num_new:
+        raise ValueError(f"{num_new} queries need at least as many raw keys, not {num_raw}")
+    first_position = prefix_len + num_raw - num_new
+    grouped = _by_kv_head(query, layout.num_kv_heads)
+    scores = grouped @ keys.float().permute(1, 2, 0) * softmax_scale
+    key_positions = torch.arange(prefix_len, prefix_len + num_raw, device=query.device)
+    _mask(scores, key_positions, first_position, num_new, sliding_window)
+    out, lse = _softmax_values(scores, values.float().transpose(0, 1))
+    own = _by_query_head(out, num_new), _by_query_head(lse[..., None], num_new)[..., 0]
+    prefix = _attend_pages(
+        query,
+        pages,
+        block_table,
+        prefix_len,
+        layout,
+        softmax_scale=softmax_scale,
+        sliding_window=sliding_window,
+        first_position=first_position,
+    )
+    return merge_attention(*prefix, *own)
+
+
+def merge_attention(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of two disjoint sets of tokens, from the attention over each.
+
+    Args:
+        out_a: ``[..., head_dim]`` output over the first set.
+        lse_a: ``[...]`` its log-sum-exp; -inf where the set is empty.
+        out_b: Output over the second set.
+        lse_b: Its log-sum-exp.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    floor = lse.clamp_min(torch.finfo(torch.float32).min)
+    weight_a, weight_b = (torch.exp(part - floor)[..., None] for part in (lse_a, lse_b))
+    return out_a * weight_a + out_b * weight_b, lse
+
+
+def _attend_pages(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    length: int,
+    layout: PageLayout,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None,
+    first_position: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_new, num_query_heads, _ = query.shape
+    out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    lse = torch.full((num_new, num_query_heads), -torch.inf, device=query.device)
+    rotation = rotation_matrix(layout.head_dim, layout.spec.rotation_seed).to(query.device)
+    rotated = query.float() @ rotation.T if layout.spec.key.rotated else query
+    grouped = _by_kv_head(rotated, layout.num_kv_heads)
+    pages_at_once = max(1, _SCORES_AT_ONCE // (num_new * num_query_heads * layout.page_tokens))
+    num_pages = -(-length // layout.page_tokens)
+    for start in range(0, num_pages, pages_at_once):
+        run = block_table[start : min(start + pages_at_once, num_pages)]
+        positions = torch.arange(len(run) * layout.page_tokens, device=query.device)
+        positions = positions + start * layout.page_tokens
+        scores = _page_scores(grouped, pages[run], layout) * softmax_scale
+        scores[..., positions >= length] = -torch.inf
+        _mask(scores, positions, first_position, num_new, sliding_window)
+        part, part_lse = _softmax_values(scores, _page_values(pages[run], layout))
+        part = part @ rotation if layout.spec.value.rotated else part
+        out, lse = merge_attention(
+            out, lse, _by_query_head(part, num_new), _by_query_head(part_lse[..., None], num_new)[..., 0]
+        )
+    return out, lse
+
+
+def _page_scores(grouped: torch.Tensor, pages: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Unscaled scores ``[num_kv_heads, group * num_new, num_pages * page_tokens]``."""
+    levels, scales = read_side(pages, layout, "key")
+    scores = grouped @ levels.permute(1, 3, 0, 2).flatten(2)
+    if scales is not None:
+        scores = scores * scales.transpose(0, 1).flatten(1)[:, None]
+    center = read_key_center(pages, layout)
+    if center is not None:
+        per_page = grouped @ center.permute(1, 2, 0)
+        scores = scores + per_page.repeat_interleave(layout.page_tokens, dim=-1)
+    return scores
+
+
+def _page_values(pages: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Values, still rotated: ``[num_kv_heads, num_pages * page_tokens, head_dim]``."""
+    levels, scales = read_side(pages, layout, "value")
+    if scales is not None:
+        levels = levels * scales[..., None]
+    return levels.transpose(0, 1).flatten(1, 2)
+
+
+def _mask(
+    scores: torch.Tensor,
+    key_positions: torch.Tensor,
+    first_position: int,
+    num_new: int,
+    sliding_window: int | None,
+) -> None:
+    """Hide keys after each query, and those its window has left behind. In place."""
+    query_positions = first_position + torch.arange(num_new, device=scores.device)
+    distance = query_positions[:, None] - key_positions
+    hidden = distance < 0
+    if sliding_window is not None:
+        hidden |= distance >= sliding_window
+    scores.view(scores.shape[0], -1, num_new, scores.shape[-1]).masked_fill_(hidden, -torch.inf)
+
+
+def _softmax_values(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the last axis times values, and log-sum-exp; rows that see nothing give zeros and -inf."""
+    lse = torch.logsumexp(scores, dim=-1)
+    floor = lse.clamp_min(torch.finfo(torch.float32).min)
+    return torch.exp(scores - floor[..., None]) @ values, lse
+
+
+def _by_kv_head(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """``[num_new, num_query_heads, dim]`` as float32 ``[num_kv_heads, group * num_new, dim]``."""
+    _, num_query_heads, head_dim = query.shape
+    if num_query_heads % num_kv_heads:
+        raise ValueError(f"{num_query_heads} query heads do not divide into {num_kv_heads} KV heads")
+    return query.float().transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+
+
+def _by_query_head(tensor: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Undo `_by_kv_head`: ``[num_new, num_query_heads, dim]``."""
+    return tensor.reshape(-1, num_new, tensor.shape[-1]).transpose(0, 1)
