@@ -157,6 +157,7 @@ def pack_header(info: BlockInfo, payload: Buffer) -> bytes:
     Raises:
         LengthMismatch: The payload is not as long as the geometry says.
     """
+    payload = memoryview(payload).cast("B")
     if len(payload) != info.payload_bytes:
         raise LengthMismatch(f"payload has {len(payload)} bytes, its geometry says {info.payload_bytes}")
     checksum = xxhash.xxh3_128_digest(payload)
@@ -175,7 +176,7 @@ def pack_block(info: BlockInfo, payload: Buffer) -> bytes:
 
 def _parse(data: Buffer) -> tuple[BlockInfo, bytes]:
     """Checked header fields and the payload checksum they promise."""
-    head = bytes(memoryview(data)[:HEADER_BYTES])
+    head = bytes(memoryview(data).cast("B")[:HEADER_BYTES])
     if head[: len(MAGIC)] != MAGIC[: len(head)]:
         raise NotABlock("the bytes do not start with the block magic")
     if len(head) < HEADER_BYTES:
@@ -216,7 +217,10 @@ def verify_block(data: Buffer, key: BlockKey | None = None) -> BlockInfo:
 
     Raises:
         BlockFormatError: As its subclasses say.
+        ValueError: `key` is not a block key.
     """
+    if key is not None:
+        split_key(key)
     info, checksum = _parse(data)
     payload = payload_of(data)
     if len(payload) != info.payload_bytes:
@@ -224,11 +228,11 @@ def verify_block(data: Buffer, key: BlockKey | None = None) -> BlockInfo:
     if xxhash.xxh3_128_digest(payload) != checksum:
         raise ChecksumMismatch("the payload differs from what was written")
     if key is not None and info.key != key:
-        own, asked = (part.hex()[:16] for part in (split_key(info.key)[1], split_key(key)[1]))
-        raise IdentityMismatch(f"this block is for prefix {own}…, asked for was {asked}… or its namespace")
+        own, asked = (" ".join(part.hex()[:16] for part in split_key(each)) for each in (info.key, key))
+        raise IdentityMismatch(f"this block is {own} (namespace, prefix), asked for was {asked}")
     return info
 
 
 def payload_of(data: Buffer) -> memoryview:
     """The payload of a block, without copying it."""
-    return memoryview(data)[HEADER_BYTES:]
+    return memoryview(data).cast("B")[HEADER_BYTES:]

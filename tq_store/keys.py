@@ -1,10 +1,12 @@
 """Who a block is: namespace, chained prefix hash, block key.
 
 A block key is 64 bytes: the digest of the namespace (everything that makes two caches incompatible) and the
-hash of all tokens up to the end of the block. Equal keys therefore mean interchangeable blocks.
+hash of all tokens up to the end of the block. Two blocks of one key that cover the same layers, heads and
+tokens are interchangeable; whoever saves parts of a model keeps to one division of it per namespace.
 """
 
 import hashlib
+import string
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -54,14 +56,18 @@ class Namespace:
                     f"namespace field {name!r} is empty; it must name what the cache was made from"
                 )
         for name in ("page_tokens", "num_layers", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"namespace field {name!r} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"namespace field {name!r} must be an integer of at least 1, not {value!r}")
 
     def digest(self) -> bytes:
         """SHA-256 over all fields, each with its name and length, in the order of declaration."""
         hasher = hashlib.sha256(b"tq-store namespace v1")
         for field in fields(self):
-            for part in (field.name.encode(), str(getattr(self, field.name)).encode()):
+            for part in (
+                field.name.encode(),
+                str(getattr(self, field.name)).encode(errors="surrogatepass"),
+            ):
                 hasher.update(struct.pack("<I", len(part)))
                 hasher.update(part)
         return hasher.digest()
@@ -72,14 +78,16 @@ def prefix_hashes(token_ids: Sequence[int], page_tokens: int) -> Iterator[bytes]
 
     Args:
         token_ids: Token ids from position 0 on, each in ``[0, 2**32)``.
-        page_tokens: Tokens a page holds; a partial last page has no hash.
+        page_tokens: Tokens a page holds, at least 1; a partial last page has no hash.
 
     Yields:
         32 bytes per full page.
 
     Raises:
-        ValueError: A token id does not fit 32 bits.
+        ValueError: A token id does not fit 32 bits, or `page_tokens` is below 1.
     """
+    if page_tokens < 1:
+        raise ValueError(f"page_tokens must be at least 1, not {page_tokens}")
     parent = hashlib.sha256(b"tq-store prefix v1").digest()
     for start in range(0, len(token_ids) - page_tokens + 1, page_tokens):
         try:
@@ -115,9 +123,6 @@ def parse_key(text: str) -> BlockKey:
     Raises:
         ValueError: Not 128 hex digits.
     """
-    try:
-        key = BlockKey(bytes.fromhex(text))
-    except ValueError as error:
-        raise ValueError("a block key is written as 128 hex digits") from error
-    split_key(key)
-    return key
+    if len(text) == 2 * BLOCK_KEY_BYTES and set(text) <= set(string.hexdigits):
+        return BlockKey(bytes.fromhex(text))
+    raise ValueError(f"a block key is written as {2 * BLOCK_KEY_BYTES} hex digits")

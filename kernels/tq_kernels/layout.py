@@ -7,10 +7,13 @@ along channels and values along tokens, the axes that attention contracts. `prot
 import math
 from dataclasses import dataclass, field
 
-from tq_kernels.spec import Code, CodecSpec, KeyCenter
+from tq_kernels.spec import Code, CodecSpec, KeyCenter, Rotation
 
 PAGE_ALIGNMENT_BYTES = 128
 PAGE_TOKENS_MULTIPLE = 16
+
+HADAMARD_ROOTS = {1: 1, 3: 12, 5: 20}
+"""Smallest order of a Hadamard matrix known here, by the odd part of the order; doubling gives the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,12 @@ WORD_FORMATS = {
 }
 
 
+def can_rotate(head_dim: int) -> bool:
+    """Whether a Hadamard matrix of this order is known here."""
+    odd = head_dim // (head_dim & -head_dim)
+    return head_dim >= HADAMARD_ROOTS.get(odd, head_dim + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Plane:
     """A contiguous row-major array inside a head's section; `offset` is in bytes from the section's start."""
@@ -112,6 +121,11 @@ class PageLayout:
     def __post_init__(self) -> None:
         if self.head_dim < 16 or self.head_dim % 16:
             raise ValueError(f"head_dim must be a positive multiple of 16, not {self.head_dim}")
+        if self.spec.rotation is not Rotation.NONE and not can_rotate(self.head_dim):
+            raise ValueError(
+                f"head_dim {self.head_dim} cannot be rotated; 2^k, 12 * 2^k and 20 * 2^k can "
+                "(64, 80, 96, 128, 256, ...), and the presets fp8 and raw take any multiple of 16"
+            )
         if self.page_tokens < PAGE_TOKENS_MULTIPLE or self.page_tokens % PAGE_TOKENS_MULTIPLE:
             raise ValueError(
                 f"page_tokens must be a positive multiple of {PAGE_TOKENS_MULTIPLE}, not {self.page_tokens}"

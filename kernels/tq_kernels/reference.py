@@ -17,6 +17,8 @@ from tq_kernels.spec import Code, KeyCenter
 
 _ITEM_DTYPES = {2: torch.int16, 4: torch.int32}
 _E4M3_MAX = 448.0
+_SMALLEST_NORM = 1e-30
+"""Vectors shorter than this count as zeros; its reciprocal must be far from infinity."""
 
 
 def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> torch.Tensor:
@@ -37,15 +39,14 @@ def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> to
     num_pages = keys.shape[0] // layout.page_tokens
     pages = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=keys.device)
     key, value = (_by_page(tensor, layout) for tensor in (keys, values))
-    rotation = _rotation(layout, keys.device)
     if layout.spec.key.rotated:
-        key = key @ rotation.T
+        key = key @ rotation_of(layout, keys.device).T
     if layout.spec.key_center is KeyCenter.PAGE:
         center = key.mean(dim=2).to(torch.float16)
         _view(pages, layout, "key_center")[..., 0, :] = center.view(torch.int16)
         key = key - center.float()[:, :, None]
     if layout.spec.value.rotated:
-        value = value @ rotation.T
+        value = value @ rotation_of(layout, keys.device).T
     _write_side(pages, layout, "key", *_indices(key, layout.spec.key))
     _write_side(pages, layout, "value", *_indices(value, layout.spec.value))
     return pages
@@ -64,7 +65,6 @@ def dequantize(
     Returns:
         Keys and values, each ``[num_pages * page_tokens, num_kv_heads, head_dim]``.
     """
-    rotation = _rotation(layout, pages.device)
     sides = []
     for side, code in (("key", layout.spec.key), ("value", layout.spec.value)):
         levels, scales = read_side(pages, layout, side)
@@ -74,7 +74,7 @@ def dequantize(
         if center is not None:
             levels = levels + center[:, :, None]
         if code.rotated:
-            levels = levels @ rotation
+            levels = levels @ rotation_of(layout, pages.device)
         sides.append(levels.transpose(1, 2).flatten(0, 1).to(dtype))
     return sides[0], sides[1]
 
@@ -108,6 +108,11 @@ def read_key_center(pages: torch.Tensor, layout: PageLayout) -> torch.Tensor | N
     return _view(pages, layout, "key_center")[..., 0, :].view(torch.float16).float()
 
 
+def rotation_of(layout: PageLayout, device: torch.device) -> torch.Tensor:
+    """The rotation ``[head_dim, head_dim]`` float32 that the layout's codec applies."""
+    return rotation_matrix(layout.head_dim, layout.spec.rotation_seed).to(device)
+
+
 @lru_cache(maxsize=32)
 def level_table(code: Code, device: torch.device) -> torch.Tensor:
     """Value of every index: float32, ``[2**bits]``."""
@@ -127,8 +132,7 @@ def _indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Ten
     if code is Code.E4M3:
         return _e4m3(vectors), None
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    tiny = torch.finfo(torch.float32).tiny
-    unit = vectors * (TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(tiny))
+    unit = vectors * (TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(_SMALLEST_NORM))
     if code is Code.E4M3_SCALED:
         indices = _e4m3(unit)
     else:
@@ -136,7 +140,7 @@ def _indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Ten
         magnitude = torch.bucketize(unit.abs(), boundaries, right=True, out_int32=True)
         indices = magnitude | (torch.signbit(unit).to(torch.int32) << (code.bits - 1))
     levels = level_table(code, vectors.device).index_select(0, indices.flatten()).view(indices.shape)
-    length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(tiny)
+    length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
     scales = (norm / length).clamp_max(torch.finfo(torch.float16).max)
     return indices, scales.squeeze(-1).to(torch.float16)
 
@@ -176,10 +180,6 @@ def _view(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tensor:
 def _by_page(tensor: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     """``[num_tokens, heads, dim]`` as float32 ``[num_pages, heads, page_tokens, dim]``."""
     return tensor.float().reshape(-1, layout.page_tokens, *tensor.shape[1:]).transpose(1, 2)
-
-
-def _rotation(layout: PageLayout, device: torch.device) -> torch.Tensor:
-    return rotation_matrix(layout.head_dim, layout.spec.rotation_seed).to(device)
 
 
 def _check_tokens(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> None:

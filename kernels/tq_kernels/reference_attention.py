@@ -8,8 +8,7 @@ Every function also returns the log-sum-exp of its scores, so that results over 
 import torch
 
 from tq_kernels.layout import PageLayout
-from tq_kernels.reference import read_key_center, read_side
-from tq_kernels.rotation import rotation_matrix
+from tq_kernels.reference import read_key_center, read_side, rotation_of
 
 _SCORES_AT_ONCE = 1 << 23
 """Bounds the score matrix in memory; longer prefixes go through in runs of pages."""
@@ -25,6 +24,7 @@ def decode_attention(
     softmax_scale: float,
     sliding_window: int | None = None,
     query_positions: torch.Tensor | None = None,
+    num_sinks: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One query a sequence against the tokens in its pages.
 
@@ -37,6 +37,7 @@ def decode_attention(
         softmax_scale: Factor on the scores.
         sliding_window: Attend only to the last so many positions up to the query's own, or to all.
         query_positions: ``[num_seqs]`` position of each query; by default that of its last token in pages.
+        num_sinks: Leave out the first so many positions, which the caller has raw and merges.
 
     Returns:
         Output ``[num_seqs, num_query_heads, head_dim]`` and log-sum-exp ``[num_seqs, num_query_heads]``, both
@@ -53,6 +54,7 @@ def decode_attention(
             softmax_scale=softmax_scale,
             sliding_window=sliding_window,
             first_position=int(positions[seq]),
+            num_sinks=num_sinks,
         )
         for seq in range(query.shape[0])
     ]
@@ -70,12 +72,14 @@ def extend_attention(
     *,
     softmax_scale: float,
     sliding_window: int | None = None,
+    num_sinks: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New queries of one sequence against a compressed prefix and the raw tokens after it.
 
     Args:
         query: ``[num_new, num_query_heads, head_dim]``, the last num_new positions of the sequence.
-        keys: ``[num_raw, num_kv_heads, head_dim]``, positions prefix_len and on; num_raw >= num_new.
+        keys: ``[num_sinks + num_raw, num_kv_heads, head_dim]``: the first num_sinks positions of the
+            sequence, then positions prefix_len and on; num_raw >= num_new.
         values: The same shape.
         pages: ``[num_pages, page_bytes]`` uint8.
         block_table: ``[max_pages]`` page of every run of page_tokens tokens of the prefix.
@@ -83,21 +87,27 @@ def extend_attention(
         layout: Page geometry and codec.
         softmax_scale: Factor on the scores.
         sliding_window: Attend only to the last so many positions up to the query's own, or to all.
+        num_sinks: Positions at the start of the prefix for which `keys` and `values` are used, not pages.
 
     Returns:
         Output ``[num_new, num_query_heads, head_dim]`` and log-sum-exp ``[num_new, num_query_heads]``, both
         float32.
     """
-    num_new, num_raw = query.shape[0], keys.shape[0]
+    num_new, num_raw = query.shape[0], keys.shape[0] - num_sinks
     if num_raw < num_new:
         raise ValueError(f"{num_new} queries need at least as many raw keys, not {num_raw}")
     first_position = prefix_len + num_raw - num_new
-    grouped = _by_kv_head(query, layout.num_kv_heads)
-    scores = grouped @ keys.float().permute(1, 2, 0) * softmax_scale
-    key_positions = torch.arange(prefix_len, prefix_len + num_raw, device=query.device)
-    _mask(scores, key_positions, first_position, num_new, sliding_window)
-    out, lse = _softmax_values(scores, values.float().transpose(0, 1))
-    own = _by_query_head(out, num_new), _by_query_head(lse[..., None], num_new)[..., 0]
+    sink_positions = torch.arange(num_sinks, device=query.device)
+    own_positions = torch.arange(prefix_len, prefix_len + num_raw, device=query.device)
+    own = _attend_raw(
+        query,
+        keys,
+        values,
+        torch.cat((sink_positions, own_positions)),
+        softmax_scale=softmax_scale,
+        sliding_window=sliding_window,
+        first_position=first_position,
+    )
     prefix = _attend_pages(
         query,
         pages,
@@ -107,6 +117,7 @@ def extend_attention(
         softmax_scale=softmax_scale,
         sliding_window=sliding_window,
         first_position=first_position,
+        num_sinks=num_sinks,
     )
     return merge_attention(*prefix, *own)
 
@@ -128,6 +139,32 @@ def merge_attention(
     return out_a * weight_a + out_b * weight_b, lse
 
 
+def _attend_raw(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_positions: torch.Tensor,
+    *,
+    softmax_scale: float,
+    sliding_window: int | None,
+    first_position: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries against raw tokens, a bounded run of queries at a time."""
+    num_query_heads = query.shape[1]
+    num_keys, num_kv_heads, _ = keys.shape
+    by_channel, by_token = keys.float().permute(1, 2, 0), values.float().transpose(0, 1)
+    parts = []
+    for run in query.split(max(1, _SCORES_AT_ONCE // (num_query_heads * num_keys))):
+        scores = _by_kv_head(run, num_kv_heads) @ by_channel * softmax_scale
+        _mask(scores, key_positions, first_position, run.shape[0], sliding_window)
+        first_position += run.shape[0]
+        out, lse = _softmax_values(scores, by_token)
+        parts.append(
+            (_by_query_head(out, run.shape[0]), _by_query_head(lse[..., None], run.shape[0])[..., 0])
+        )
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
 def _attend_pages(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -138,13 +175,14 @@ def _attend_pages(
     softmax_scale: float,
     sliding_window: int | None,
     first_position: int,
+    num_sinks: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_new, num_query_heads, _ = query.shape
     out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.full((num_new, num_query_heads), -torch.inf, device=query.device)
-    rotation = rotation_matrix(layout.head_dim, layout.spec.rotation_seed).to(query.device)
-    rotated = query.float() @ rotation.T if layout.spec.key.rotated else query
-    grouped = _by_kv_head(rotated, layout.num_kv_heads)
+    if layout.spec.key.rotated:
+        query = query.float() @ rotation_of(layout, query.device).T
+    grouped = _by_kv_head(query, layout.num_kv_heads)
     pages_at_once = max(1, _SCORES_AT_ONCE // (num_new * num_query_heads * layout.page_tokens))
     num_pages = -(-length // layout.page_tokens)
     for start in range(0, num_pages, pages_at_once):
@@ -152,13 +190,14 @@ def _attend_pages(
         positions = torch.arange(len(run) * layout.page_tokens, device=query.device)
         positions = positions + start * layout.page_tokens
         scores = _page_scores(grouped, pages[run], layout) * softmax_scale
-        scores[..., positions >= length] = -torch.inf
+        scores[..., (positions >= length) | (positions < num_sinks)] = -torch.inf
         _mask(scores, positions, first_position, num_new, sliding_window)
         part, part_lse = _softmax_values(scores, _page_values(pages[run], layout))
-        part = part @ rotation if layout.spec.value.rotated else part
         out, lse = merge_attention(
             out, lse, _by_query_head(part, num_new), _by_query_head(part_lse[..., None], num_new)[..., 0]
         )
+    if layout.spec.value.rotated:
+        out = out @ rotation_of(layout, query.device)
     return out, lse
 
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 
 import torch
 
+from tq_kernels.layout import HADAMARD_ROOTS, can_rotate
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -31,16 +33,11 @@ def hadamard_matrix(order: int) -> torch.Tensor:
     Raises:
         ValueError: `order` is not 2^k, 12 * 2^k or 20 * 2^k.
     """
-    odd, doublings = order, 0
-    while odd > 1 and odd % 2 == 0:
-        odd, doublings = odd // 2, doublings + 1
-    seeds = {1: (torch.ones(1, 1, dtype=torch.int64), 0), 3: (_paley(11), 2), 5: (_paley(19), 2)}
-    if odd not in seeds or doublings < seeds[odd][1]:
-        raise ValueError(
-            f"head size {order} cannot be rotated; 2^k, 12 * 2^k and 20 * 2^k can (64, 80, 96, 128, ...)"
-        )
-    matrix, used = seeds[odd]
-    for _ in range(doublings - used):
+    if not can_rotate(order):
+        raise ValueError(f"no Hadamard matrix of order {order} is known here; 2^k, 12 * 2^k and 20 * 2^k are")
+    root = HADAMARD_ROOTS[order // (order & -order)]
+    matrix = torch.ones(1, 1, dtype=torch.int64) if root == 1 else _paley(root - 1)
+    while matrix.shape[0] < order:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix
 

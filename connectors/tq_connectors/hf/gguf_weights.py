@@ -77,7 +77,9 @@ def convert_gguf(gguf_path: Path, folder: Path, report: Callable[[int, int], Non
     architecture = _field(reader, "general.architecture")
     if architecture not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
-        raise ValueError(f"{gguf_path.name} is of architecture {architecture!r}; this converter knows {known}")
+        raise ValueError(
+            f"{gguf_path.name} is of architecture {architecture!r}; this converter knows {known}"
+        )
     config = _config(reader, architecture)
     folder.mkdir()
     _write_tokenizer(reader, folder)
@@ -114,6 +116,8 @@ def _config(reader: gguf.GGUFReader, architecture: str) -> dict[str, Any]:
         "architectures": [_ARCHITECTURES[architecture].model_class],
         "model_type": architecture,
         "dtype": "float32",
+        # what this layout follows; transformers doubts the tokenizer of a folder that does not say
+        "transformers_version": "5.17.0",
         "vocab_size": len(reader.fields["tokenizer.ggml.tokens"].data),
         "hidden_size": hidden_size,
         "intermediate_size": value("feed_forward_length"),
@@ -165,7 +169,8 @@ def _write_tokenizer(reader: gguf.GGUFReader, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
     def special(name: str) -> str:
-        return tokens[_field(reader, f"tokenizer.ggml.{name}_token_id")]
+        index: int = _field(reader, f"tokenizer.ggml.{name}_token_id")
+        return tokens[index]
 
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -207,7 +212,7 @@ def _write_weights(
     folder: Path,
     report: Callable[[int, int], None],
 ) -> None:
-    """Dequantise tensor after tensor into a safetensors file: header length, JSON header, tensors back to back."""
+    """Dequantise into a safetensors file: header length, JSON header, tensor after tensor."""
     heads_of = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     total_bytes = 0

@@ -1,0 +1,58 @@
+# The targets that people and CI call. `make help` lists them.
+
+PYTHON ?= python3
+# the newest torch that has a CPU-only build where this runs; on a GPU host set TORCH= to keep the installed one
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help setup check format test coverage fuzz demo bench proto clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## make .venv with everything the other targets need
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tq-store needs Python 3.11 or newer; name one with make PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+check: $(STAMP)  ## formatting, lint, types, import contracts, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	proto/generate.sh --check
+
+format: $(STAMP)  ## rewrite files the way check wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(STAMP)  ## all tests, on real Redis, real sockets, real processes and the real model
+	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || tests/install_redis.sh
+	$(BIN)/python -m tq_connectors.hf.models
+	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(STAMP)  ## tests with a coverage report
+	$(MAKE) test ARGS="--cov --cov-report=term-missing:skip-covered $(ARGS)"
+
+fuzz: $(STAMP)  ## throw mutated blocks at the parser for a minute
+	$(BIN)/python tests/fuzz/fuzz_block.py --seconds 60
+
+demo: $(STAMP)  ## the main job on real input; ARGS="--preset k8v4 --document FILE"
+	$(BIN)/python -m tq_connectors.demo $(ARGS)
+
+bench: $(STAMP)  ## the measurements that run on any machine
+	$(BIN)/python benchmarks/eviction.py
+
+proto: $(STAMP)  ## regenerate the RPC code from proto/
+	proto/generate.sh
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) .venv-proto .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis out

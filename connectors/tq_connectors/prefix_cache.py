@@ -1,0 +1,95 @@
+"""PrefixCache: pages of a token prefix from the store, and pages for it, with every failure a miss."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tq_connectors.codec import CacheGeometry, namespace_for, pack_pages, unpack_pages
+from tq_connectors.save_queue import SaveQueue
+from tq_kernels.layout import PageLayout
+from tq_store.block import Buffer
+from tq_store.client import StoreClient
+from tq_store.errors import BlockFormatError, RpcError
+from tq_store.keys import BlockKey, block_keys
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SAVE_QUEUE_BYTES = 256 << 20
+
+
+@dataclass(slots=True)
+class LoadCounters:
+    """What loading has done so far: pages and bytes that came, and pages promised that did not."""
+
+    loaded_pages: int = 0
+    loaded_bytes: int = 0
+    failed_pages: int = 0
+
+
+class PrefixCache:
+    """One model's view of the store. Used by engine connectors; never raises into them.
+
+    Args:
+        client: Connection to the store; owned by the caller.
+        layout: Page layout, which fixes codec and shape.
+        geometry: Shape of the model's KV cache.
+        model: Name of the model.
+        revision: What tells its weights from others of that name.
+        salt: Keeps apart what only the caller knows to differ (a LoRA adapter, a tenant).
+        save_queue_bytes: Most bytes of blocks waiting to be saved; more are dropped.
+    """
+
+    def __init__(
+        self,
+        client: StoreClient,
+        layout: PageLayout,
+        geometry: CacheGeometry,
+        *,
+        model: str,
+        revision: str,
+        salt: str = "",
+        save_queue_bytes: int = DEFAULT_SAVE_QUEUE_BYTES,
+    ) -> None:
+        self._client = client
+        self._layout = layout
+        self._num_layers = geometry.num_layers
+        self._namespace = namespace_for(layout, geometry, model=model, revision=revision, salt=salt)
+        self._outage = False
+        self.saves = SaveQueue(client, budget_bytes=save_queue_bytes)
+        self.counters = LoadCounters()
+
+    def keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
+        """Keys of all full pages of a token sequence."""
+        return block_keys(self._namespace, token_ids)
+
+    def load(self, keys: Sequence[BlockKey]) -> Iterator[memoryview]:
+        """Page bytes of all layers for the leading keys that the store has, each as soon as it is here.
+
+        Stops at the first page that is missing, late, or not sound; the caller computes the rest.
+        """
+        promised, loaded = 0, 0
+        try:
+            promised = self._client.lookup(keys)
+            for index, block in self._client.get(keys[:promised]):
+                if block is None:
+                    break
+                pages = unpack_pages(self._layout, self._num_layers, keys[index], block)
+                loaded += 1
+                self.counters.loaded_bytes += len(block)
+                yield pages
+            self._outage = False
+        except (RpcError, BlockFormatError) as error:
+            if not self._outage:
+                logger.warning("loading from the store fails, prefixes are recomputed: %s", error)
+            self._outage = True
+        finally:
+            self.counters.loaded_pages += loaded
+            self.counters.failed_pages += promised - loaded
+
+    def save(self, key: BlockKey, pages: Buffer) -> bool:
+        """Queue the page bytes of all layers; False when they were dropped. Never blocks."""
+        return self.saves.offer(key, pack_pages(self._layout, self._num_layers, key, pages))
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Put what is queued, as far as `timeout_s` allows. May be called twice."""
+        self.saves.close(timeout_s)

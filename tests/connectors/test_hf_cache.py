@@ -1,0 +1,90 @@
+"""TQCache: pages are sealed once, announced once, and given pages stay untouched."""
+
+import pytest
+import torch
+from connectors.tiny_models import tiny_model, tokens
+
+from tq_connectors.hf.cache import TQCache
+from tq_connectors.hf.connector import TQConnector
+from tq_kernels import PageLayout, preset
+
+LAYERS = 3
+LAYOUT = PageLayout(spec=preset("tq4"), head_dim=32, num_kv_heads=2, page_tokens=16)
+
+
+@pytest.fixture
+def model():
+    model = tiny_model(layers=LAYERS)
+    TQConnector(model, None, preset("tq4"), model_name="tiny", revision="1")
+    return model
+
+
+def run(model, cache, token_ids):
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([token_ids]), past_key_values=cache).logits[0]
+
+
+def page_bytes(cache, index):
+    return cache.page(index).numpy().tobytes()
+
+
+def test_pages_are_announced_once_in_order_when_all_layers_have_them(model):
+    seen = []
+    cache = TQCache(LAYOUT, LAYERS, on_page=lambda index, page: seen.append((index, page.clone())))
+    for count, expected in ((10, 0), (5, 0), (1, 1), (15, 1), (40, 4), (1, 4)):
+        run(model, cache, tokens(count))
+        assert len(seen) == cache.num_pages == expected
+    assert [index for index, _ in seen] == [0, 1, 2, 3]
+    for index, page in seen:
+        assert page.shape == (LAYERS, LAYOUT.page_bytes)
+        assert torch.equal(page, cache.page(index))
+        assert page.any(dim=1).all()
+
+
+def test_preloaded_pages_stand_for_the_tokens_they_were_made_from(model):
+    token_ids = tokens(100)
+    cold = TQCache(LAYOUT, LAYERS)
+    run(model, cold, token_ids[:48])
+    expected = run(model, cold, token_ids[48:])
+    warm, seen = TQCache(LAYOUT, LAYERS, on_page=lambda index, _: seen.append(index)), []
+    run(model, warm, token_ids[:4])
+    assert warm.preload(memoryview(page_bytes(cold, i)) for i in range(3)) == 48
+    torch.testing.assert_close(run(model, warm, token_ids[48:]), expected)
+    assert seen == [3, 4, 5]
+    assert [page_bytes(warm, i) for i in range(3)] == [page_bytes(cold, i) for i in range(3)]
+
+
+def test_a_cache_grows_past_its_first_capacity_without_changing_pages(model):
+    cache, copies = TQCache(LAYOUT, LAYERS), {}
+    for _ in range(20):
+        run(model, cache, tokens(16))
+        copies[cache.num_pages - 1] = page_bytes(cache, cache.num_pages - 1)
+    assert {i: page_bytes(cache, i) for i in range(20)} == copies
+
+
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_pages_are_only_taken_after_exactly_the_sinks(model, count):
+    cache = TQCache(LAYOUT, LAYERS)
+    if count:
+        run(model, cache, tokens(count))
+    with pytest.raises(ValueError, match="first 4 tokens"):
+        cache.preload([])
+
+
+def test_without_a_page_the_computed_tokens_stay(model):
+    token_ids = tokens(40)
+    cold = TQCache(LAYOUT, LAYERS)
+    run(model, cold, token_ids[:4])
+    expected = run(model, cold, token_ids[4:])
+    cache = TQCache(LAYOUT, LAYERS)
+    run(model, cache, token_ids[:4])
+    assert cache.preload([]) == 4
+    torch.testing.assert_close(run(model, cache, token_ids[4:]), expected)
+
+
+def test_lengths_are_what_transformers_needs(model):
+    cache = TQCache(LAYOUT, LAYERS)
+    assert (cache.get_seq_length(), len(cache), cache.is_compileable) == (0, LAYERS, False)
+    run(model, cache, tokens(37))
+    assert (cache.get_seq_length(), cache.get_max_length()) == (37, -1)
+    assert cache.get_mask_sizes(5, 0) == (42, 0)

@@ -1,0 +1,124 @@
+"""A real Redis or Valkey server of our own, and a proxy that can hold, cut and count what passes."""
+
+import asyncio
+import contextlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+class RedisProcess:
+    """A server on a unix socket in a directory of its own; nothing is saved to disk."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        binary = shutil.which("redis-server") or shutil.which("valkey-server")
+        if binary is None:
+            pytest.fail("no redis-server or valkey-server on the PATH; type: apt-get install redis-server")
+        self.socket = directory / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self._command = [binary, "--port", "0", "--unixsocket", str(self.socket), "--dir", str(directory)]
+        self._command += ["--save", "", "--appendonly", "no", *options]
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert self._process.stdout is not None
+        output = b""
+        for line in self._process.stdout:
+            output += line
+            if b"eady to accept connections" in line or b"now ready to accept" in line:
+                return
+        pytest.fail(f"the redis server did not start: {output.decode(errors='replace')}")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self.socket.unlink(missing_ok=True)
+
+    def command(self, *arguments: str) -> str:
+        """What the server's own client prints for a command."""
+        client = shutil.which("redis-cli") or shutil.which("valkey-cli")
+        assert client is not None, "the server's packages bring its client"
+        done = subprocess.run(
+            [client, "-s", str(self.socket), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+
+class Proxy:
+    """Stands between a backend and a server, on a unix socket.
+
+    `open_gate` cleared holds replies back; `cut_after` ends the connection in the middle of a reply. `bursts`
+    are the bytes of each direction, merged until the other side speaks.
+    """
+
+    def __init__(self, server: RedisProcess, directory: Path) -> None:
+        self._server = server
+        self.socket = directory / "proxy.sock"
+        self.url = f"unix://{self.socket}"
+        self.open_gate = asyncio.Event()
+        self.open_gate.set()
+        self.requested = asyncio.Event()
+        self.cut_after: int | None = None
+        self.bursts: list[tuple[str, bytearray]] = []
+
+    async def __aenter__(self) -> "Proxy":
+        self._connections: set[asyncio.Task[None]] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self._listener = await asyncio.start_unix_server(self._serve, self.socket)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._listener.close()
+        while self._connections:
+            for pump in self._pumps:
+                pump.cancel()
+            await asyncio.wait(self._connections, timeout=0.1)
+        await self._listener.wait_closed()
+
+    def requests(self) -> list[bytes]:
+        return [bytes(data) for direction, data in self.bursts if direction == "request"]
+
+    def replies(self) -> list[bytes]:
+        return [bytes(data) for direction, data in self.bursts if direction == "reply"]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        below_reader, below_writer = await asyncio.open_unix_connection(self._server.socket)
+        pumps = {
+            asyncio.create_task(self._pump("request", reader, below_writer)),
+            asyncio.create_task(self._pump("reply", below_reader, writer)),
+        }
+        self._pumps |= pumps
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+        self._pumps -= pumps
+        for end in (writer, below_writer):
+            end.close()
+            with contextlib.suppress(OSError):
+                await end.wait_closed()
+        self._connections.discard(task)
+
+    async def _pump(self, direction: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            if direction == "request":
+                self.requested.set()
+            else:
+                await self.open_gate.wait()
+                if self.cut_after is not None:
+                    writer.write(data[: self.cut_after])
+                    await writer.drain()
+                    return
+            if not self.bursts or self.bursts[-1][0] != direction:
+                self.bursts.append((direction, bytearray()))
+            self.bursts[-1][1].extend(data)
+            writer.write(data)
+            await writer.drain()

@@ -1,0 +1,365 @@
+"""The Redis backend against a real server: the contract, its keys, its round trips, and failing sockets."""
+
+import asyncio
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from store.backend_contract import BackendContract
+from store.redis_process import Proxy, RedisProcess
+from store.sample_blocks import (
+    NAMESPACE,
+    OTHER_NAMESPACE,
+    bytes_of,
+    keys_of,
+    sample_block,
+    sample_blocks,
+    sample_key,
+)
+
+from tq_store.backends.base import PutOutcome
+from tq_store.backends.redis import RedisBackend, _round_trips
+from tq_store.errors import BackendError, BackendFull, BackendTimeout, BackendUnavailable, ConfigError
+from tq_store.keys import BlockKey
+
+pytestmark = pytest.mark.redis
+
+SLACK_S = 3.0
+"""What a busy machine may add to a deadline."""
+
+
+@asynccontextmanager
+async def opened(url: str, timeout_s: float = 10.0, ttl_s: int | None = None) -> AsyncIterator[RedisBackend]:
+    backend = await RedisBackend.open(url, timeout_s=timeout_s, ttl_s=ttl_s)
+    try:
+        yield backend
+    finally:
+        await backend.close()
+
+
+def redis_key(key: BlockKey, folder: str = "tq:1") -> str:
+    return f"{folder}:{key[:32].hex()}:{key[32:].hex()}"
+
+
+class TestContract(BackendContract):
+    @pytest.fixture
+    async def backend(self, redis_server: RedisProcess) -> AsyncIterator[RedisBackend]:
+        async with opened(redis_server.url) as backend:
+            yield backend
+
+
+class TestKeys:
+    async def test_one_key_per_block_holds_the_whole_block(self, redis_server: RedisProcess) -> None:
+        key, block = sample_block(1)
+        async with opened(redis_server.url) as backend:
+            await backend.put([(key, block)])
+        assert redis_server.command("KEYS", "*") == redis_key(key)
+        assert redis_server.command("STRLEN", redis_key(key)) == str(len(block))
+        assert redis_server.command("TTL", redis_key(key)) == "-1"
+
+    async def test_time_to_live(self, redis_server: RedisProcess) -> None:
+        key, block = sample_block(1)
+        async with opened(redis_server.url, ttl_s=500) as backend:
+            await backend.put([(key, block)])
+        assert 0 < int(redis_server.command("TTL", redis_key(key))) <= 500
+
+    async def test_quarantined_blocks_are_kept_for_a_day(self, redis_server: RedisProcess) -> None:
+        key, block = sample_block(1)
+        async with opened(redis_server.url) as backend:
+            await backend.put([(key, block)])
+            await backend.quarantine(key)
+        aside = redis_key(key, "tq:quarantine:1")
+        assert redis_server.command("KEYS", "*") == aside
+        assert redis_server.command("STRLEN", aside) == str(len(block))
+        assert 86_000 < int(redis_server.command("TTL", aside)) <= 86_400
+
+    async def test_purge_takes_only_what_is_ours(self, redis_server: RedisProcess) -> None:
+        ours, theirs = sample_blocks(3), sample_blocks(3, namespace=OTHER_NAMESPACE)
+        redis_server.command("SET", "session:42", "someone else's")
+        async with opened(redis_server.url) as backend:
+            await backend.put(ours + theirs)
+            await backend.quarantine(ours[0][0])
+            await backend.quarantine(theirs[0][0])
+            assert await backend.purge(NAMESPACE) == 2, "quarantined blocks go, but do not count"
+            left = redis_server.command("KEYS", "*").splitlines()
+            assert sorted(left) == sorted(
+                ["session:42", redis_key(theirs[0][0], "tq:quarantine:1")]
+                + [redis_key(key) for key, _ in theirs[1:]]
+            )
+            assert await backend.purge() == 2
+        assert redis_server.command("KEYS", "*") == "session:42"
+
+    async def test_purge_of_many_pages(self, redis_server: RedisProcess) -> None:
+        async with opened(redis_server.url) as backend:
+            await backend.put(sample_blocks(3500))
+            assert await backend.purge(NAMESPACE) == 3500
+        statistics = redis_server.command("INFO", "commandstats")
+        assert int(re.search(r"cmdstat_scan:calls=(\d+)", statistics)[1]) > 3, "page by page"
+        assert not re.search(r"cmdstat_(keys|flushdb)\b", statistics)
+
+    async def test_a_value_of_another_type_is_a_miss(self, redis_server: RedisProcess) -> None:
+        redis_server.command("RPUSH", redis_key(sample_key(1)), "a list")
+        async with opened(redis_server.url) as backend:
+            assert await backend.get([sample_key(1)]) == [None]
+
+
+class TestMemoryLimit:
+    async def test_a_server_that_may_not_evict_is_full(self, redis_server: RedisProcess) -> None:
+        first, *rest = sample_blocks(8, 1 << 20)
+        async with opened(redis_server.url) as backend:
+            await backend.put([first])
+            redis_server.command("CONFIG", "SET", "maxmemory", "3mb")
+            with pytest.raises(BackendFull, match="is full: raise its maxmemory or set maxmemory-policy"):
+                await backend.put(rest)
+            assert await backend.get([first[0]]) == [first[1]]
+
+    async def test_a_server_that_may_evict_keeps_its_own_budget(self, redis_server: RedisProcess) -> None:
+        redis_server.command("CONFIG", "SET", "maxmemory", "6mb", "maxmemory-policy", "allkeys-lru")
+        blocks = sample_blocks(20, 1 << 20)
+        async with opened(redis_server.url) as backend:
+            for block in blocks:
+                await backend.put([block])
+            found = await backend.get(keys_of(blocks))
+            assert all(got in (None, block) for got, block in zip(found, bytes_of(blocks), strict=True))
+            assert found[-1] is not None
+            stats = await backend.stats()
+        assert stats.budget_bytes == 6 << 20
+        assert stats.evicted_blocks >= found.count(None) > 0, "replies take memory too, so more may go"
+
+    async def test_without_a_limit_there_is_no_budget(self, redis_server: RedisProcess) -> None:
+        async with opened(redis_server.url) as backend:
+            assert (await backend.stats()).budget_bytes is None
+
+
+class TestRoundTrips:
+    @pytest.fixture
+    async def proxy(self, redis_server: RedisProcess, tmp_path: Path) -> AsyncIterator[Proxy]:
+        async with Proxy(redis_server, tmp_path) as proxy:
+            yield proxy
+
+    async def test_one_for_the_existence_of_a_whole_prefix(self, proxy: Proxy) -> None:
+        blocks = sample_blocks(200)
+        async with opened(proxy.url) as backend:
+            await backend.put(blocks[:100])
+            # if the client waited for any reply before its last request, this would never end
+            proxy.bursts.clear()
+            proxy.open_gate.clear()
+            lookup = asyncio.create_task(backend.contains(keys_of(blocks)))
+            while sum(request.count(b"EXISTS") for request in proxy.requests()) < 200:
+                proxy.requested.clear()
+                await proxy.requested.wait()
+            assert not lookup.done()
+            proxy.open_gate.set()
+            assert await lookup == [True] * 100 + [False] * 100
+        assert len(proxy.requests()) == 1
+
+    async def test_puts_of_bounded_bytes(self, proxy: Proxy) -> None:
+        blocks = [*sample_blocks(5, 6 << 20), sample_block(5, 20 << 20)]
+        async with opened(proxy.url) as backend:
+            proxy.bursts.clear()
+            proxy.open_gate.clear()
+            put = asyncio.create_task(backend.put(blocks))
+            while sum(map(len, proxy.requests())) < 12 << 20:
+                proxy.requested.clear()
+                await proxy.requested.wait()
+            # two blocks have passed; the third waits for their replies
+            assert [len(request) >> 20 for request in proxy.requests()] == [12]
+            proxy.open_gate.set()
+            assert await put == [PutOutcome.STORED] * 6
+
+    @pytest.mark.parametrize(
+        ("mebibytes", "trips"),
+        [
+            ([], []),
+            ([6, 6, 6, 6, 6], [[6, 6], [6, 6], [6]]),
+            ([8, 8, 1], [[8, 8], [1]]),
+            ([1, 20, 1], [[1], [20], [1]]),
+        ],
+    )
+    def test_batches_are_cut_at_16_mebibytes(self, mebibytes: list[int], trips: list[list[int]]) -> None:
+        blocks = [(sample_key(number), bytes(size << 20)) for number, size in enumerate(mebibytes)]
+        groups = list(_round_trips(blocks))
+        assert [[len(block) >> 20 for _, block in group] for group in groups] == trips
+        assert [key for group in groups for key, _ in group] == keys_of(blocks)
+
+    async def test_gets_of_bounded_bytes(self, proxy: Proxy) -> None:
+        blocks = sample_blocks(9, 6 << 20)
+        async with opened(proxy.url) as backend:
+            await backend.put(blocks)
+            await backend.get(keys_of(blocks[:1]))
+            proxy.bursts.clear()
+            found = await backend.get(keys_of(blocks))
+        assert [got == block for got, block in zip(found, bytes_of(blocks), strict=True)] == [True] * 9
+        assert [len(reply) >> 20 for reply in proxy.replies()] == [12, 12, 12, 12, 6]
+
+    async def test_gets_of_small_blocks_share_round_trips(self, proxy: Proxy) -> None:
+        blocks = sample_blocks(500)
+        async with opened(proxy.url) as backend:
+            await backend.put(blocks)
+            proxy.bursts.clear()
+            assert await backend.get(keys_of(blocks)) == bytes_of(blocks)
+        assert len(proxy.requests()) <= 2
+
+    async def test_a_call_that_is_cancelled_takes_its_reply_with_it(self, proxy: Proxy) -> None:
+        wanted, other = sample_blocks(2)
+        async with opened(proxy.url) as backend:
+            await backend.put([wanted, other])
+            proxy.open_gate.clear()
+            proxy.requested.clear()
+            abandoned = asyncio.create_task(backend.get([other[0]]))
+            await proxy.requested.wait()
+            abandoned.cancel()
+            await asyncio.wait([abandoned])
+            proxy.open_gate.set()
+            for _ in range(20):
+                assert await backend.get([wanted[0]]) == [wanted[1]]
+
+    async def test_a_connection_cut_in_the_middle_of_a_reply(self, proxy: Proxy) -> None:
+        key, block = sample_block(1, 500_000)
+        async with opened(proxy.url) as backend:
+            await backend.put([(key, block)])
+            proxy.cut_after = 1000
+            with pytest.raises(BackendUnavailable, match=r"redis at .*proxy\.sock does not work: "):
+                await backend.get([key])
+            proxy.cut_after = None
+            assert await backend.get([key]) == [block], "works again at once"
+
+    async def test_a_server_that_stalls_later(self, proxy: Proxy) -> None:
+        key, block = sample_block(1)
+        async with opened(proxy.url, timeout_s=1.0) as backend:
+            proxy.open_gate.clear()
+            start = time.monotonic()
+            errors = await asyncio.gather(
+                backend.contains([key]),
+                backend.get([key]),
+                backend.put([(key, block)]),
+                backend.delete([key]),
+                backend.quarantine(key),
+                backend.purge(),
+                backend.stats(),
+                return_exceptions=True,
+            )
+            assert time.monotonic() - start < 1.0 + SLACK_S
+            assert [type(error) for error in errors] == [BackendTimeout] * 7
+            assert all("did not answer within 1.0 s" in str(error) for error in errors)
+            proxy.open_gate.set()
+            assert await backend.contains([sample_key(2)]) == [False]
+
+    async def test_more_callers_than_connections(self, proxy: Proxy) -> None:
+        blocks = sample_blocks(100)
+        async with opened(proxy.url) as backend:
+            await backend.put(blocks)
+            found = await asyncio.gather(*(backend.get([key]) for key in keys_of(blocks)))
+            assert found == [[block] for block in bytes_of(blocks)]
+
+
+class TestOutages:
+    async def test_nobody_listens(self) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        with pytest.raises(BackendUnavailable, match=f"redis at 127.0.0.1:{port} does not work"):
+            await RedisBackend.open(f"redis://127.0.0.1:{port}", timeout_s=5.0)
+
+    async def test_a_server_that_accepts_and_never_answers(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"redis://127.0.0.1:{listener.getsockname()[1]}"
+            start = time.monotonic()
+            with pytest.raises(BackendTimeout, match=r"did not answer within 0\.2 s"):
+                await RedisBackend.open(url, timeout_s=0.2)
+            assert time.monotonic() - start < 0.2 + SLACK_S
+
+    async def test_a_restarted_server_is_found_again(self, tmp_path: Path) -> None:
+        server = RedisProcess(tmp_path)
+        block = sample_block(1)
+        try:
+            async with opened(server.url) as backend:
+                await backend.put([block])
+                server.kill()
+                with pytest.raises(BackendUnavailable):
+                    await backend.get([block[0]])
+                server.start()
+                assert await backend.get([block[0]]) == [None]
+                assert await backend.put([block]) == [PutOutcome.STORED]
+        finally:
+            server.kill()
+
+    async def test_a_read_only_replica(self, redis_server: RedisProcess) -> None:
+        key, block = sample_block(1)
+        async with opened(redis_server.url) as backend:
+            await backend.put([(key, block)])
+            redis_server.command("REPLICAOF", "127.0.0.1", "1")
+            try:
+                for call in (lambda: backend.put([sample_block(2)]), lambda: backend.quarantine(key)):
+                    with pytest.raises(BackendUnavailable, match="read only replica"):
+                        await call()
+            finally:
+                redis_server.command("REPLICAOF", "NO", "ONE")
+
+
+class TestCredentials:
+    PASSWORD = "hunter2#/secret"
+    QUOTED = "hunter2%23%2Fsecret"
+
+    @pytest.fixture
+    def guarded_server(self, tmp_path: Path) -> Iterator[RedisProcess]:
+        server = RedisProcess(tmp_path, "--requirepass", self.PASSWORD)
+        yield server
+        server.kill()
+
+    async def assert_keeps_the_secret(self, url: str, error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match) as caught:
+            await RedisBackend.open(url, timeout_s=5.0)
+        shown: BaseException | None = caught.value
+        while shown is not None:
+            assert "hunter2" not in str(shown)
+            shown = shown.__cause__
+
+    async def test_the_right_password(self, guarded_server: RedisProcess) -> None:
+        async with opened(f"unix://:{self.QUOTED}@{guarded_server.socket}") as backend:
+            assert await backend.put([sample_block(1)]) == [PutOutcome.STORED]
+            assert "hunter2" not in repr(backend)
+
+    async def test_a_wrong_password(self, guarded_server: RedisProcess) -> None:
+        url = f"unix://:hunter2wrong@{guarded_server.socket}"
+        await self.assert_keeps_the_secret(
+            url, BackendUnavailable, "does not work: invalid username-password"
+        )
+
+    async def test_no_password(self, guarded_server: RedisProcess) -> None:
+        with pytest.raises(BackendUnavailable, match="Authentication required"):
+            await RedisBackend.open(guarded_server.url)
+
+    async def test_a_server_that_repeats_what_it_did_not_understand(self) -> None:
+        async def repeat(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"secret\r\n")
+            writer.write(b"-ERR unknown command 'AUTH', with args beginning with: 'hunter2#/secret'\r\n")
+            await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_server(repeat, "127.0.0.1", 0) as listener:
+            port = listener.sockets[0].getsockname()[1]
+            url = f"redis://:{self.QUOTED}@127.0.0.1:{port}"
+            await self.assert_keeps_the_secret(url, BackendError, r"args beginning with: '\*\*\*'")
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "redis://:hunter2/7@host:6379",
+            "http://:hunter2@host",
+            "",
+            "redis://:hunter2@host:port",
+            "redis://:hunter2@host?socket_timeout=hunter2",
+        ],
+    )
+    async def test_a_url_that_makes_no_sense(self, url: str) -> None:
+        await self.assert_keeps_the_secret(url, ConfigError, "the URL of the redis tier must read redis://")
+
+    @pytest.mark.parametrize(("timeout_s", "ttl_s"), [(0, None), (-1.0, None), (1.0, 0)])
+    async def test_numbers_that_make_no_sense(self, timeout_s: float, ttl_s: int | None) -> None:
+        with pytest.raises(ConfigError, match=r"timeout_s above 0 and ttl_s of at least 1"):
+            await RedisBackend.open("redis://host", timeout_s=timeout_s, ttl_s=ttl_s)

@@ -1,0 +1,251 @@
+"""The client that runs inside engines: synchronous, every call with a deadline, every block verified.
+
+Not to be carried over a fork: grpc's threads do not survive one. Make the client in the process that uses it.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+
+from tq_store.backends.base import PutOutcome
+from tq_store.block import MAX_BLOCK_BYTES, verify_block
+from tq_store.config import ClientConfig
+from tq_store.errors import BlockFormatError, RpcError, RpcUnavailable
+from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
+from tq_store.rpc import convert
+from tq_store.rpc.connection import Connection
+from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
+from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    """Answer to a ping."""
+
+    latency_s: float
+    version: str
+
+
+class StoreClient:
+    """One server, seen from an engine. Safe to use from several threads; they share one connection.
+
+    Every call blocks until its deadline at the latest. Nothing is connected before the first call, and a lost
+    connection comes back by itself. Calls that change nothing are tried again, within their deadline, while
+    the server is unreachable. Batches over the limits of the contract are cut into several calls.
+
+    A call raises nothing but RpcError, whatever the server does: a block that does not verify against its key
+    is a miss, counted in `counters`.
+
+    Args:
+        address: ``host:port`` or ``unix:path``; by default the address in the config.
+        config: Deadlines, retries, TLS and token.
+
+    Raises:
+        ConfigError: A file is not readable, or a token would travel unencrypted to another machine.
+    """
+
+    def __init__(self, address: str | None = None, *, config: ClientConfig | None = None) -> None:
+        self._config = config or ClientConfig()
+        self._connection = Connection(address or self._config.address, self._config)
+
+    @property
+    def address(self) -> str:
+        """The server's address."""
+        return self._connection.address
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What went wrong since the client was made.
+
+        ``rejected_blocks`` did not verify, ``broken_streams`` broke the order of frames, ``retries`` were
+        made, ``failed_calls`` ended in an exception.
+        """
+        return {"rejected_blocks": 0, "broken_streams": 0} | self._connection.counters
+
+    def lookup(self, keys: Sequence[BlockKey]) -> int:
+        """Number of leading keys that are there; one call for up to 4096 keys."""
+        hits = 0
+        for chunk in _chunks(keys):
+            parse = partial(convert.parse_hits, num_keys=len(chunk))
+            request = convert.pack_keys(chunk)
+            found = self._connection.ask("Lookup", request, parse, timeout_s=self._config.lookup_timeout_s)
+            hits += found
+            if found < len(chunk):
+                break
+        return hits
+
+    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which of the keys are there."""
+        return self._ask_flags("Contains", keys, timeout_s=self._config.lookup_timeout_s, is_idempotent=True)
+
+    def get(self, keys: Sequence[BlockKey]) -> Iterator[tuple[int, bytes | None]]:
+        """Position and block of each key, in key order, as they arrive; None for a miss.
+
+        The call is made when the first block is asked for. A reader that stops early cancels it. If the
+        connection is lost on the way, the rest is asked for again; what was yielded stays yielded.
+
+        Raises:
+            RpcError: On the way, after any number of blocks.
+        """
+        position = 0
+        for chunk in _chunks(keys):
+            attempts = self._connection.attempts(self._config.transfer_timeout_s)
+            end = position + len(chunk)
+            while position < end:
+                try:
+                    for block in self._receive(keys[position:end], attempts.remaining_s):
+                        yield position, block
+                        position += 1
+                except RpcUnavailable as error:
+                    self._connection.wait_or_raise(attempts, error)
+
+    def put(self, blocks: Iterable[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
+        """Store blocks; one outcome per block, in order.
+
+        The iterable is read from a thread of grpc's, block by block, as the connection takes them. Never
+        tried again: a lost put is a future miss.
+        """
+        outcomes: list[PutOutcome] = []
+        source = iter(blocks)
+        next_block = next(source, None)
+        while next_block is not None:
+            batch = _PutBatch(next_block, source)
+            outcomes += self._connection.send(
+                "Put", batch.frames(), batch.parse_outcomes, timeout_s=self._config.transfer_timeout_s
+            )
+            next_block = batch.left_over
+        return outcomes
+
+    def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Remove blocks; True where one was there."""
+        return self._ask_flags("Delete", keys, timeout_s=self._config.admin_timeout_s, is_idempotent=False)
+
+    def purge(self, namespace: bytes | None) -> int:
+        """Remove all blocks of a namespace digest, or with None all there are; returns how many."""
+        return self._connection.ask(
+            "Purge",
+            convert.pack_purge(namespace),
+            convert.parse_purged,
+            timeout_s=self._config.admin_timeout_s,
+            is_idempotent=False,
+        )
+
+    def stats(self) -> convert.ServerStats:
+        """What the server tells of itself."""
+        request, timeout_s = convert.pack_stats_request(), self._config.admin_timeout_s
+        return self._connection.ask("Stats", request, convert.parse_stats, timeout_s=timeout_s)
+
+    def inspect(self, key: BlockKey) -> list[convert.TierCopy]:
+        """What each tier has under a key, from the fastest to the slowest."""
+        request, timeout_s = convert.pack_inspect(key), self._config.admin_timeout_s
+        return self._connection.ask("Inspect", request, convert.parse_copies, timeout_s=timeout_s)
+
+    def ping(self) -> Pong:
+        """Time for one round trip, the first one with connecting, and the server's version."""
+        started = time.perf_counter()
+        request, timeout_s = convert.pack_ping(), self._config.lookup_timeout_s
+        version = self._connection.ask("Ping", request, convert.parse_pong, timeout_s=timeout_s)
+        return Pong(latency_s=time.perf_counter() - started, version=version)
+
+    def close(self) -> None:
+        """Cut the connection; calls in other threads end with RpcError. A second close does nothing."""
+        self._connection.close()
+
+    def __enter__(self) -> "StoreClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask_flags(
+        self, method: str, keys: Sequence[BlockKey], *, timeout_s: float, is_idempotent: bool
+    ) -> list[bool]:
+        flags: list[bool] = []
+        for chunk in _chunks(keys):
+            flags += self._connection.ask(
+                method,
+                convert.pack_keys(chunk),
+                partial(convert.parse_flags, num_keys=len(chunk)),
+                timeout_s=timeout_s,
+                is_idempotent=is_idempotent,
+            )
+        return flags
+
+    def _receive(self, keys: Sequence[BlockKey], timeout_s: float) -> Iterator[bytes | None]:
+        """One answer per key from one Get. A server that breaks the order of frames is not read further."""
+        received = 0
+        assembler = Assembler(num_blocks=len(keys), keyed=False)
+        frames = self._connection.receive("Get", convert.pack_keys(keys), timeout_s=timeout_s)
+        try:
+            for raw in frames:
+                block = assembler.add(parse_frame(raw))
+                if block is not None:
+                    received += 1
+                    yield self._verified(keys[block.index], block.data)
+        except ValueError:
+            self._connection.count("broken_streams")
+        except RpcError:
+            if received < len(keys):
+                raise
+        finally:
+            frames.close()
+        yield from [None] * (len(keys) - received)
+
+    def _verified(self, key: BlockKey, data: bytes | None) -> bytes | None:
+        if data is None:
+            return None
+        try:
+            verify_block(data, key)
+        except BlockFormatError:
+            self._connection.count("rejected_blocks")
+            return None
+        return data
+
+
+class _PutBatch:
+    """The blocks of one Put: taken from the caller's iterator until a limit of the contract is reached."""
+
+    def __init__(self, first: tuple[BlockKey, bytes], source: Iterator[tuple[BlockKey, bytes]]) -> None:
+        self.left_over: tuple[BlockKey, bytes] | None = None
+        self._first = first
+        self._source = source
+        self._was_sent: list[bool] = []
+        self._is_complete = False
+
+    def frames(self) -> Iterator[bytes]:
+        """Serialized frames of the blocks that can be sound; read from a thread of grpc's."""
+        block: tuple[BlockKey, bytes] | None = self._first
+        index, total_bytes = 0, 0
+        while block is not None:
+            key, data = block
+            is_possible = len(key) == BLOCK_KEY_BYTES and 0 < len(data) <= MAX_BLOCK_BYTES
+            if is_possible and (index == MAX_KEYS or total_bytes + len(data) > MAX_PUT_BYTES):
+                self.left_over = block
+                break
+            self._was_sent.append(is_possible)
+            if is_possible:
+                total_bytes += len(data)
+                for frame in cut_block(index, data, key=key):
+                    yield pack_frame(frame)
+                index += 1
+            block = next(self._source, None)
+        self._is_complete = True
+
+    def parse_outcomes(self, raw: bytes) -> list[PutOutcome]:
+        """Outcomes of all blocks of the batch; those that were not worth sending are invalid.
+
+        Raises:
+            ValueError: Not one outcome per block sent, or an answer before the last block was sent.
+        """
+        if not self._is_complete:
+            raise ValueError("the server answered before it had all blocks")
+        sent = iter(convert.parse_outcomes(raw, num_blocks=sum(self._was_sent)))
+        return [next(sent) if was_sent else PutOutcome.INVALID for was_sent in self._was_sent]
+
+
+def _chunks(keys: Sequence[BlockKey]) -> Iterator[Sequence[BlockKey]]:
+    return (keys[start : start + MAX_KEYS] for start in range(0, len(keys), MAX_KEYS))

@@ -1,0 +1,277 @@
+"""Settings of server and client, and the one function that reads them.
+
+A setting is called the same everywhere: `memory_budget` in the file, `--memory-budget` on the command line,
+`TQ_STORE_MEMORY_BUDGET` in the environment, `memory_budget_bytes` in the object, where the unit is fixed.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from tq_store.errors import ConfigError
+from tq_store.settings import (
+    COUNT,
+    DURATION,
+    ENVIRONMENT_PREFIX,
+    PATH,
+    SIZE,
+    SWITCH,
+    TEXT,
+    Setting,
+    about,
+    settings,
+)
+
+DEFAULT_ADDRESS = "127.0.0.1:7437"
+_KUBERNETES_NAME = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP)(_.+)?)")
+_KUBERNETES_VALUE = re.compile(r"(tcp|udp)://.*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of `tq-store serve`; each field's meaning is its `help`."""
+
+    listen: str = field(
+        default=DEFAULT_ADDRESS,
+        metadata=about(TEXT, "where to listen: host:port (port 0 picks one) or unix:path", "ADDRESS"),
+    )
+    memory_budget_bytes: int = field(
+        default=1 << 30, metadata=about(SIZE, "host memory for blocks, payload and headers")
+    )
+    disk_path: Path | None = field(
+        default=None, metadata=about(PATH, "directory of the disk tier; no disk tier without it")
+    )
+    disk_budget_bytes: int | None = field(
+        default=None, metadata=about(SIZE, "disk space for blocks; required with a disk path")
+    )
+    redis_url: str | None = field(
+        default=None,
+        repr=False,  # may hold a password
+        metadata=about(TEXT, "shared tier, e.g. redis://host:6379/0, rediss:// or unix://", "URL"),
+    )
+    write_queue_bytes: int = field(
+        default=256 << 20,
+        metadata=about(SIZE, "blocks waiting for a lower tier; beyond it they are not written there"),
+    )
+    metrics_port: int | None = field(
+        default=None, metadata=about(COUNT, "serve Prometheus metrics on this port (0 picks one)", "PORT")
+    )
+    metrics_host: str = field(
+        default="127.0.0.1", metadata=about(TEXT, "address of the metrics port", "HOST")
+    )
+    tls_cert: Path | None = field(default=None, metadata=about(PATH, "server certificate chain, PEM"))
+    tls_key: Path | None = field(default=None, metadata=about(PATH, "private key of the certificate, PEM"))
+    tls_client_ca: Path | None = field(
+        default=None, metadata=about(PATH, "demand client certificates signed by this CA, PEM")
+    )
+    token_file: Path | None = field(
+        default=None, metadata=about(PATH, "demand one of the tokens in this file, one a line")
+    )
+    max_inflight_bytes: int = field(
+        default=1 << 30, metadata=about(SIZE, "blocks being received at once; a put beyond it is refused")
+    )
+    max_concurrent_calls: int = field(
+        default=256, metadata=about(COUNT, "calls at once; a call beyond it is refused")
+    )
+    call_timeout_s: float = field(
+        default=120.0, metadata=about(DURATION, "longest life of a call, whatever the client asks")
+    )
+    grace_s: float = field(
+        default=20.0, metadata=about(DURATION, "time that calls in flight get to finish at shutdown")
+    )
+
+    def __post_init__(self) -> None:
+        split_address(self.listen)
+        positive = ("memory_budget_bytes", "disk_budget_bytes", "write_queue_bytes", "max_inflight_bytes")
+        _check_positive(self, *positive, "max_concurrent_calls", "call_timeout_s")
+        if (self.disk_path is None) != (self.disk_budget_bytes is None):
+            raise ConfigError("disk_path and disk_budget go together: set both, or neither")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key go together: set both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("tls_client_ca asks clients for certificates; set tls_cert and tls_key too")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"metrics_port is {self.metrics_port}; a port lies in 0 to 65535")
+        missing = [
+            flag
+            for flag, path in (("--tls-cert and --tls-key", self.tls_cert), ("--token-file", self.token_file))
+            if path is None
+        ]
+        if missing and not is_local(self.listen):
+            raise ConfigError(
+                f"listen is {self.listen}, which other machines can reach: add {' and '.join(missing)}, "
+                f"or listen on 127.0.0.1"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """Settings of a client; each field's meaning is its `help`."""
+
+    address: str = field(
+        default=DEFAULT_ADDRESS,
+        metadata=about(TEXT, "where the server is: host:port or unix:path", "ADDRESS"),
+    )
+    connect_timeout_s: float = field(
+        default=2.0, metadata=about(DURATION, "longest wait for a connection to come up")
+    )
+    lookup_timeout_s: float = field(
+        default=1.0, metadata=about(DURATION, "deadline of lookup, contains and ping, retries included")
+    )
+    transfer_timeout_s: float = field(
+        default=30.0, metadata=about(DURATION, "deadline of a get or a put, retries included")
+    )
+    admin_timeout_s: float = field(
+        default=30.0, metadata=about(DURATION, "deadline of stats, inspect, delete and purge")
+    )
+    max_attempts: int = field(
+        default=3,
+        metadata=about(COUNT, "times that a call is tried which changes nothing"),
+    )
+    backoff_s: float = field(
+        default=0.05, metadata=about(DURATION, "mean pause before the second attempt; doubles, with jitter")
+    )
+    tls: bool = field(default=False, metadata=about(SWITCH, "use TLS and the system's authorities"))
+    tls_ca: Path | None = field(
+        default=None,
+        metadata=about(PATH, "use TLS; the server's certificate is signed by this CA, PEM"),
+    )
+    tls_cert: Path | None = field(default=None, metadata=about(PATH, "certificate to show the server, PEM"))
+    tls_key: Path | None = field(default=None, metadata=about(PATH, "private key of that certificate, PEM"))
+    token_file: Path | None = field(
+        default=None, metadata=about(PATH, "show the server the first token in this file")
+    )
+
+    def __post_init__(self) -> None:
+        split_address(self.address)
+        timeouts = ("connect_timeout_s", "lookup_timeout_s", "transfer_timeout_s", "admin_timeout_s")
+        _check_positive(self, *timeouts, "max_attempts", "backoff_s")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key go together: set both, or neither")
+        if self.tls_cert is not None and not self.uses_tls:
+            raise ConfigError("tls_cert is shown over TLS only; set tls_ca or tls too")
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.tls or self.tls_ca is not None
+
+
+Config = TypeVar("Config", ServerConfig, ClientConfig)
+_TABLES: dict[str, type[ServerConfig] | type[ClientConfig]] = {"server": ServerConfig, "client": ClientConfig}
+
+
+def load_config(
+    config_type: type[Config],
+    *,
+    arguments: Mapping[str, Any],
+    file: Path | None = None,
+    environment: Mapping[str, str],
+) -> Config:
+    """Settings from all sources: an argument beats the file, the file the environment, that the default.
+
+    Args:
+        config_type: `ServerConfig` or `ClientConfig`.
+        arguments: Explicit values by setting name.
+        file: TOML with the tables ``[server]`` and ``[client]``.
+        environment: Usually `os.environ`; only names that start with ``TQ_STORE_`` are looked at.
+
+    Raises:
+        ConfigError: A key is unknown (the message names the nearest), a value not understood or not allowed.
+    """
+    known = settings(config_type)
+    sources: tuple[tuple[str, Mapping[str, Any]], ...] = (
+        ("environment", _from_environment(known, environment)),
+        (str(file), _from_file(config_type, file) if file else {}),
+        ("arguments", arguments),
+    )
+    values: dict[str, Any] = {}
+    for source, given in sources:
+        for name, value in given.items():
+            if name not in known:
+                _reject_unknown(name, known, source)
+            values[known[name].field_name] = _parse(known[name], value, source)
+    return config_type(**values)
+
+
+def _parse(setting: Setting, value: Any, source: str) -> Any:
+    try:
+        return setting.kind.parse(value)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{setting.name} ({source}): {value!r} is not understood; "
+            f"write for example {setting.kind.example}"
+        ) from error
+
+
+def _from_environment(known: Mapping[str, Setting], environment: Mapping[str, str]) -> dict[str, str]:
+    """Our variables, less those that Kubernetes sets for every Service whose name starts with tq-store."""
+    variables = {setting.variable for table in _TABLES.values() for setting in settings(table).values()}
+    own = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+        and not _KUBERNETES_NAME.fullmatch(name.removeprefix(ENVIRONMENT_PREFIX))
+        and not _KUBERNETES_VALUE.fullmatch(value)
+    }
+    for name in own.keys() - variables:
+        _reject_unknown(name, variables, "environment")
+    return {name: own[setting.variable] for name, setting in known.items() if setting.variable in own}
+
+
+def _from_file(config_type: type[Config], file: Path) -> Mapping[str, Any]:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"config file {file} is not TOML: {error}") from error
+    for name, table in content.items():
+        if name not in _TABLES:
+            _reject_unknown(name, _TABLES, str(file))
+        if not isinstance(table, dict):
+            raise ConfigError(f"{name} ({file}) is a table: write [{name}] on a line of its own")
+    own: list[Mapping[str, Any]] = [content[name] for name in content if _TABLES[name] is config_type]
+    return own[0] if own else {}
+
+
+def _reject_unknown(name: str, known: Iterable[str], source: str) -> NoReturn:
+    (nearest,) = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+    raise ConfigError(f"unknown setting {name!r} ({source}); did you mean {nearest!r}?")
+
+
+def _check_positive(config: ServerConfig | ClientConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} is {value}; it must be greater than 0")
+
+
+def split_address(address: str) -> tuple[str, int | None]:
+    """Host and port of ``host:port`` or ``[v6]:port``; for ``unix:path``, the path and None.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if address.startswith("unix:") and len(address) > len("unix:"):
+        return address.removeprefix("unix:"), None
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]/\s]+):(\d{1,5})", address)
+    if not match or int(match[2]) > 65535:
+        raise ConfigError(f"{address!r} is not an address; write host:port, [v6]:port or unix:path")
+    return match[1].strip("[]"), int(match[2])
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine can reach an address: a Unix socket, 127.0.0.0/8, ::1 or localhost."""
+    host, port = split_address(address)
+    if port is None or host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

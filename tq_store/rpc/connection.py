@@ -1,0 +1,220 @@
+"""A client's connection to one server: credentials, deadlines, retries, and grpc's exceptions made ours."""
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from tq_store.config import ClientConfig, is_local
+from tq_store.errors import ConfigError, RpcError, RpcUnavailable
+from tq_store.rpc.convert import SERVICE_NAME
+from tq_store.rpc.limits import MAX_MESSAGE_BYTES
+from tq_store.rpc.status import error_of
+from tq_store.rpc.token import METADATA_KEY, bearer, load_tokens
+
+_KEEPALIVE_MS = 30_000
+_MAX_RECONNECT_PAUSE_MS = 2_000
+
+T = TypeVar("T")
+
+
+class Connection:
+    """Carries requests and answers as bytes; what they mean is its user's affair.
+
+    Called from any thread, blocks until the deadline at the latest. Connects with the first call and again
+    whenever the connection was lost.
+
+    Args:
+        address: ``host:port`` or ``unix:path``.
+        config: Deadlines, retries, TLS and token.
+
+    Raises:
+        ConfigError: A file is not readable, or a token would travel unencrypted to another machine.
+    """
+
+    def __init__(self, address: str, config: ClientConfig) -> None:
+        self.address = address
+        self._config = config
+        self._metadata = _token_metadata(address, config)
+        self._channel = _open_channel(address, config)
+        self._closed = threading.Event()
+        self._counters: Counter[str] = Counter(retries=0, failed_calls=0)
+        self._counters_lock = threading.Lock()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """``retries`` made, ``failed_calls`` that ended in an exception, and what users have counted."""
+        with self._counters_lock:
+            return dict(self._counters)
+
+    def count(self, name: str) -> None:
+        """Add one to a counter."""
+        with self._counters_lock:
+            self._counters[name] += 1
+
+    def attempts(self, timeout_s: float) -> "Attempts":
+        """The deadline and the retries of one call that starts now."""
+        return Attempts(self._config, timeout_s)
+
+    def ask(
+        self,
+        method: str,
+        request: bytes,
+        parse: Callable[[bytes], T],
+        *,
+        timeout_s: float,
+        is_idempotent: bool = True,
+    ) -> T:
+        """One request, one answer; asked again while the server is unreachable, if that changes nothing.
+
+        Raises:
+            RpcError: As its subclasses say; also when `parse` raises ValueError.
+        """
+        send = self._channel.unary_unary(_path(method), None, None)
+        attempts = self.attempts(timeout_s)
+        while True:
+            try:
+                with self._translated(method):
+                    return parse(send(request, timeout=attempts.remaining_s, metadata=self._metadata))
+            except RpcUnavailable as error:
+                if not is_idempotent:
+                    raise
+                self.wait_or_raise(attempts, error)
+
+    def receive(self, method: str, request: bytes, *, timeout_s: float) -> Generator[bytes, None, None]:
+        """One request, a stream of answers. Closing the iterator cancels the call.
+
+        Raises:
+            RpcError: At any point of the stream.
+        """
+        start = self._channel.unary_stream(_path(method), None, None)
+        with self._translated(method):
+            call = start(request, timeout=timeout_s, metadata=self._metadata)
+            try:
+                yield from call
+            finally:
+                call.cancel()  # type: ignore[no-untyped-call]  # the stub forgot its type
+
+    def send(
+        self, method: str, requests: Iterator[bytes], parse: Callable[[bytes], T], *, timeout_s: float
+    ) -> T:
+        """A stream of requests, read from a thread of grpc's as the network takes them; one answer.
+
+        Raises:
+            RpcError: As its subclasses say; also when `parse` raises ValueError.
+        """
+        start = self._channel.stream_unary(_path(method), None, None)
+        with self._translated(method):
+            return parse(start(requests, timeout=timeout_s, metadata=self._metadata))
+
+    def wait_or_raise(self, attempts: "Attempts", error: RpcUnavailable) -> None:
+        """Pause before the next attempt.
+
+        Raises:
+            RpcUnavailable: `error`, if there is no next attempt.
+        """
+        pause_s = attempts.next_pause_s()
+        if pause_s is None or self._closed.wait(pause_s):
+            raise error
+        self.count("retries")
+
+    def close(self) -> None:
+        """Cut the connection; calls in other threads end with RpcError. A second close does nothing."""
+        self._closed.set()
+        self._channel.close()
+
+    def _translated(self, method: str) -> "_Translated":
+        return _Translated(self, method)
+
+
+class _Translated:
+    """Context in which whatever a call raises becomes an RpcError, counted once."""
+
+    def __init__(self, connection: Connection, method: str) -> None:
+        self._connection = connection
+        self._what = f"{method} at {connection.address}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, grpc.RpcError):
+            assert isinstance(error, grpc.Call)
+            translated = error_of(error.code(), f"{self._what}: {error.details()}")
+        elif isinstance(error, ValueError):  # from a parser, or grpc's way to say that the channel is closed
+            translated = RpcError(f"{self._what}: {error}")
+        else:
+            return
+        self._connection.count("failed_calls")
+        raise translated from error
+
+
+class Attempts:
+    """The deadline of a call, and how often and when it may be tried again within it."""
+
+    def __init__(self, config: ClientConfig, timeout_s: float) -> None:
+        self._deadline = time.monotonic() + timeout_s
+        self._left = config.max_attempts - 1
+        self._mean_pause_s = config.backoff_s
+
+    @property
+    def remaining_s(self) -> float:
+        """Time until the deadline."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def next_pause_s(self) -> float | None:
+        """How long to wait before the next attempt, or None if there is none. Doubles, with jitter."""
+        pause_s = self._mean_pause_s * random.uniform(0.5, 1.5)  # noqa: S311 - spreads clients, guards nothing
+        if not self._left or pause_s >= self.remaining_s:
+            return None
+        self._left -= 1
+        self._mean_pause_s *= 2
+        return pause_s
+
+
+def _path(method: str) -> str:
+    return f"/{SERVICE_NAME}/{method}"
+
+
+def _token_metadata(address: str, config: ClientConfig) -> tuple[tuple[str, str], ...]:
+    if config.token_file is None:
+        return ()
+    if not config.uses_tls and not is_local(address):
+        raise ConfigError(f"the token would travel unencrypted to {address}: set tls_ca, or tls")
+    return ((METADATA_KEY, bearer(load_tokens(config.token_file)[0])),)
+
+
+def _open_channel(address: str, config: ClientConfig) -> grpc.Channel:
+    connect_ms = max(1, round(config.connect_timeout_s * 1000))
+    options = (
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", connect_ms),
+        ("grpc.min_reconnect_backoff_ms", connect_ms),  # grpc's name for the time a connection may take
+        ("grpc.initial_reconnect_backoff_ms", max(1, round(config.backoff_s * 1000))),
+        ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_PAUSE_MS),
+        ("grpc.enable_retries", 0),  # grpc does not know which calls may be repeated
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    )
+    if not config.uses_tls:
+        return grpc.insecure_channel(address, options=options)
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=_read(config.tls_ca),
+        private_key=_read(config.tls_key),
+        certificate_chain=_read(config.tls_cert),
+    )
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def _read(path: Path | None) -> bytes | None:
+    try:
+        return path.read_bytes() if path else None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,170 @@
+"""The server process: built from a config, watched by health checks, drained before it ends."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tq_store.backends.base import Backend
+from tq_store.backends.disk import DiskBackend
+from tq_store.backends.memory import MemoryBackend
+from tq_store.backends.redis import RedisBackend
+from tq_store.config import ServerConfig, split_address
+from tq_store.errors import ConfigError
+from tq_store.rpc.convert import METHODS, SERVICE_NAME
+from tq_store.rpc.limits import MAX_MESSAGE_BYTES
+from tq_store.rpc.token import load_tokens
+from tq_store.server.auth import TokenInterceptor
+from tq_store.server.gate import ByteBudget, CallGate
+from tq_store.server.metrics import Metrics, MetricsEndpoint, StoreCollector
+from tq_store.server.service import BlockStoreService
+from tq_store.tiering.store import TieredStore
+
+logger = logging.getLogger(__name__)
+
+_LAST_BYTES_S = 1.0
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.so_reuseport", 0),  # a second server on the port fails to start, it does not steal calls
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class Server:
+    """A running server. Made by `start`; owns its tiers, its port and its threads until `stop`."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.metrics_url: str | None = None
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+        self._resources = AsyncExitStack()
+
+    @classmethod
+    async def start(cls, config: ServerConfig) -> "Server":
+        """Open the tiers, then the port. Nothing is left behind if any of it fails.
+
+        Raises:
+            ConfigError: A setting cannot be used: a file, an address, a budget.
+            BackendError: A configured tier does not answer. A server without it would not be what was asked.
+        """
+        server = cls()
+        try:
+            await server._start(config)
+        except BaseException:
+            await server._resources.aclose()
+            raise
+        return server
+
+    async def stop(self) -> None:
+        """Drain: unhealthy, no new calls, those in flight get the grace period; then flush and close."""
+        await self._resources.aclose()
+
+    async def _start(self, config: ServerConfig) -> None:
+        """Open one thing after the other; what is opened first is closed last."""
+        tiers = await self._open_tiers(config)
+        store = TieredStore(tiers, write_queue_bytes=config.write_queue_bytes)
+        self._resources.pop_all()  # the tiers are the store's now
+        self._resources.push_async_callback(store.close)
+        metrics = Metrics(METHODS)
+        gate = CallGate(metrics, call_timeout_s=config.call_timeout_s)
+        budget = ByteBudget(metrics, limit_bytes=config.max_inflight_bytes)
+        service = BlockStoreService(store, tiers, gate=gate, budget=budget, metrics=metrics)
+        if config.metrics_port is not None:
+            metrics.registry.register(StoreCollector(service.read_stats, asyncio.get_running_loop()))
+            endpoint = MetricsEndpoint(metrics.registry, host=config.metrics_host, port=config.metrics_port)
+            self._resources.push_async_callback(asyncio.to_thread, endpoint.close)
+            self.metrics_url = endpoint.url
+        interceptors = []
+        if config.token_file is not None:
+            interceptors.append(TokenInterceptor(load_tokens(config.token_file), metrics.denied))
+        grpc_server = grpc.aio.server(
+            interceptors=interceptors,
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=config.max_concurrent_calls,
+        )
+        grpc_server.add_generic_rpc_handlers((service.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, grpc_server)
+        names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), grpc_server)
+        self.address = _bind(grpc_server, config)
+        await grpc_server.start()
+        self._resources.push_async_callback(grpc_server.stop, _LAST_BYTES_S)
+        self._resources.push_async_callback(self._drain, gate, config.grace_s)
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def _open_tiers(self, config: ServerConfig) -> list[Backend]:
+        tiers: list[Backend] = [MemoryBackend(budget_bytes=config.memory_budget_bytes)]
+        if config.disk_path is not None and config.disk_budget_bytes is not None:
+            tiers.append(await DiskBackend.open(config.disk_path, budget_bytes=config.disk_budget_bytes))
+            self._resources.push_async_callback(tiers[-1].close)
+        if config.redis_url is not None:
+            tiers.append(await RedisBackend.open(config.redis_url))
+            self._resources.push_async_callback(tiers[-1].close)
+        return tiers
+
+    async def _drain(self, gate: CallGate, grace_s: float) -> None:
+        await self._health.enter_graceful_shutdown()
+        num_cut = await gate.drain(grace_s)
+        if num_cut:
+            logger.warning("%d calls were still running after %g s and are cut", num_cut, grace_s)
+
+
+async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends the process at once.
+
+    Raises:
+        ConfigError, BackendError: It could not start.
+    """
+    loop, asked_to_stop = asyncio.get_running_loop(), asyncio.Event()
+    server = await Server.start(config)
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, asked_to_stop.set)
+    on_ready(server)
+    await asked_to_stop.wait()
+    for number in signals:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+    logger.info("stopping; calls in flight have %g s", config.grace_s)
+    await server.stop()
+
+
+def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:
+    """Open the port; returns the address with the port that was chosen."""
+    try:
+        if config.tls_cert is None or config.tls_key is None:
+            port = grpc_server.add_insecure_port(config.listen)
+        else:
+            client_ca = _read(config.tls_client_ca) if config.tls_client_ca else None
+            credentials = grpc.ssl_server_credentials(
+                [(_read(config.tls_key), _read(config.tls_cert))],
+                root_certificates=client_ca,
+                require_client_auth=client_ca is not None,
+            )
+            port = grpc_server.add_secure_port(config.listen, credentials)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {config.listen}: another process may use it, the host may not be ours, "
+            f"or the TLS files may not fit together"
+        ) from error
+    if split_address(config.listen)[1] is None:
+        return config.listen
+    return f"{config.listen.rpartition(':')[0]}:{port}"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error

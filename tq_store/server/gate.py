@@ -1,0 +1,103 @@
+"""The gate that every store call passes: counted, limited in time and bytes, its errors made statuses."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from tq_store.errors import BackendFull, BackendUnavailable, TQStoreError
+from tq_store.rpc.status import status_of
+from tq_store.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CallGate:
+    """Counts the calls in flight, so that a drain can wait for them.
+
+    Args:
+        metrics: Told about each call.
+        call_timeout_s: Longest life of a call, whatever deadline its client set.
+    """
+
+    def __init__(self, metrics: Metrics, *, call_timeout_s: float) -> None:
+        self._metrics = metrics
+        self._call_timeout_s = call_timeout_s
+        self._num_active = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._is_draining = False
+
+    async def run(self, method: str, context: Context, body: Callable[[], Awaitable[bytes | None]]) -> Any:
+        """One call, from its first to its last byte. What the body raises becomes the call's status."""
+        started = time.perf_counter()
+        self._metrics.started()
+        self._num_active += 1
+        self._is_idle.clear()
+        code, text = grpc.StatusCode.OK, ""
+        try:
+            if self._is_draining:
+                raise BackendUnavailable("the server is shutting down")
+            async with asyncio.timeout(self._call_timeout_s):
+                return await body()
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except (TQStoreError, ValueError, TimeoutError) as error:
+            code, text = status_of(error), str(error) or "the call took longer than the server allows"
+        except Exception:
+            logger.exception("%s failed", method)
+            code, text = grpc.StatusCode.INTERNAL, "the server failed; its log says how"
+        finally:
+            self._num_active -= 1
+            if not self._num_active:
+                self._is_idle.set()
+            self._metrics.finished(method, code.name, time.perf_counter() - started)
+        return await context.abort(code, text)
+
+    async def drain(self, grace_s: float) -> int:
+        """Refuse new calls and wait for those in flight; returns how many were still there at the end."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            return self._num_active
+        return 0
+
+
+class ByteBudget:
+    """Bounds the bytes of blocks that are being received, over all calls together.
+
+    Overflow is refused at once, not queued: a client whose put is refused has lost nothing but a future hit.
+    """
+
+    def __init__(self, metrics: Metrics, *, limit_bytes: int) -> None:
+        self._metrics = metrics
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take a share of the budget.
+
+        Raises:
+            BackendFull: It is not there.
+        """
+        if self._used_bytes + num_bytes > self._limit_bytes:
+            raise BackendFull(
+                f"{self._used_bytes} bytes are being received; {num_bytes} more would exceed "
+                f"max_inflight of {self._limit_bytes}"
+            )
+        self._used_bytes += num_bytes
+        self._metrics.inflight(self._used_bytes)
+
+    def release(self, num_bytes: int) -> None:
+        """Give a share back."""
+        self._used_bytes -= num_bytes
+        self._metrics.inflight(self._used_bytes)

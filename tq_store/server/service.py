@@ -1,0 +1,176 @@
+"""The block store's methods: take the request apart, ask the store, put the answer together."""
+
+import importlib.metadata
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from tq_store.backends.base import Backend, PutOutcome
+from tq_store.block import HEADER_BYTES, verify_block
+from tq_store.errors import BackendError, BlockFormatError
+from tq_store.keys import BlockKey
+from tq_store.rpc import convert
+from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
+from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+from tq_store.server.gate import ByteBudget, CallGate, Context
+from tq_store.server.metrics import Metrics
+from tq_store.tiering.store import TieredStore
+
+_READ_AHEAD_BYTES = 32 << 20
+_MAX_READ_AHEAD_BLOCKS = 64
+
+Method = Callable[[Any, Context], Awaitable[bytes | None]]
+
+
+class BlockStoreService:
+    """Answers the calls of `block_store.proto` from one store.
+
+    Requests and answers are bytes on both sides; `convert` and `frames` give them their meaning, so that a
+    request which breaks the contract is answered with a sentence and not dropped by grpc.
+
+    Args:
+        store: Owned by the caller, like all others.
+        tiers: The store's tiers, from the fastest to the slowest, for Inspect.
+        gate: Every call passes it.
+        budget: Bounds the blocks being received.
+        metrics: Told about block bytes.
+    """
+
+    def __init__(
+        self,
+        store: TieredStore,
+        tiers: Sequence[Backend],
+        *,
+        gate: CallGate,
+        budget: ByteBudget,
+        metrics: Metrics,
+    ) -> None:
+        self._store = store
+        self._tiers = tuple(tiers)
+        self._gate = gate
+        self._budget = budget
+        self._metrics = metrics
+        self._started = time.monotonic()
+        self._version = importlib.metadata.version("tq-store")
+
+    def handlers(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
+        """What a grpc server needs to route calls here."""
+        unary: dict[str, Method] = {
+            "Lookup": self._lookup,
+            "Contains": self._contains,
+            "Delete": self._delete,
+            "Purge": self._purge,
+            "Stats": self._stats,
+            "Inspect": self._inspect,
+            "Ping": self._ping,
+        }
+        routes = {
+            name: grpc.unary_unary_rpc_method_handler(self._gated(name, method))
+            for name, method in unary.items()
+        }
+        routes["Get"] = grpc.unary_stream_rpc_method_handler(self._gated("Get", self._get))
+        routes["Put"] = grpc.stream_unary_rpc_method_handler(self._gated("Put", self._put))
+        return grpc.method_handlers_generic_handler(convert.SERVICE_NAME, routes)
+
+    async def read_stats(self) -> convert.ServerStats:
+        """The store's statistics, and the server's own facts."""
+        stats = await self._store.stats()
+        return convert.ServerStats(
+            version=self._version,
+            uptime_s=time.monotonic() - self._started,
+            tiers=stats.tiers,
+            counters=stats.counters,
+        )
+
+    def _gated(self, name: str, method: Method) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:
+            return await self._gate.run(name, context, partial(method, request, context))
+
+        return call
+
+    async def _lookup(self, request: bytes, _: Context) -> bytes:
+        return convert.pack_hits(await self._store.lookup(convert.parse_keys(request)))
+
+    async def _contains(self, request: bytes, _: Context) -> bytes:
+        return convert.pack_flags(await self._store.contains(convert.parse_keys(request)))
+
+    async def _delete(self, request: bytes, _: Context) -> bytes:
+        return convert.pack_flags(await self._store.delete(convert.parse_keys(request)))
+
+    async def _purge(self, request: bytes, _: Context) -> bytes:
+        return convert.pack_purged(await self._store.purge(convert.parse_purge(request)))
+
+    async def _stats(self, _: bytes, __: Context) -> bytes:
+        return convert.pack_stats(await self.read_stats())
+
+    async def _ping(self, _: bytes, __: Context) -> bytes:
+        return convert.pack_pong(self._version)
+
+    async def _inspect(self, request: bytes, _: Context) -> bytes:
+        key = convert.parse_inspect(request)
+        return convert.pack_copies([await _inspect_tier(tier, key) for tier in self._tiers])
+
+    async def _get(self, request: bytes, context: Context) -> None:
+        """Send the blocks, reading ahead no more than about `_READ_AHEAD_BYTES` of them.
+
+        Block sizes are known only once one was read: so the first is read alone, and the others in groups.
+        """
+        keys = convert.parse_keys(request)
+        start, group_blocks = 0, 1
+        while start < len(keys):
+            blocks = await self._store.get(keys[start : start + group_blocks])
+            for index, block in enumerate(blocks, start):
+                for frame in cut_block(index, block or b""):
+                    await context.write(pack_frame(frame))
+                    self._metrics.sent(len(frame.data))
+            start += len(blocks)
+            largest_bytes = max((len(block) for block in blocks if block is not None), default=0)
+            group_blocks = min(_MAX_READ_AHEAD_BLOCKS, _READ_AHEAD_BYTES // max(1, largest_bytes)) or 1
+
+    async def _put(self, frames: AsyncIterator[bytes], _: Context) -> bytes:
+        """Store each block when its last byte has arrived; hold one at a time."""
+        assembler = Assembler(num_blocks=MAX_KEYS, keyed=True)
+        outcomes: list[PutOutcome] = []
+        total_bytes = reserved_bytes = 0
+        try:
+            async for raw in frames:
+                frame = parse_frame(raw)
+                block = assembler.add(frame)
+                if not frame.offset:
+                    total_bytes += frame.block_bytes
+                    if total_bytes > MAX_PUT_BYTES:
+                        raise ValueError(f"the blocks of one put come to more than {MAX_PUT_BYTES} bytes")
+                    self._budget.reserve(frame.block_bytes)
+                    reserved_bytes = frame.block_bytes
+                self._metrics.received(len(frame.data))
+                if block is not None and block.data is not None:
+                    outcomes += await self._store.put([(BlockKey(block.key), block.data)])
+                    self._budget.release(reserved_bytes)
+                    reserved_bytes = 0
+        finally:
+            self._budget.release(reserved_bytes)
+        if assembler.is_inside_block:
+            raise ValueError(f"the call ended inside block {len(outcomes)}")
+        return convert.pack_outcomes(outcomes)
+
+
+async def _inspect_tier(tier: Backend, key: BlockKey) -> convert.TierCopy:
+    """What a tier has, read past the store, so that nothing is promoted and nothing quarantined."""
+    try:
+        (block,) = await tier.get([key])
+    except BackendError as error:
+        return convert.TierCopy(tier=tier.name, problem=f"this tier does not answer: {error}")
+    if block is None:
+        return convert.TierCopy(tier=tier.name)
+    problem = ""
+    try:
+        verify_block(block, key)
+    except BlockFormatError as error:
+        problem = str(error)
+    return convert.TierCopy(
+        tier=tier.name, block_bytes=len(block), header=block[:HEADER_BYTES], problem=problem
+    )

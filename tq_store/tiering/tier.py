@@ -1,0 +1,203 @@
+"""One level of the store: a backend whose failures are values, with a write-behind queue in front."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from tq_store.backends.base import Backend, BackendStats, PutOutcome
+from tq_store.backends.memory import MemoryBackend
+from tq_store.block import verify_block
+from tq_store.errors import BackendError, BackendFull, BlockFormatError
+from tq_store.keys import BlockKey
+
+_T = TypeVar("_T")
+
+_REST_S = 1.0
+"""How long a failing tier is left alone, so that a dead one does not cost every call its timeout."""
+_BATCH_BYTES = 16 << 20
+_INLINE_BYTES = 1 << 20
+"""Hashing more than this would hold up the event loop, so a thread does it."""
+
+_log = logging.getLogger(__name__)
+
+
+class Tier:
+    """Calls a backend, checks what comes out of it and turns what goes wrong into misses and refusals.
+
+    Bound to one event loop. An outage is logged when it begins and when it ends. Owns the backend and the
+    task that empties the queue; `close` ends both.
+
+    Args:
+        backend: The medium.
+        queue_bytes: Blocks that may wait to be written; what does not fit is dropped and counted.
+        counters: Where to count; shared with the store.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, backend: Backend, *, queue_bytes: int, counters: Counter[str], clock: Callable[[], float]
+    ) -> None:
+        self.name = backend.name
+        self._backend = backend
+        self._counters = counters
+        self._clock = clock
+        self._rests_until = clock()
+        self._troubles: set[str] = set()
+        self._queue: dict[BlockKey, bytes] = {}
+        self._queue_bytes = 0
+        self._max_queue_bytes = queue_bytes
+        self._writing = asyncio.Lock()
+        self._writer: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which blocks are there."""
+        missing = [False] * len(keys)
+        if not keys or self._rests():
+            return missing
+        return await self._attempt(self._backend.contains(keys), missing)
+
+    async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
+        """Blocks that are sound, or None; one that is not goes to quarantine.
+
+        Blocks in this process's own memory were checked on their way in and are not checked again.
+        """
+        missing: list[bytes | None] = [None] * len(keys)
+        if not keys or self._rests():
+            return missing
+        blocks = await self._attempt(self._backend.get(keys), missing)
+        if isinstance(self._backend, MemoryBackend):
+            return blocks
+        found = [(key, block) for key, block in zip(keys, blocks, strict=True) if block is not None]
+        corrupt = {key: error for (key, _), error in zip(found, await check_all(found), strict=True) if error}
+        for key, error in corrupt.items():
+            self._counters["quarantined"] += 1
+            _log.warning("corrupt block %s in the %s tier: %s", key.hex()[64:80], self.name, error)
+            await self._attempt(self._backend.quarantine(key), None)
+        return [None if key in corrupt else block for key, block in zip(keys, blocks, strict=True)]
+
+    async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
+        """Store blocks now."""
+        refused = [PutOutcome.REFUSED] * len(blocks)
+        if not blocks or self._rests():
+            return refused
+        outcomes = await self._attempt(self._backend.put(blocks), refused)
+        if PutOutcome.STORED in outcomes:
+            self._end_trouble("full")
+        return outcomes
+
+    def put_later(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> None:
+        """Queue blocks to be written; what is over the queue's bytes is dropped and counted."""
+        for key, block in blocks:
+            if key in self._queue:
+                continue
+            if self._closed or self._queue_bytes + len(block) > self._max_queue_bytes:
+                self._counters["dropped_writes"] += 1
+                continue
+            self._queue[key] = block
+            self._queue_bytes += len(block)
+        if self._queue and (self._writer is None or self._writer.done()):
+            self._writer = asyncio.create_task(self._write_queue())
+
+    async def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Remove blocks, waiting ones included; waits for the batch being written."""
+        async with self._writing:
+            self._unqueue([key for key in keys if key in self._queue])
+            return await self._attempt(self._backend.delete(keys), [False] * len(keys))
+
+    async def purge(self, namespace: bytes | None) -> int:
+        """Remove the blocks of a namespace digest, or all; as `delete`."""
+        async with self._writing:
+            self._unqueue([key for key in self._queue if namespace is None or key.startswith(namespace)])
+            return await self._attempt(self._backend.purge(namespace), 0)
+
+    async def stats(self) -> BackendStats | None:
+        """What the medium holds, or None while it fails."""
+        if self._rests():
+            return None
+        return await self._attempt(self._backend.stats(), None)
+
+    async def flush(self) -> None:
+        """Wait until nothing waits to be written."""
+        if self._writer is not None:
+            await asyncio.wait([self._writer])
+
+    async def close(self) -> None:
+        """Write what waits, then close the backend."""
+        self._closed = True
+        await self.flush()
+        await self._backend.close()
+
+    async def _write_queue(self) -> None:
+        while self._queue:
+            async with self._writing:
+                batch = self._next_batch()
+                try:
+                    # where replicas share a medium, asking first saves sending what another has sent
+                    present = await self.contains([key for key, _ in batch])
+                    absent = [item for item, there in zip(batch, present, strict=True) if not there]
+                    outcomes = await self.put(absent)
+                    self._counters["dropped_writes"] += outcomes.count(PutOutcome.REFUSED)
+                finally:
+                    # only now, so that the limit covers what is being written as well
+                    self._queue_bytes -= sum(len(block) for _, block in batch)
+
+    def _next_batch(self) -> list[tuple[BlockKey, bytes]]:
+        batch: list[tuple[BlockKey, bytes]] = []
+        batch_bytes = 0
+        for key, block in self._queue.items():
+            if batch and batch_bytes + len(block) > _BATCH_BYTES:
+                break
+            batch.append((key, block))
+            batch_bytes += len(block)
+        for key, _ in batch:
+            del self._queue[key]
+        return batch
+
+    def _unqueue(self, keys: Sequence[BlockKey]) -> None:
+        for key in keys:
+            self._queue_bytes -= len(self._queue.pop(key))
+
+    def _rests(self) -> bool:
+        return self._clock() < self._rests_until
+
+    async def _attempt(self, call: Awaitable[_T], otherwise: _T) -> _T:
+        try:
+            result = await call
+        except BackendError as error:
+            self._counters[f"tier_errors_{self.name}"] += 1
+            trouble = "full" if isinstance(error, BackendFull) else "failing"
+            if trouble == "failing":
+                self._rests_until = self._clock() + _REST_S
+            if trouble not in self._troubles:
+                self._troubles.add(trouble)
+                _log.warning("the %s tier is %s: %s", self.name, trouble, error)
+            return otherwise
+        self._end_trouble("failing")
+        return result
+
+    def _end_trouble(self, trouble: str) -> None:
+        if trouble in self._troubles:
+            self._troubles.remove(trouble)
+            _log.info("the %s tier is no longer %s", self.name, trouble)
+
+
+async def check_all(blocks: Sequence[tuple[BlockKey, bytes]]) -> list[BlockFormatError | None]:
+    """What is wrong with each block, or None; hashes much in a thread, little at once."""
+    if sum(len(block) for _, block in blocks) > _INLINE_BYTES:
+        return await asyncio.to_thread(_check_all, blocks)
+    return _check_all(blocks)
+
+
+def _check_all(blocks: Sequence[tuple[BlockKey, bytes]]) -> list[BlockFormatError | None]:
+    return [_check(key, block) for key, block in blocks]
+
+
+def _check(key: BlockKey, block: bytes) -> BlockFormatError | None:
+    try:
+        verify_block(block, key)
+    except BlockFormatError as error:
+        return error
+    return None
