@@ -2,8 +2,8 @@
 
 The trace: multi-turn chats behind shared system prompts, some with a shared document between the two, all
 chosen by Zipf's law; two models, one with blocks four times as large; and, in the second trace, one-off long
-documents that scan the cache. Every request looks its prefix up, gets the leading hits and puts the rest. Only
-leading hits count, because a block is useless without those before it.
+documents that scan the cache. Every request looks its prefix up, gets the leading hits and puts the rest.
+Only leading hits count, because a block is useless without those before it.
 
 ``python benchmarks/eviction.py`` prints a table and writes ``benchmarks/results/eviction.jsonl``.
 """
@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import platform
 import random
 import subprocess
@@ -134,7 +135,7 @@ def circumstances() -> dict[str, str]:
     """What the numbers were measured with."""
     described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
-        "machine": f"{platform.system()} {platform.machine()}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "commit": subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip(),  # noqa: S603
     }

@@ -257,7 +257,3 @@ def _add_settings(command: argparse.ArgumentParser, config_type: type[ServerConf
             help=(setting.help + default).replace("%", "%%"),
             **shape,
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

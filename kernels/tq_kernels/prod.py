@@ -1,8 +1,9 @@
 """TurboQuant_prod, the paper's unbiased inner-product quantizer: a reference op that no preset uses.
 
-Of a vector x = |x| u, the rotated direction y = R u is written with bits - 1 bits a channel by the exact Lloyd-Max
-codebook, which gives m. Of the residual r = y - m remain its length g and, one bit a channel, sign(S r), where S
-is a d x d matrix of independent N(0, 1). Then x ~ |x| R^T (m + sqrt(pi / 2) / d * g * S^T sign(S r)).
+Of a vector x = |x| u, the rotated direction y = R u is written with bits - 1 bits a channel by the exact
+Lloyd-Max codebook, which gives m. Of the residual r = y - m remain its length g and, one bit a channel,
+sign(S r), where S is a d x d matrix of independent N(0, 1). Then
+x ~ |x| R^T (m + sqrt(pi / 2) / d * g * S^T sign(S r)).
 arXiv 2504.19874, Algorithm 2. `kernels/README.md` says why all bits are better spent on m.
 """
 

@@ -17,6 +17,7 @@ from tq_kernels.spec import Code, KeyCenter
 
 _ITEM_DTYPES = {2: torch.int16, 4: torch.int32}
 _E4M3_MAX = 448.0
+_FP16_MAX = 65504.0
 _SMALLEST_NORM = 1e-30
 """Vectors shorter than this count as zeros; its reciprocal must be far from infinity."""
 
@@ -42,7 +43,7 @@ def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> to
     if layout.spec.key.rotated:
         key = key @ rotation_of(layout, keys.device).T
     if layout.spec.key_center is KeyCenter.PAGE:
-        center = key.mean(dim=2).to(torch.float16)
+        center = key.mean(dim=2).clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)
         _view(pages, layout, "key_center")[..., 0, :] = center.view(torch.int16)
         key = key - center.float()[:, :, None]
     if layout.spec.value.rotated:
@@ -141,7 +142,7 @@ def _indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Ten
         indices = magnitude | (torch.signbit(unit).to(torch.int32) << (code.bits - 1))
     levels = level_table(code, vectors.device).index_select(0, indices.flatten()).view(indices.shape)
     length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
-    scales = (norm / length).clamp_max(torch.finfo(torch.float16).max)
+    scales = (norm / length).clamp_max(_FP16_MAX)
     return indices, scales.squeeze(-1).to(torch.float16)
 
 

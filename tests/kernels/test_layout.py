@@ -90,7 +90,9 @@ def test_slot_bytes(name: str, head_dim: int, page_tokens: int, slot_bytes: int)
     assert _layout(name, head_dim, page_tokens).slot_bytes == slot_bytes
 
 
-@pytest.mark.parametrize(("head_dim", "page_tokens", "ratio"), [(64, 64, 3.6), (128, 64, 3.75), (128, 128, 3.8)])
+@pytest.mark.parametrize(
+    ("head_dim", "page_tokens", "ratio"), [(64, 64, 3.6), (128, 64, 3.75), (128, 128, 3.8)]
+)
 def test_tq4_saves_what_is_promised_with_everything_counted(
     head_dim: int, page_tokens: int, ratio: float
 ) -> None:
@@ -128,7 +130,12 @@ def test_layouts_of_the_same_geometry_are_equal_and_others_are_not() -> None:
 
     assert layout == _layout("tq4", 64, 64)
     assert hash(layout) == hash(_layout("tq4", 64, 64))
-    others = [_layout("tq3", 64, 64), _layout("tq4", 128, 64), _layout("tq4", 64, 32), _layout("tq4", 64, 64, 2)]
+    others = [
+        _layout("tq3", 64, 64),
+        _layout("tq4", 128, 64),
+        _layout("tq4", 64, 32),
+        _layout("tq4", 64, 64, 2),
+    ]
     assert len({layout, *others}) == 5
 
 

@@ -1,4 +1,4 @@
-"""Packing is bit-exact, uses every bit once, and can be undone by the few instructions that kernels will use."""
+"""Packing is bit-exact, uses every bit once, and is undone by the few instructions that kernels use."""
 
 import pytest
 import torch
@@ -60,8 +60,8 @@ def test_every_bit_of_every_word_is_used_once(code: Code) -> None:
             indices = [0] * size
             indices[element] = 1 << bit
             words, signs = _pack(indices, code)
-            set_bits = [(plane, i, b) for plane, numbers in (("words", words), ("signs", signs))
-                        for i, number in enumerate(numbers) for b in range(32) if number >> b & 1]  # fmt: skip
+            set_bits = [("words", i, b) for i, b in _set_bits(words)]
+            set_bits += [("signs", i, b) for i, b in _set_bits(signs)]
             assert len(set_bits) == 1, "one bit of an index is one bit of a word"
             seen += set_bits
     total = [("words", i, b) for i in range(3) for b in range(32)]
@@ -73,7 +73,9 @@ def test_every_bit_of_every_word_is_used_once(code: Code) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
-def test_any_integer_dtype_and_any_strides(code: Code, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_any_integer_dtype_and_any_strides(
+    code: Code, dtype: torch.dtype, generator: torch.Generator
+) -> None:
     high = min(1 << code.bits, torch.iinfo(dtype).max + 1)
     indices = torch.randint(high, (3, 96, 5), generator=generator).to(dtype).transpose(1, 2)
     words, signs = pack(indices, code)
@@ -86,7 +88,9 @@ def test_any_integer_dtype_and_any_strides(code: Code, dtype: torch.dtype, gener
 @pytest.mark.parametrize("code", CODES)
 def test_a_part_of_a_word_is_refused(code: Code) -> None:
     elements = WORD_FORMATS[code].elements
-    with pytest.raises(ValueError, match=f"an axis of {elements + 1} elements does not fill words of {elements}"):
+    with pytest.raises(
+        ValueError, match=f"an axis of {elements + 1} elements does not fill words of {elements}"
+    ):
         pack(torch.zeros(elements + 1, dtype=torch.int32), code)
 
 
@@ -107,6 +111,10 @@ def test_kernel_recipes_decode_to_the_same_levels(code: Code, generator: torch.G
                 decoded[element] = page_document.e4m3(four_bytes >> 8 * lane & 0xFF)
 
     assert decoded == expected
+
+
+def _set_bits(numbers: list[int]) -> list[tuple[int, int]]:
+    return [(i, bit) for i, number in enumerate(numbers) for bit in range(32) if number >> bit & 1]
 
 
 def _four_levels(word: int, sign_word: int, group: int, code: Code) -> int:

@@ -1,10 +1,11 @@
 """The paper's theorems as statistical tests, and why `prod` is in no default.
 
-Intervals are those of a mean over independent groups: each group has a rotation, a sketch and vectors of its own,
-so that no randomness is shared between groups. They cover 4 standard errors.
+Intervals are those of a mean over independent groups: each group has a rotation, a sketch and vectors of its
+own, so that no randomness is shared between groups. They cover 4 standard errors.
 """
 
 import ast
+import itertools
 import math
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_mse_shrinks_inner_products_and_prod_does_not(bits: int, generator: torc
 def test_prod_has_over_four_times_the_variance_of_the_shipped_code(
     bits: int, generator: torch.Generator
 ) -> None:
-    """At equal bits. Variance around the estimator's own mean; the shipped code's small bias is tested above."""
+    """At equal bits. Variance about the estimator's own mean; the shipped code's small bias is tested above."""
     ratios = []
     for seed in range(GROUPS // 4):
         vectors, queries = _pairs(generator)
@@ -134,7 +135,7 @@ def test_prod_has_over_four_times_the_variance_of_the_shipped_code(
 def test_distortion_falls_by_four_for_every_bit() -> None:
     """The scaling 4^-b is a limit. At 1 to 7 bits the ratios are 3.09, 3.40, 3.64, 3.79, 3.89, 3.94."""
     measured = [distortion(lloyd_max(bits), 1.0) for bits in range(1, 8)]
-    ratios = [coarse / fine for coarse, fine in zip(measured, measured[1:], strict=False)]
+    ratios = [coarse / fine for coarse, fine in itertools.pairwise(measured)]
 
     assert ratios == pytest.approx([3.093, 3.401, 3.636, 3.793, 3.888, 3.941], abs=1e-3)
     assert ratios == sorted(ratios)
@@ -184,7 +185,9 @@ def test_less_than_one_bit_is_refused() -> None:
 
 def test_nothing_ships_with_prod() -> None:
     root = Path(__file__).parents[2]
-    files = [path for folder in ("tq_store", "kernels", "connectors") for path in (root / folder).rglob("*.py")]
+    files = [
+        path for folder in ("tq_store", "kernels", "connectors") for path in (root / folder).rglob("*.py")
+    ]
     importers = [
         path
         for path in files

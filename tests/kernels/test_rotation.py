@@ -97,10 +97,10 @@ def test_seeds_give_unrelated_rotations() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_two_rounds_make_sparse_inputs_gaussian_and_one_does_not(bits: int) -> None:
-    """One channel alone, exact Lloyd-Max, d = 128: the figures of the literature, and two rounds against them.
+    """One channel alone, exact Lloyd-Max, d = 128: one round's known figures, and two rounds against them.
 
-    The images of all basis vectors under signs and Sylvester's H hold the same numbers in another order, so one
-    seed is one sample however many channels are averaged; the mean is over seeds.
+    The images of all basis vectors under signs and Sylvester's H hold the same numbers in another order, so
+    one seed is one sample however many channels are averaged; the mean is over seeds.
     """
     levels = lloyd_max(bits)
     gaussian = distortion(levels, 1.0)

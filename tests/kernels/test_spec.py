@@ -98,7 +98,7 @@ def test_a_spec_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TQ4.key = Code.LM2  # type: ignore[misc]
     assert hash(TQ4) == hash(PRESETS["tq4"])
-    assert TQ4 == PRESETS["tq4"]
+    assert PRESETS["tq4"] == TQ4
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,10 @@ def test_a_spec_cannot_be_changed() -> None:
             {"key": Code.BF16, "value": Code.LM4, "key_center": KeyCenter.PAGE},
             "key_center=PAGE needs a rotated key code, BF16 is not",
         ),
-        ({"key": Code.LM4, "value": Code.LM4, "rotation_seed": -1}, r"rotation_seed must be in \[0, 2\*\*64\)"),
+        (
+            {"key": Code.LM4, "value": Code.LM4, "rotation_seed": -1},
+            r"rotation_seed must be in \[0, 2\*\*64\)",
+        ),
         ({"key": Code.LM4, "value": Code.LM4, "rotation_seed": 1 << 64}, "rotation_seed must be in"),
     ],
 )

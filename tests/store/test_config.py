@@ -237,10 +237,10 @@ def test_local_addresses_need_no_protection(address: str) -> None:
 def test_other_addresses_need_tls_and_a_token(address: str, fields: dict[str, Path], flags: str) -> None:
     assert not is_local(address)
     with pytest.raises(ConfigError) as caught:
-        ServerConfig(listen=address, **fields)  # type: ignore[arg-type]
+        ServerConfig(listen=address, **fields)
     assert flags in str(caught.value)
     protected = {"tls_cert": Path("c"), "tls_key": Path("k"), "token_file": Path("t")}
-    assert ServerConfig(listen=address, **protected).listen == address  # type: ignore[arg-type]
+    assert ServerConfig(listen=address, **protected).listen == address
 
 
 def write_tokens(directory: Path, content: bytes, mode: int = 0o600) -> Path:

@@ -23,7 +23,7 @@ FIELDS = st.fixed_dictionaries(
 
 
 def frame(**fields: object) -> Frame:
-    return Frame(**{"index": 0} | fields | {"data": memoryview(fields.get("data", b""))})  # type: ignore[arg-type]
+    return Frame(**{"index": 0} | fields | {"data": memoryview(fields.get("data", b""))})
 
 
 def assemble(*parts: Frame, num_blocks: int = 4, keyed: bool = True) -> list[tuple[int, bytes, bytes | None]]:

@@ -45,7 +45,7 @@ def test_calls_bytes_and_the_store_are_shown(server: Server) -> None:
         list(client.get([*keys_of(blocks), sample_key(9), blocks[0][0]]))
         client.lookup(keys_of(blocks))
         with pytest.raises(RpcError):
-            client.lookup([b"short"])  # type: ignore[list-item]
+            client.lookup([b"short"])
     samples = scrape(server.metrics_url)
     assert samples["tq_store_requests_total method=Put status=OK"] == 1
     assert samples["tq_store_requests_total method=Lookup status=OK"] == 1

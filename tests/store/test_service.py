@@ -4,6 +4,8 @@ import asyncio
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -70,7 +72,7 @@ def stub(channel: grpc.Channel) -> stubs.BlockStoreStub:
 
 
 def code_of(call: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
-    return call.value.code()  # type: ignore[attr-defined, no-any-return]
+    return call.value.code()
 
 
 def test_blocks_come_back_as_they_were_put(stub: stubs.BlockStoreStub) -> None:
@@ -155,9 +157,9 @@ def test_a_put_that_breaks_the_order_of_frames_is_refused(
     stub: stubs.BlockStoreStub, frames: list[dict[str, object]], complaint: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as call:
-        stub.Put(iter([pb.BlockFrame(**frame) for frame in frames]), timeout=WAIT_S)  # type: ignore[arg-type]
+        stub.Put(iter([pb.BlockFrame(**frame) for frame in frames]), timeout=WAIT_S)
     assert code_of(call) is grpc.StatusCode.INVALID_ARGUMENT
-    assert complaint in call.value.details()  # type: ignore[attr-defined]
+    assert complaint in call.value.details()
     assert stub.Contains(pb.Keys(keys=[sample_key(1)]), timeout=WAIT_S).flags == [False]
 
 
@@ -210,18 +212,16 @@ class SlowPut:
     def __init__(self, stub: stubs.BlockStoreStub, block: tuple[bytes, bytes]) -> None:
         self._frames = frames_of([block], MAX_FRAME_BYTES // 4)
         self._may_finish = threading.Event()
-        self.was_begun = threading.Event()
         self.call = stub.Put.future(self._send(), timeout=WAIT_S)
 
     def _send(self) -> Iterator[pb.BlockFrame]:
         yield next(self._frames)
-        self.was_begun.set()
         assert self._may_finish.wait(WAIT_S)
         yield from self._frames
 
     def finish(self) -> pb.PutResponse:
         self._may_finish.set()
-        return self.call.result(WAIT_S)  # type: ignore[no-any-return]
+        return self.call.result(WAIT_S)
 
     def cancel(self) -> None:
         self.call.cancel()
@@ -257,10 +257,11 @@ def test_blocks_being_received_are_bounded_over_all_calls() -> None:
 
 
 def test_calls_at_once_are_bounded() -> None:
-    with running_server(max_concurrent_calls=1) as server, grpc.insecure_channel(server.address) as channel:
+    limits = {"max_concurrent_calls": 1, "metrics_port": 0}
+    with running_server(**limits) as server, grpc.insecure_channel(server.address) as channel:
         stub = stubs.BlockStoreStub(channel)
         slow = SlowPut(stub, sample_block(1, MAX_FRAME_BYTES))
-        assert slow.was_begun.wait(WAIT_S)
+        wait_until(lambda: metric(server, "tq_store_active_requests") == 1)
         with pytest.raises(grpc.RpcError) as call:
             stub.Ping(pb.PingRequest(), timeout=WAIT_S)
         assert code_of(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -273,7 +274,7 @@ def test_a_call_that_stalls_is_ended_by_the_server() -> None:
         with pytest.raises(grpc.RpcError) as call:
             slow.call.result(WAIT_S)
         assert code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert "longer than the server allows" in call.value.details()  # type: ignore[attr-defined]
+        assert "longer than the server allows" in call.value.details()
         slow.cancel()
 
 
@@ -345,7 +346,7 @@ def test_a_failure_of_ours_is_logged_and_not_shown(
             raise RuntimeError("the inner secret")
 
         gate = CallGate(Metrics(frozenset()), call_timeout_s=WAIT_S)
-        return await gate.run("Fail", context, body)  # type: ignore[no-any-return]
+        return await gate.run("Fail", context, body)
 
     async def call_it() -> grpc.aio.AioRpcError:
         server = grpc.aio.server()
@@ -363,6 +364,38 @@ def test_a_failure_of_ours_is_logged_and_not_shown(
     assert error.code() is grpc.StatusCode.INTERNAL
     assert error.details() == "the server failed; its log says how"
     assert "the inner secret" in caplog.text
+
+
+def test_a_call_that_its_client_ends_is_counted_as_such() -> None:
+    blocks = sample_blocks(4, 8 << 20)
+    with running_server(metrics_port=0) as server, grpc.insecure_channel(server.address) as channel:
+        stub = stubs.BlockStoreStub(channel)
+        stub.Put(frames_of(blocks), timeout=WAIT_S)
+        call = stub.Get(pb.Keys(keys=keys_of(blocks)), timeout=WAIT_S)
+        assert next(call).data
+        call.cancel()
+        wait_until(lambda: metric(server, "tq_store_active_requests") == 0)
+        assert metric(server, 'tq_store_requests_total{method="Get",status="CANCELLED"}') == 1
+        assert metric(server, "tq_store_sent_bytes_total") < 4 * 8 << 20
+
+
+def test_a_drain_takes_no_new_calls_and_cuts_what_does_not_end(caplog: pytest.LogCaptureFixture) -> None:
+    running = ExitStack()
+    server = running.enter_context(running_server(grace_s=1.0, metrics_port=0))
+    with ThreadPoolExecutor(1) as thread, grpc.insecure_channel(server.address) as channel:
+        stub = stubs.BlockStoreStub(channel)
+        slow = SlowPut(stub, sample_block(1, MAX_FRAME_BYTES))
+        wait_until(lambda: metric(server, "tq_store_active_requests") == 1)
+        health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+        stopping = thread.submit(running.close)
+        assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError, match="the server is shutting down") as call:
+            stub.Ping(pb.PingRequest(), timeout=WAIT_S)
+        assert code_of(call) is grpc.StatusCode.UNAVAILABLE
+        stopping.result(WAIT_S)
+        assert "1 calls were still running after 1 s and are cut" in caplog.text
+        slow.cancel()
 
 
 def test_a_second_server_does_not_share_the_port(server: Server) -> None:

@@ -49,6 +49,9 @@ class CallGate:
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
+        except grpc.aio.InternalError:  # how grpc says, while we send, that the client has gone
+            code = grpc.StatusCode.CANCELLED
+            raise asyncio.CancelledError from None
         except (TQStoreError, ValueError, TimeoutError) as error:
             code, text = status_of(error), str(error) or "the call took longer than the server allows"
         except Exception:

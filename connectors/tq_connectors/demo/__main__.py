@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +16,13 @@ from rich.console import Console
 
 from tq_connectors.demo.replica import Job
 from tq_connectors.demo.report import Steps, demo_record, print_table
-from tq_connectors.hf.models import fetch_model
+from tq_connectors.hf.models import SMOLLM2, fetch_model
 from tq_kernels.spec import PRESETS
 from tq_store.client import StoreClient
 from tq_store.errors import TQStoreError
 
 DEFAULT_DOCUMENT = Path("benchmarks/documents/constitution.txt")
-DEFAULT_QUESTION = "Question: Who has the sole Power to try all Impeachments?"
-DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_QUESTION = "Where shall all Bills for raising Revenue originate?"
 
 _EPILOG = """\
 examples:
@@ -51,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--preset", default="tq4", choices=PRESETS, help="codec preset (default: %(default)s)"
     )
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="known name or local folder (default: %(default)s)"
+        "--model", default=SMOLLM2.name, help="known name or local folder (default: %(default)s)"
     )
     parser.add_argument(
         "--document",
@@ -61,14 +60,26 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="text file (default: %(default)s)",
     )
     parser.add_argument(
+        "--document-tokens",
+        type=_at_least(1),
+        default=2000,
+        metavar="N",
+        help="use as many paragraphs as fit N tokens (default: %(default)s)",
+    )
+    parser.add_argument(
         "--question", default=DEFAULT_QUESTION, help="asked about the document (default: %(default)r)"
     )
     parser.add_argument(
         "--server", metavar="ADDRESS", help="a running tq-store (default: start one, and stop it at the end)"
     )
-    parser.add_argument("--page-tokens", type=int, default=64, help="tokens in a page (default: %(default)s)")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=48, help="length limit of the answer (default: %(default)s)"
+        "--page-tokens", type=_at_least(1), default=64, help="tokens in a page (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=_at_least(1),
+        default=48,
+        help="length limit of the answer (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
@@ -78,6 +89,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="result (default: %(default)s)",
     )
     return parser.parse_args(arguments)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number
 
 
 def read_document(path: Path) -> str:
@@ -170,7 +191,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     with Steps(console) as steps:
         try:
             folder = fetch_model(arguments.model, progress=steps.progress)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, TQStoreError) as error:
             raise DemoError(str(error)) from error
         with running_server(arguments.server, steps) as address:
             common = {
@@ -180,6 +201,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
                 "page_tokens": arguments.page_tokens,
                 "server": address,
                 "document": document,
+                "document_tokens": arguments.document_tokens,
                 "question": arguments.question,
                 "max_new_tokens": arguments.max_new_tokens,
             }

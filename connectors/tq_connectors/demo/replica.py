@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tq_connectors.hf.cache import TQCache
 from tq_connectors.hf.connector import TQConnector
@@ -30,6 +31,7 @@ class Job:
         page_tokens: Tokens in a page.
         server: Address of the store.
         document: The shared text.
+        document_tokens: How much of its beginning is used.
         question: What is asked about it.
         max_new_tokens: Length limit of the answer.
     """
@@ -41,6 +43,7 @@ class Job:
     page_tokens: int
     server: str
     document: str
+    document_tokens: int
     question: str
     max_new_tokens: int
 
@@ -120,17 +123,29 @@ class Replica:
 
     def _prompt(self) -> tuple[list[int], list[int]]:
         """Tokens up to the end of the document, and of the whole prompt."""
-        content = f"{self._job.document}\n\n{self._job.question}"
-        text = str(
-            self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        end = text.index(self._job.document) + len(self._job.document)
+        document = self._document()
+        messages = [
+            {"role": "system", "content": document},
+            {"role": "user", "content": self._job.question},
+        ]
+        text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        end = text.index(document) + len(document)
         shared, whole = (
             self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[:end], text)
         )
         return shared, whole
+
+    def _document(self) -> str:
+        """The paragraphs that fit `document_tokens`, or as much as fits of the first."""
+        encoded = self._tokenizer(
+            self._job.document, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        spans = encoded["offset_mapping"]
+        if len(spans) <= self._job.document_tokens:
+            return self._job.document
+        text = self._job.document[: spans[self._job.document_tokens - 1][1]]
+        whole_paragraphs, _, _ = text.rpartition("\n\n")
+        return whole_paragraphs or text
 
     def _prefill(self, token_ids: list[int], cache: TQCache) -> torch.Tensor:
         total = len(token_ids)
@@ -186,6 +201,7 @@ def _compare(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, floa
 def main() -> int:
     """Run the job on stdin; an expected failure is an event of one sentence and exit status 1."""
     events = sys.stdout
+    transformers_logging.disable_progress_bar()
     sys.stdout = sys.stderr  # whatever a library prints must not mix with events
     job = Job(**json.load(sys.stdin))
     try:

@@ -139,6 +139,9 @@ class TQConnector:
     ) -> torch.Tensor:
         """Compute what the cache does not hold, in chunks, so that pages are saved while it works.
 
+        Chunks end at multiples of `chunk_tokens`, wherever the cache begins, so that a prefix of whole chunks
+        from the store leaves what is raw and what is compressed for each later token as it was.
+
         Args:
             token_ids: The whole prompt; longer than what the cache holds.
             cache: From `open_cache`.
@@ -151,7 +154,8 @@ class TQConnector:
         logits = []
         with torch.inference_mode():
             while (start := cache.get_seq_length()) < len(token_ids):
-                chunk = torch.tensor([token_ids[start : start + chunk_tokens]], device=self._model.device)
+                end = (start // chunk_tokens + 1) * chunk_tokens
+                chunk = torch.tensor([token_ids[start:end]], device=self._model.device)
                 logits.append(self._model(input_ids=chunk, past_key_values=cache).logits[0].float())
                 if on_chunk is not None:
                     on_chunk(cache.get_seq_length())

@@ -1,0 +1,237 @@
+"""Two models share prefixes through a real server, and a bad server costs misses, never an answer."""
+
+import logging
+import socket
+import threading
+
+import pytest
+import torch
+from connectors.tiny_models import tiny_model, tokens
+from store.running_server import foreign_server, running_server
+from transformers import GPT2Config
+
+from tq_connectors.hf.connector import TQConnector, cache_geometry
+from tq_kernels import PRESETS, preset
+from tq_store.block import HEADER_BYTES
+from tq_store.client import StoreClient
+from tq_store.config import ClientConfig
+from tq_store.errors import ConfigError
+from tq_store.rpc.v1 import block_store_pb2 as pb
+from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
+
+PAGE = 16
+PROMPT = tokens(100)
+FULL_PAGES = 6
+IMPATIENT = ClientConfig(connect_timeout_s=0.2, lookup_timeout_s=0.3, transfer_timeout_s=0.3, max_attempts=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def connect(model, client, preset_name="tq4", **options):
+    options = {"model_name": "tiny", "revision": "1", "page_tokens": PAGE} | options
+    return TQConnector(model, client, preset(preset_name), **options)
+
+
+def answer(connector, prompt=PROMPT):
+    """Tokens that came from the store, and the logits of the last prompt token."""
+    with connector:
+        cache = connector.open_cache(prompt)
+        hit = cache.get_seq_length()
+        logits = connector.prefill(prompt, cache, chunk_tokens=32)
+        assert cache.get_seq_length() == len(prompt)
+    return hit, logits[-1]
+
+
+def close_to(logits, expected, tolerance=1e-3):
+    return float((logits - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Logits without a store."""
+    return answer(connect(model, None))[1]
+
+
+@pytest.mark.parametrize("preset_name", PRESETS)
+def test_every_full_page_that_one_replica_saved_the_next_one_loads(model, preset_name):
+    cold = answer(connect(model, None, preset_name))[1]
+    with running_server() as server, StoreClient(server.address) as client:
+        assert answer(connect(model, client, preset_name))[0] == 4  # the sinks it computed itself
+        connector = connect(model, client, preset_name)
+        hit, logits = answer(connector)
+        assert hit == FULL_PAGES * PAGE
+        assert close_to(logits, cold)
+        counters = connector.prefix_cache.counters
+        page_bytes = connector.layout.page_bytes * connector.num_layers
+        assert counters.loaded_bytes == FULL_PAGES * (HEADER_BYTES + page_bytes)
+        assert (counters.loaded_pages, counters.failed_pages) == (FULL_PAGES, 0)
+
+
+def test_the_last_token_is_computed_even_when_all_pages_are_stored(model):
+    prompt = PROMPT[: FULL_PAGES * PAGE]
+    with running_server() as server, StoreClient(server.address) as client:
+        answer(connect(model, client), prompt)
+        assert answer(connect(model, client), prompt)[0] == (FULL_PAGES - 1) * PAGE
+
+
+def test_a_prompt_shorter_than_a_page_asks_the_store_nothing(model):
+    with StoreClient("127.0.0.1:9", config=IMPATIENT) as client:
+        assert answer(connect(model, client), PROMPT[:PAGE])[0] == 0
+        assert client.counters["failed_calls"] == 1  # the save of its one page
+
+
+def test_another_question_about_the_same_document_hits_the_document(model):
+    with running_server() as server, StoreClient(server.address) as client:
+        answer(connect(model, client))
+        other = PROMPT[:70] + tokens(50, seed=9)
+        assert answer(connect(model, client), other)[0] == 4 * PAGE
+
+
+@pytest.mark.parametrize(
+    "options", [{"model_name": "other"}, {"revision": "2"}, {"salt": "tenant"}, {"page_tokens": 32}]
+)
+def test_what_makes_caches_incompatible_makes_misses(model, options):
+    with running_server() as server, StoreClient(server.address) as client:
+        answer(connect(model, client))
+        assert answer(connect(model, client, **options))[0] == 4
+        assert answer(connect(model, client, "tq3"))[0] == 4
+
+
+def test_generated_pages_can_be_saved_for_the_next_turn(model):
+    with running_server() as server, StoreClient(server.address) as client:
+        with connect(model, client) as connector:
+            cache = connector.open_cache(PROMPT)
+            turn = model.generate(
+                torch.tensor([PROMPT]), past_key_values=cache, max_new_tokens=40, do_sample=False
+            )[0].tolist()
+            connector.save_generated(cache, turn[:-1])
+        assert answer(connect(model, client), turn + tokens(10))[0] == 139 // PAGE * PAGE
+
+
+def test_two_replicas_at_once_end_with_one_copy_of_each_page(model):
+    with running_server() as server:
+
+        def replica():
+            with StoreClient(server.address) as client:
+                answer(connect(tiny_model(), client))
+
+        threads = [threading.Thread(target=replica) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with StoreClient(server.address) as client:
+            assert client.stats().tiers["memory"].num_blocks == FULL_PAGES
+            assert answer(connect(model, client))[0] == FULL_PAGES * PAGE
+
+
+def test_a_store_too_small_for_anything_changes_nothing(model, expected):
+    with running_server(memory_budget_bytes=1000) as server, StoreClient(server.address) as client:
+        connector = connect(model, client)
+        hit, logits = answer(connector)
+        assert hit == 4
+        assert close_to(logits, expected)
+        assert connector.prefix_cache.saves.failed_blocks == FULL_PAGES
+        assert answer(connect(model, client))[0] == 4
+
+
+def test_a_dead_store_changes_nothing_and_is_logged_once(model, expected, caplog):
+    with caplog.at_level(logging.WARNING), StoreClient("127.0.0.1:9", config=IMPATIENT) as client:
+        connector = connect(model, client)
+        for _ in range(3):
+            cache = connector.open_cache(PROMPT)
+            assert close_to(connector.prefill(PROMPT, cache, chunk_tokens=32)[-1], expected)
+        connector.close()
+        connector.close()
+    loading = [record for record in caplog.records if "recomputed" in record.message]
+    assert len(loading) == 1
+    assert connector.prefix_cache.saves.saved_blocks == 0
+
+
+def test_a_store_that_never_answers_costs_its_deadline_and_nothing_else(model, expected):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with StoreClient(address, config=IMPATIENT) as client:
+            hit, logits = answer(connect(model, client))
+    assert hit == 4
+    assert close_to(logits, expected)
+
+
+class LyingServicer(stubs.BlockStoreServicer):
+    """Passes everything on to a real server, and spoils the answers from some block on."""
+
+    def __init__(self, client, spoil, first_spoiled):
+        self._client, self._spoil, self._first = client, spoil, first_spoiled
+
+    def Lookup(self, request, context):
+        return pb.LookupResponse(num_leading_hits=len(request.keys))
+
+    def Get(self, request, context):
+        blocks = dict(self._client.get(list(request.keys)))
+        for index in range(len(request.keys)):
+            data = self._spoil(blocks, index) if index >= self._first else blocks[index]
+            yield pb.BlockFrame(index=index, offset=0, block_bytes=len(data), data=data)
+
+
+def flipped(blocks, index):
+    spoiled = bytearray(blocks[index])
+    spoiled[len(spoiled) // 2] ^= 1
+    return bytes(spoiled)
+
+
+LIES = {
+    "a flipped bit": flipped,
+    "the block before it": lambda blocks, index: blocks[index - 1],
+    "half a block": lambda blocks, index: blocks[index][: len(blocks[index]) // 2],
+    "a byte too many": lambda blocks, index: blocks[index] + b"x",
+    "noise": lambda blocks, index: b"\x00" * 999,
+    "nothing": lambda blocks, index: b"",
+}
+
+
+@pytest.mark.parametrize("first_spoiled", [1, 3])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_store_is_believed_up_to_its_first_lie(model, expected, lie, first_spoiled):
+    with running_server() as server, StoreClient(server.address) as honest:
+        answer(connect(model, honest))
+        with (
+            foreign_server(LyingServicer(honest, LIES[lie], first_spoiled)) as address,
+            StoreClient(address) as client,
+        ):
+            connector = connect(model, client)
+            hit, logits = answer(connector)
+    assert hit == first_spoiled * PAGE
+    assert close_to(logits, expected, 0.25)  # of the pages computed again, fewer are raw than in one pass
+    assert connector.prefix_cache.counters.failed_pages == FULL_PAGES - first_spoiled
+
+
+def test_a_server_that_dies_in_the_middle_of_a_get_leaves_a_shorter_prefix(model, expected):
+    class Dying(LyingServicer):
+        def Get(self, request, context):
+            yield from list(super().Get(request, context))[:2]
+            raise RuntimeError("killed")
+
+    with running_server() as server, StoreClient(server.address) as honest:
+        answer(connect(model, honest))
+        logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
+        with (
+            foreign_server(Dying(honest, flipped, 99)) as address,
+            StoreClient(address, config=IMPATIENT) as client,
+        ):
+            hit, logits = answer(connect(model, client))
+    assert hit == 2 * PAGE
+    assert close_to(logits, expected, 0.25)  # of the pages computed again, fewer are raw than in one pass
+
+
+def test_an_unknown_model_type_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"'gpt2' is not served.*llama, mistral, qwen2, qwen3"):
+        cache_geometry(GPT2Config(), torch.float32)
+
+
+def test_a_head_size_that_cannot_be_rotated_is_refused_before_any_work():
+    with pytest.raises(ConfigError, match="head_dim 112 cannot be rotated"):
+        connect(tiny_model(head_dim=112, heads=2), None)
+    answer(connect(tiny_model(head_dim=112, heads=2), None, "raw"))
