@@ -120,7 +120,7 @@ def test_mse_shrinks_inner_products_and_prod_does_not(bits: int, generator: torc
 def test_prod_has_over_four_times_the_variance_of_the_shipped_code(
     bits: int, generator: torch.Generator
 ) -> None:
-    """At equal bits. Variance about the estimator's own mean; the shipped code's small bias is tested above."""
+    """At equal bits, about the estimator's own mean; the shipped code's small bias is tested above."""
     ratios = []
     for seed in range(GROUPS // 4):
         vectors, queries = _pairs(generator)

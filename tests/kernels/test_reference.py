@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tq_kernels import PRESETS, Code, CodecSpec, KeyCenter, PageLayout, preset
+from tq_kernels import PRESETS, Code, CodecSpec, KeyCenter, PageLayout, preset, reference
 from tq_kernels.codebook import LEVELS, midpoints
 from tq_kernels.reference import _indices, dequantize, level_table, quantize, read_key_center, read_side
 
@@ -252,12 +252,12 @@ def test_reconstructions_are_as_long_as_their_vectors(
 
 
 @pytest.mark.parametrize("code", [Code.LM2, Code.LM3, Code.LM4])
-def test_a_magnitude_on_a_boundary_takes_the_upper_level(code: Code) -> None:
-    """Boundaries and levels are exact in float32, and so is a vector whose length is made to fit."""
-    edges = torch.tensor(midpoints(LEVELS[code]))
-    magnitude = torch.bucketize(edges, edges, right=True)
-
-    assert magnitude.tolist() == list(range(1, len(edges) + 1))
+def test_a_magnitude_on_a_boundary_takes_the_upper_level(code: Code, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal coordinates are all normalised to the target, exactly: make the boundary the target."""
+    for rank, edge in enumerate(midpoints(LEVELS[code]), 1):
+        monkeypatch.setitem(reference.TARGETS, code, edge)
+        indices, _ = _indices(torch.ones(1, 64), code)
+        assert indices.unique().tolist() == [rank]
 
 
 @pytest.mark.parametrize("code", [Code.LM2, Code.LM3, Code.LM4])
@@ -281,9 +281,9 @@ def test_a_second_generation_without_a_centre_changes_no_byte(
     """Values always, keys of specs without a centre.
 
     A reconstruction is s L with |s L| the original length, so it is normalised to L t sqrt(d) / |L|. The
-    factor t sqrt(d) / |L| lies between 1 / (1 + sqrt(D)) and 1 / (1 - sqrt(D)), D being the vector's distortion
-    without norm correction, and no level is that near to its boundary: the same indices, hence the same |L|
-    and, as s is an fp16 number, the same scale.
+    factor t sqrt(d) / |L| lies between 1 / (1 + sqrt(D)) and 1 / (1 - sqrt(D)), where D is the vector's
+    distortion without norm correction, and no level is that near to its boundary: the same indices, hence the
+    same |L| and, as s is an fp16 number, the same scale.
     """
     layout = _uncentred(code, head_dim)
     first = quantize(*_tokens(layout, 64, generator), layout)

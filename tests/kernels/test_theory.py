@@ -11,6 +11,7 @@ from tq_kernels.codebook import TARGETS, distortion, e4m3_levels
 from tq_kernels.reference import _indices, dequantize, level_table, quantize
 from tq_kernels.spec import DEFAULT_ROTATION_SEED
 
+from .hard_inputs import HARD_INPUTS, hard_input
 from .prediction import norm_corrected_distortion, positive_levels
 from .tolerances import DISTORTION, HARD_INPUT, SIGMAS
 
@@ -97,39 +98,16 @@ def test_prediction_tends_to_the_gaussian_table() -> None:
         assert norm_corrected_distortion(code, 100_000) == pytest.approx(limit, rel=2e-3)
 
 
-HARD_INPUTS = ["one_sparse", "four_outliers", "constant", "constant_sign", "fixed_channel"]
-
-
-def _hard_input(kind: str, head_dim: int, generator: torch.Generator) -> torch.Tensor:
-    """Vectors ``[n, head_dim]``; where channels are special, every channel is so equally often."""
-    if kind == "one_sparse":
-        return torch.cat((torch.eye(head_dim), -torch.eye(head_dim)))
-    if kind == "four_outliers":
-        vectors = torch.zeros(4 * head_dim, head_dim)
-        order = torch.rand(4, head_dim, head_dim, generator=generator).argsort(-1)[..., :4].flatten(0, 1)
-        signs = torch.randint(0, 2, order.shape, generator=generator) * 2.0 - 1
-        return vectors.scatter_(1, order, signs)
-    if kind == "constant":
-        return torch.ones(1, head_dim) * torch.randn(64, 1, generator=generator)
-    if kind == "constant_sign":
-        return torch.randn(256, head_dim, generator=generator).abs()
-    rest = torch.randn(4 * head_dim, head_dim, generator=generator)
-    channel = torch.arange(4 * head_dim)[:, None] % head_dim
-    rest = rest.scatter(1, channel, 0.0)
-    rest *= math.sqrt(0.03) / torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
-    return rest.scatter(1, channel, math.sqrt(0.97))
-
-
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("kind", HARD_INPUTS)
 def test_hard_inputs_cost_at_most_half_more(kind: str, head_dim: int, generator: torch.Generator) -> None:
     """Keys and values without a centre, with the seed that is shipped, and on average over other seeds.
 
     A single seed is a single sample for inputs that the rotation takes to few different images, and
-    coordinates that are multiples of 2 / sqrt(d) may fall badly between the levels: of nine seeds, one had 2.9
+    coordinates that are multiples of 2 / sqrt(d) may fall badly between the levels: one of nine seeds had 2.9
     times at d = 64 and 3 bits. That is why the shipped seed is tested by itself.
     """
-    vectors = _whole_pages(_hard_input(kind, head_dim, generator))
+    vectors = _whole_pages(hard_input(kind, head_dim, generator))
     seeds = [DEFAULT_ROTATION_SEED, *range(8)]
     for code in ROTATED_CODES:
         ratios = []
@@ -150,7 +128,7 @@ def test_hard_keys_with_a_centre(name: str, head_dim: int, generator: torch.Gene
     layout = PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=1, page_tokens=16)
     gaussian = norm_corrected_distortion(layout.spec.key, head_dim)
     for kind in HARD_INPUTS:
-        keys = _hard_input(kind, head_dim, generator)
+        keys = hard_input(kind, head_dim, generator)
         keys = _whole_pages(keys[torch.randperm(len(keys), generator=generator)])
         keys_hat, _ = dequantize(quantize(keys, keys, layout), layout)
         assert _relative_error(keys, keys_hat) < HARD_INPUT * gaussian, kind

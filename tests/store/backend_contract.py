@@ -232,11 +232,12 @@ class BudgetContract(BackendContract):
 
     async def test_putting_a_block_again_counts_as_use(self, small_backend: Backend) -> None:
         hot = sample_block(0, 1000)
+        outcomes = []
         for number in range(1, 300):
             if number % 10 == 1:
-                await small_backend.put([hot])
+                outcomes += await small_backend.put([hot])
             await small_backend.put([sample_block(number, 1000)])
-        assert await small_backend.put([hot]) == [PutOutcome.PRESENT]
+        assert outcomes == [PutOutcome.STORED] + [PutOutcome.PRESENT] * 29
 
     async def test_asking_whether_a_block_is_there_does_not_count_as_use(
         self, small_backend: Backend
@@ -253,5 +254,5 @@ class BudgetContract(BackendContract):
         await small_backend.put(prefix)
         found = await small_backend.contains(keys_of(prefix))
         # 37 fit; a backend that writes several at a time keeps the order only nearly
-        assert all(found[:25])
-        assert not any(found[50:])
+        assert sum(found[:25]) >= 20
+        assert sum(found[50:]) <= 8

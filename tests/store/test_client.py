@@ -18,12 +18,19 @@ from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError, RpcError, RpcTimeout, RpcUnavailable
 from tq_store.keys import BlockKey
+from tq_store.rpc.connection import Attempts
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
 
 PATIENT = ClientConfig(lookup_timeout_s=WAIT_S, transfer_timeout_s=WAIT_S, backoff_s=0.01)
 STORED, PRESENT, INVALID = PutOutcome.STORED, PutOutcome.PRESENT, PutOutcome.INVALID
+
+
+@contextmanager
+def client_of(servicer: stubs.BlockStoreServicer) -> Iterator[StoreClient]:
+    with foreign_server(servicer) as address, StoreClient(address, config=PATIENT) as client:
+        yield client
 
 
 @pytest.fixture
@@ -74,21 +81,35 @@ def test_more_keys_than_a_call_takes_are_asked_in_several(client: StoreClient) -
     assert client.delete(keys[: MAX_KEYS + 1]) == [True] * 3 + [False] * (MAX_KEYS - 2)
 
 
+class Counting(stubs.BlockStoreServicer):
+    """Stores nothing, but notes how many blocks each put brings."""
+
+    def __init__(self) -> None:
+        self.puts: list[int] = []
+
+    def Put(self, frames: Iterator[pb.BlockFrame], context: object) -> pb.PutResponse:
+        self.puts.append(sum(not frame.offset for frame in frames))
+        return pb.PutResponse(outcomes=[pb.PUT_OUTCOME_STORED] * self.puts[-1])
+
+
 @pytest.mark.parametrize(("limit", "value"), [("MAX_KEYS", 3), ("MAX_PUT_BYTES", 3 * 512)])
 def test_more_blocks_than_a_put_takes_are_sent_in_several(
-    client: StoreClient, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+    monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
     monkeypatch.setattr(client_module, limit, value)
     blocks = sample_blocks(8)
     impossible = [(sample_key(20), b""), (BlockKey(b"short"), blocks[0][1])]
-    outcomes = client.put([*blocks[:3], impossible[0], *blocks[3:], impossible[1]])
-    assert outcomes == [STORED] * 3 + [INVALID] + [STORED] * 5 + [INVALID]
-    assert client.lookup(keys_of(blocks)) == 8
-    assert client.put(impossible) == [INVALID, INVALID]
+    servicer = Counting()
+    with client_of(servicer) as client:
+        outcomes = client.put([*blocks[:3], impossible[0], *blocks[3:], impossible[1]])
+        assert outcomes == [STORED] * 3 + [INVALID] + [STORED] * 5 + [INVALID]
+        assert servicer.puts == [3, 3, 2]
+        assert client.put(impossible) == [INVALID, INVALID]
 
 
 def test_a_block_over_the_limit_is_not_sent(client: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "MAX_BLOCK_BYTES", 600)
+    monkeypatch.setattr(client_module, "MAX_PUT_BYTES", 600)
     assert client.put([sample_block(1, 345), sample_block(2, 344)]) == [INVALID, STORED]
 
 
@@ -178,12 +199,6 @@ def test_a_socket_that_never_answers_is_given_up(config: ClientConfig, kind: typ
 
 BLOCKS = [sample_block(number, 2 * MAX_FRAME_BYTES) for number in range(3)]
 MIB = MAX_FRAME_BYTES
-
-
-@contextmanager
-def client_of(servicer: stubs.BlockStoreServicer) -> Iterator[StoreClient]:
-    with foreign_server(servicer) as address, StoreClient(address, config=PATIENT) as client:
-        yield client
 
 
 def honest(index: int, data: bytes | None = None) -> list[pb.BlockFrame]:
@@ -332,7 +347,7 @@ def test_a_get_that_fails_on_the_way_raises_after_what_it_got() -> None:
 
 
 def test_a_failure_after_the_last_block_does_not_matter() -> None:
-    with client_of(Foreign([*honest(0), grpc.StatusCode.UNAVAILABLE])) as client:
+    with client_of(Foreign([*honest(0), grpc.StatusCode.INTERNAL])) as client:
         assert list(client.get(keys_of(BLOCKS[:1]))) == [(0, BLOCKS[0][1])]
 
 
@@ -430,6 +445,21 @@ def test_closing_ends_the_wait_of_another_thread() -> None:
         client.close()
         with pytest.raises(RpcUnavailable):
             pinging.result(WAIT_S)
+        assert client.counters["retries"] == 0
+
+
+def test_pauses_double_with_jitter_until_the_attempts_are_used_up() -> None:
+    config = ClientConfig(backoff_s=1.0, max_attempts=5)
+    runs = []
+    for _ in range(20):
+        attempts = Attempts(config, timeout_s=1000.0)
+        pauses = [attempts.next_pause_s() for _ in range(4)]
+        assert attempts.next_pause_s() is None
+        for number, pause_s in enumerate(pauses):
+            assert pause_s is not None
+            assert 0.5 <= pause_s / 2**number <= 1.5
+        runs.append(pauses)
+    assert len({pauses[0] for pauses in runs}) > 1
 
 
 def test_a_token_does_not_travel_unencrypted_to_another_machine(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -179,6 +180,27 @@ async def test_a_budget_below_one_is_a_mistake(tmp_path: Path) -> None:
         await DiskBackend.open(tmp_path, budget_bytes=0)
 
 
+async def test_a_name_never_stands_for_less_than_the_block(tmp_path: Path) -> None:
+    blocks = sample_blocks(6, 8 << 20)
+    paths = [file_of(tmp_path, key) for key in keys_of(blocks)]
+    sizes_seen: set[int] = set()
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.is_set():
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    sizes_seen.add(path.stat().st_size)
+
+    async with opened(tmp_path) as backend:
+        watching = asyncio.create_task(asyncio.to_thread(watch))
+        await backend.put(blocks)
+        assert await backend.contains(keys_of(blocks)) == [True] * 6
+        finished.set()
+        await watching
+    assert sizes_seen == {block_bytes(8 << 20)}
+
+
 class TestKill:
     """A real child, killed with SIGKILL while four writers are at work."""
 
@@ -203,7 +225,7 @@ class TestKill:
         rng = random.Random(5)
         stored: list[int] = []
         num_leftovers = 0
-        for instant in range(16):
+        for instant in range(24):
             stored += self.kill_after(tmp_path, ROOMY, instant * 10_000, rng.randint(1, 60))
             num_leftovers += len(files_in(tmp_path / "partial"))
             visible = files_in(tmp_path / "blocks")
@@ -359,6 +381,8 @@ class TestQuarantine:
         async with opened(tmp_path, quarantine_bytes=3 * block_bytes(1000)) as backend:
             await backend.put(blocks)
             for age, (key, _) in enumerate(reversed(blocks)):
+                # the later it goes to quarantine, the older it is: only the former counts
+                os.utime(file_of(tmp_path, key), (10**9 - age, 10**9 - age))
                 for kept in files_in(tmp_path / "quarantine"):
                     os.utime(kept, (kept.stat().st_mtime - 10, kept.stat().st_mtime - 10))
                 await backend.quarantine(key)

@@ -20,6 +20,7 @@ from store.sample_blocks import NAMESPACE, OTHER_NAMESPACE, keys_of, sample_bloc
 from tq_store.config import ServerConfig
 from tq_store.errors import BackendError, ConfigError
 from tq_store.rpc import convert
+from tq_store.rpc.convert import METHODS
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
@@ -396,6 +397,22 @@ def test_a_drain_takes_no_new_calls_and_cuts_what_does_not_end(caplog: pytest.Lo
         stopping.result(WAIT_S)
         assert "1 calls were still running after 1 s and are cut" in caplog.text
         slow.cancel()
+
+
+async def test_a_client_that_leaves_while_we_send_is_no_failure_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def send() -> bytes:
+        raise grpc.aio.InternalError("what grpc raises from a write to nobody")
+
+    metrics = Metrics(METHODS)
+    gate = CallGate(metrics, call_timeout_s=WAIT_S)
+    with pytest.raises(asyncio.CancelledError):
+        await gate.run("Get", None, send)
+    labels = {"method": "Get", "status": "CANCELLED"}
+    assert metrics.registry.get_sample_value("tq_store_requests_total", labels) == 1
+    assert not caplog.records
+    assert await gate.drain(grace_s=0) == 0
 
 
 def test_a_second_server_does_not_share_the_port(server: Server) -> None:

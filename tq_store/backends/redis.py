@@ -6,10 +6,7 @@ from contextlib import asynccontextmanager
 from typing import cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tq_store.backends.base import BackendStats, PutOutcome
@@ -44,8 +41,6 @@ class RedisBackend:
             protocol=2,
             socket_timeout=None,
             socket_connect_timeout=None,
-            # one retry at once: a pooled connection may have died while it rested
-            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
         )
         self._client = Redis.from_pool(pool)
         options = pool.connection_kwargs
@@ -136,9 +131,8 @@ class RedisBackend:
             pipeline = self._client.pipeline(transaction=True)
             pipeline.rename(_redis_key(key), aside)
             pipeline.expire(aside, _QUARANTINE_TTL_S)
-            renamed, _ = await pipeline.execute(raise_on_error=False)
-            if isinstance(renamed, ResponseError) and "no such key" not in str(renamed):
-                raise renamed
+            # refusals end the transaction and raise; what can fail within it is only a key that is gone
+            await pipeline.execute(raise_on_error=False)
 
     async def purge(self, namespace: bytes | None = None) -> int:
         """Scan for the keys of a namespace digest, or all of tq-store's, and unlink them page by page.

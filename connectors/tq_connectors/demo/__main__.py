@@ -137,7 +137,7 @@ def running_server(address: str | None, steps: Steps) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="tq-store-demo-") as folder:
         command = [
-            *(sys.executable, "-m", "tq_store.cli", "serve", "--listen", "127.0.0.1:0"),
+            *(sys.executable, "-m", "tq_store", "serve", "--listen", "127.0.0.1:0"),
             *("--memory-budget", "1GiB", "--disk-path", folder, "--disk-budget", "2GiB"),
         ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
