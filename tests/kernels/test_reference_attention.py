@@ -36,13 +36,14 @@ def _exact(
     positions: torch.Tensor,
     softmax_scale: float,
     sliding_window: int | None = None,
+    first_seen: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token by token and head by head in double precision. Queries ``[n, heads, dim]`` at `positions`."""
     num_query_heads, group = query.shape[1], query.shape[1] // keys.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float64)
     lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float64)
     for row, position in enumerate(positions.tolist()):
-        first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+        first = first_seen if sliding_window is None else max(first_seen, position - sliding_window + 1)
         seen = slice(first, min(position + 1, len(keys)))
         if seen.start >= seen.stop:
             continue
@@ -216,6 +217,70 @@ def test_extend_is_causal_attention_over_prefix_and_raw_tokens(
     _assert_close(result, exact, attention_error(query, all_keys, all_values, scale))
 
 
+@pytest.mark.parametrize("num_sinks", [1, 4, P, P + 1])
+@pytest.mark.parametrize("sliding_window", [None, 20])
+def test_decode_leaves_sinks_to_the_caller(
+    num_sinks: int, sliding_window: int | None, generator: torch.Generator
+) -> None:
+    """Also where there is nothing but sinks; merged with them it is attention over everything."""
+    layout, scale = _layout("tq4"), 0.125
+    packed, keys, values = _pages(layout, 3, generator)
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    lengths = torch.tensor([0, 1, num_sinks, num_sinks + 1, 40])
+    query = torch.randn(len(lengths), 4, 64, generator=generator)
+    out, lse = decode_attention(
+        query,
+        packed,
+        torch.tensor([[0, 1, 2]] * len(lengths)),
+        lengths,
+        layout,
+        softmax_scale=scale,
+        sliding_window=sliding_window,
+        num_sinks=num_sinks,
+    )
+    bounds = attention_error(query, keys, values, scale)
+    for seq, length in enumerate(lengths.tolist()):
+        row, position = query[seq : seq + 1], lengths[seq : seq + 1] - 1
+        own = keys[:length], values[:length], position, scale, sliding_window
+        _assert_close((out[seq : seq + 1], lse[seq : seq + 1]), _exact(row, *own, num_sinks), bounds)
+        sinks = min(num_sinks, length)
+        apart = _exact(row, keys[:sinks], values[:sinks], position, scale, sliding_window)
+        merged = merge_attention(out[seq : seq + 1], lse[seq : seq + 1], *apart)
+        _assert_close(merged, _exact(row, *own), bounds)
+
+
+@pytest.mark.parametrize("name", ["tq4", "raw"])
+@pytest.mark.parametrize(("prefix_len", "num_sinks"), [(4, 4), (5, 1), (P + 3, 4), (3 * P, P + 1)])
+@pytest.mark.parametrize("sliding_window", [None, 4, 25])
+def test_extend_uses_raw_sinks_in_place_of_their_pages(
+    name: str, prefix_len: int, num_sinks: int, sliding_window: int | None, generator: torch.Generator
+) -> None:
+    layout, scale, num_raw, num_new = _layout(name), 0.125, 9, 6
+    packed, keys, values = _pages(layout, 3, generator)
+    raw_keys, raw_values = torch.randn(2, num_sinks + num_raw, 2, 64, generator=generator)
+    query = torch.randn(num_new, 4, 64, generator=generator)
+    result = extend_attention(
+        query,
+        raw_keys,
+        raw_values,
+        packed,
+        torch.tensor([0, 1, 2]),
+        prefix_len,
+        layout,
+        softmax_scale=scale,
+        sliding_window=sliding_window,
+        num_sinks=num_sinks,
+    )
+    everything = [
+        torch.cat((raw[:num_sinks], side.flatten(0, 1)[num_sinks:prefix_len], raw[num_sinks:]))
+        for raw, side in ((raw_keys, keys), (raw_values, values))
+    ]
+    positions = torch.arange(prefix_len + num_raw - num_new, prefix_len + num_raw)
+
+    exact = _exact(query, *everything, positions, scale, sliding_window)
+    _assert_close(result, exact, attention_error(query, *everything, scale))
+
+
 @pytest.mark.parametrize("scores_at_once", [1, 100, 1000, 5000])
 @pytest.mark.parametrize("sliding_window", [None, 21])
 def test_cutting_the_work_does_not_change_it(
@@ -289,3 +354,5 @@ def test_more_queries_than_raw_keys_are_refused(generator: torch.Generator) -> N
         extend_attention(
             torch.zeros(4, 2, 64), raw, raw, packed, torch.tensor([0]), 8, layout, softmax_scale=1.0
         )
+    with pytest.raises(ValueError, match="3 queries need at least as many raw keys, not 2"):
+        extend_attention(raw, raw, raw, packed, torch.tensor([0]), 8, layout, softmax_scale=1.0, num_sinks=1)
