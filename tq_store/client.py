@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
-from tq_store.backends.base import PutOutcome
 from tq_store.block import MAX_BLOCK_BYTES, verify_block
 from tq_store.config import ClientConfig
 from tq_store.errors import BlockFormatError, RpcError, RpcUnavailable
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
+from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.connection import Connection
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame

@@ -5,9 +5,9 @@ import threading
 from collections import deque
 from typing import Protocol
 
-from tq_store.backends.base import PutOutcome
 from tq_store.errors import RpcError
 from tq_store.keys import BlockKey
+from tq_store.results import PutOutcome
 
 logger = logging.getLogger(__name__)
 

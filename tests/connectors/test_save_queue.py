@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from tq_connectors.save_queue import SaveQueue
-from tq_store.backends.base import PutOutcome
 from tq_store.errors import RpcUnavailable
 from tq_store.keys import BlockKey
+from tq_store.results import PutOutcome
 
 KEYS = [BlockKey(bytes([i]) * 64) for i in range(64)]
 

@@ -15,8 +15,9 @@ from store.sample_blocks import (
     sample_key,
 )
 
-from tq_store.backends.base import Backend, PutOutcome
+from tq_store.backends.base import Backend
 from tq_store.errors import BackendUnavailable
+from tq_store.results import PutOutcome
 
 
 class BackendContract:

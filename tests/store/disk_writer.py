@@ -6,8 +6,8 @@ from pathlib import Path
 
 from store.sample_blocks import sample_block
 
-from tq_store.backends.base import PutOutcome
 from tq_store.backends.disk import DiskBackend
+from tq_store.results import PutOutcome
 
 
 def payload_bytes(number: int) -> int:

@@ -13,11 +13,11 @@ from store.running_server import WAIT_S, foreign_server, running_server, wait_un
 from store.sample_blocks import NAMESPACE, bytes_of, keys_of, sample_block, sample_blocks, sample_key
 
 from tq_store import client as client_module
-from tq_store.backends.base import PutOutcome
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError, RpcError, RpcTimeout, RpcUnavailable
 from tq_store.keys import BlockKey
+from tq_store.results import PutOutcome
 from tq_store.rpc.connection import Attempts
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb

@@ -4,7 +4,6 @@ import grpc
 import pytest
 from store.sample_blocks import sample_key
 
-from tq_store.backends.base import BackendStats, PutOutcome
 from tq_store.errors import (
     BackendFull,
     BackendTimeout,
@@ -16,6 +15,7 @@ from tq_store.errors import (
     RpcUnavailable,
     TQStoreError,
 )
+from tq_store.results import BackendStats, PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.status import error_of, status_of

@@ -1,9 +1,9 @@
 import pytest
 from store.sample_blocks import sample_block
 
-from tq_store.backends.base import BackendStats
 from tq_store.block import HEADER_LAYOUT, verify_block
 from tq_store.describe import describe_block, describe_copies, describe_header, describe_stats
+from tq_store.results import BackendStats
 from tq_store.rpc.convert import ServerStats, TierCopy
 
 KEY, BLOCK = sample_block(5)

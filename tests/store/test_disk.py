@@ -25,11 +25,11 @@ from store.sample_blocks import (
     sample_key,
 )
 
-from tq_store.backends.base import PutOutcome
 from tq_store.backends.disk import DiskBackend
 from tq_store.block import verify_block
 from tq_store.errors import BackendFull, BackendUnavailable, BlockFormatError, ConfigError
 from tq_store.keys import BlockKey
+from tq_store.results import PutOutcome
 
 ROOMY = 256 << 20
 
@@ -382,7 +382,7 @@ class TestQuarantine:
             await backend.put(blocks)
             for age, (key, _) in enumerate(reversed(blocks)):
                 # the later it goes to quarantine, the older it is: only the former counts
-                os.utime(file_of(tmp_path, key), (10**9 - age, 10**9 - age))
+                os.utime(file_of(tmp_path, key), (10**9 - 1000 * age, 10**9 - 1000 * age))
                 for kept in files_in(tmp_path / "quarantine"):
                     os.utime(kept, (kept.stat().st_mtime - 10, kept.stat().st_mtime - 10))
                 await backend.quarantine(key)

@@ -227,7 +227,9 @@ def test_empty_name_is_refused(field: str) -> None:
 @pytest.mark.parametrize("value", [0, -1])
 @pytest.mark.parametrize("field", ["page_tokens", "num_layers", "num_kv_heads", "head_dim"])
 def test_count_below_one_is_refused(field: str, value: int) -> None:
-    with pytest.raises(ConfigError, match=f"namespace field '{field}' must be an integer of at least 1, not {value}"):
+    with pytest.raises(
+        ConfigError, match=f"namespace field '{field}' must be an integer of at least 1, not {value}"
+    ):
         replaced(EXAMPLE, **{field: value})
 
 

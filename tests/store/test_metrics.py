@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from store.running_server import WAIT_S, running_server
 from store.sample_blocks import keys_of, sample_block, sample_blocks, sample_key
 
-from tq_store.backends.base import BackendStats
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError, RpcError
+from tq_store.results import BackendStats
 from tq_store.rpc.convert import METHODS, ServerStats
 from tq_store.server import metrics as metrics_module
 from tq_store.server.app import Server

@@ -21,10 +21,10 @@ from store.sample_blocks import (
     sample_key,
 )
 
-from tq_store.backends.base import PutOutcome
 from tq_store.backends.redis import RedisBackend, _round_trips
 from tq_store.errors import BackendError, BackendFull, BackendTimeout, BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey
+from tq_store.results import PutOutcome
 
 pytestmark = pytest.mark.redis
 

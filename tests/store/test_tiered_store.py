@@ -20,12 +20,13 @@ from store.sample_blocks import (
     sample_key,
 )
 
-from tq_store.backends.base import Backend, PutOutcome
+from tq_store.backends.base import Backend
 from tq_store.backends.disk import DiskBackend
 from tq_store.backends.memory import MemoryBackend
 from tq_store.backends.redis import RedisBackend
 from tq_store.errors import ConfigError
 from tq_store.keys import BlockKey
+from tq_store.results import PutOutcome
 from tq_store.tiering.store import TieredStore
 
 STORED, PRESENT = PutOutcome.STORED, PutOutcome.PRESENT

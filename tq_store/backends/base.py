@@ -1,41 +1,10 @@
 """What a storage medium must do: hold bytes under keys, in batches, positionally."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol, runtime_checkable
 
 from tq_store.keys import BlockKey
-
-
-class PutOutcome(Enum):
-    """What became of one block that was offered."""
-
-    STORED = 1
-    """It is there now, by this call."""
-    PRESENT = 2
-    """It was there already; content addressing makes the two interchangeable."""
-    REFUSED = 3
-    """No room, or the block is larger than the whole budget. A future miss, not an error."""
-    INVALID = 4
-    """The bytes are not a sound block of that key. Said by the store that verifies, never by a medium."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackendStats:
-    """What a medium holds at this moment.
-
-    Args:
-        num_blocks: Blocks that a get would find.
-        used_bytes: Bytes of those blocks, headers included.
-        budget_bytes: The limit it keeps, or None where the medium keeps its own.
-        evicted_blocks: Blocks dropped to make room since it was opened.
-    """
-
-    num_blocks: int
-    used_bytes: int
-    budget_bytes: int | None
-    evicted_blocks: int
+from tq_store.results import BackendStats, PutOutcome
 
 
 @runtime_checkable

@@ -26,10 +26,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
-from tq_store.backends.base import BackendStats, PutOutcome
 from tq_store.backends.policy import S3Fifo
 from tq_store.errors import BackendFull, BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey, split_key
+from tq_store.results import BackendStats, PutOutcome
 
 _T = TypeVar("_T")
 _Args = TypeVarTuple("_Args")

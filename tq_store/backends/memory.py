@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from tq_store.backends.base import BackendStats, PutOutcome
 from tq_store.backends.policy import S3Fifo
 from tq_store.errors import BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey, split_key
+from tq_store.results import BackendStats, PutOutcome
 
 
 class MemoryBackend:

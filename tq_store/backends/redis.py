@@ -9,9 +9,9 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from tq_store.backends.base import BackendStats, PutOutcome
 from tq_store.errors import BackendError, BackendFull, BackendTimeout, BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey, split_key
+from tq_store.results import BackendStats, PutOutcome
 
 _BLOCKS = "tq:1"
 _QUARANTINE = "tq:quarantine:1"

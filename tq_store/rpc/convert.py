@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from tq_store.backends.base import BackendStats, PutOutcome
 from tq_store.block import HEADER_BYTES
 from tq_store.keys import BLOCK_KEY_BYTES, DIGEST_BYTES, BlockKey
+from tq_store.results import BackendStats, PutOutcome
 from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 

@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from tq_store.backends.base import Backend, PutOutcome
+from tq_store.backends.base import Backend
 from tq_store.block import HEADER_BYTES, verify_block
 from tq_store.errors import BackendError, BlockFormatError
 from tq_store.keys import BlockKey
+from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES

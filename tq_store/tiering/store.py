@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tq_store.backends.base import Backend, BackendStats, PutOutcome
+from tq_store.backends.base import Backend
 from tq_store.errors import ConfigError
 from tq_store.keys import DIGEST_BYTES, BlockKey
+from tq_store.results import BackendStats, PutOutcome
 from tq_store.tiering.tier import Tier, check_all
 
 _T = TypeVar("_T")

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from tq_store.backends.base import Backend, BackendStats, PutOutcome
+from tq_store.backends.base import Backend
 from tq_store.backends.memory import MemoryBackend
 from tq_store.block import verify_block
 from tq_store.errors import BackendError, BackendFull, BlockFormatError
 from tq_store.keys import BlockKey
+from tq_store.results import BackendStats, PutOutcome
 
 _T = TypeVar("_T")
 
