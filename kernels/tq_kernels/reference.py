@@ -65,6 +65,9 @@ def dequantize(
 
     Returns:
         Keys and values, each ``[num_pages * page_tokens, num_kv_heads, head_dim]``.
+
+    Raises:
+        ValueError: Pages of another size or dtype.
     """
     sides = []
     for side, code in (("key", layout.spec.key), ("value", layout.spec.value)):
@@ -173,6 +176,10 @@ def _view(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tensor:
     plane = layout.plane(name)
     if plane is None:
         raise KeyError(name)
+    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
+        raise ValueError(
+            f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
+        )
     sections = pages.view(-1, layout.num_kv_heads, layout.section_bytes)
     raw = sections[..., plane.offset : plane.offset + plane.num_bytes]
     return raw.view(_ITEM_DTYPES[plane.item_bytes]).view(*raw.shape[:-1], plane.rows, plane.columns)

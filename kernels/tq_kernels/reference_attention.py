@@ -42,7 +42,13 @@ def decode_attention(
     Returns:
         Output ``[num_seqs, num_query_heads, head_dim]`` and log-sum-exp ``[num_seqs, num_query_heads]``, both
         float32.
+
+    Raises:
+        ValueError: Heads or channels of the query do not fit the layout.
     """
+    _check_query(query, layout)
+    if not len(query):
+        return torch.empty(query.shape), torch.empty(query.shape[:2])
     positions = lengths - 1 if query_positions is None else query_positions
     parts = [
         _attend_pages(
@@ -92,10 +98,17 @@ def extend_attention(
     Returns:
         Output ``[num_new, num_query_heads, head_dim]`` and log-sum-exp ``[num_new, num_query_heads]``, both
         float32.
+
+    Raises:
+        ValueError: The query does not fit the layout, has more rows than there are raw keys or none, or the
+            prefix does not reach past its sinks.
     """
+    _check_query(query, layout)
+    if not 0 <= num_sinks <= prefix_len:
+        raise ValueError(f"{num_sinks} sinks do not lie within a prefix of {prefix_len} tokens")
     num_new, num_raw = query.shape[0], keys.shape[0] - num_sinks
-    if num_raw < num_new:
-        raise ValueError(f"{num_new} queries need at least as many raw keys, not {num_raw}")
+    if not 1 <= num_new <= num_raw:
+        raise ValueError(f"{num_new} queries need at least one row and as many raw keys, not {num_raw}")
     first_position = prefix_len + num_raw - num_new
     sink_positions = torch.arange(num_sinks, device=query.device)
     own_positions = torch.arange(prefix_len, prefix_len + num_raw, device=query.device)
@@ -190,9 +203,12 @@ def _attend_pages(
         positions = torch.arange(len(run) * layout.page_tokens, device=query.device)
         positions = positions + start * layout.page_tokens
         scores = _page_scores(grouped, pages[run], layout) * softmax_scale
-        scores[..., (positions >= length) | (positions < num_sinks)] = -torch.inf
+        left_out = (positions >= length) | (positions < num_sinks)
+        scores[..., left_out] = -torch.inf
         _mask(scores, positions, first_position, num_new, sliding_window)
-        part, part_lse = _softmax_values(scores, _page_values(pages[run], layout))
+        values = _page_values(pages[run], layout)
+        values[:, left_out] = 0  # slots not written yet may hold anything, and 0 * nan is nan
+        part, part_lse = _softmax_values(scores, values)
         out, lse = merge_attention(
             out, lse, _by_query_head(part, num_new), _by_query_head(part_lse[..., None], num_new)[..., 0]
         )
@@ -247,12 +263,17 @@ def _softmax_values(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.T
 
 def _by_kv_head(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """``[num_new, num_query_heads, dim]`` as float32 ``[num_kv_heads, group * num_new, dim]``."""
-    _, num_query_heads, head_dim = query.shape
-    if num_query_heads % num_kv_heads:
-        raise ValueError(f"{num_query_heads} query heads do not divide into {num_kv_heads} KV heads")
-    return query.float().transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+    return query.float().transpose(0, 1).reshape(num_kv_heads, -1, query.shape[-1])
 
 
 def _by_query_head(tensor: torch.Tensor, num_new: int) -> torch.Tensor:
     """Undo `_by_kv_head`: ``[num_new, num_query_heads, dim]``."""
     return tensor.reshape(-1, num_new, tensor.shape[-1]).transpose(0, 1)
+
+
+def _check_query(query: torch.Tensor, layout: PageLayout) -> None:
+    if query.dim() != 3 or query.shape[1] % layout.num_kv_heads or query.shape[2] != layout.head_dim:
+        raise ValueError(
+            f"query must be [rows, a multiple of {layout.num_kv_heads} heads, {layout.head_dim}], "
+            f"not {list(query.shape)}"
+        )

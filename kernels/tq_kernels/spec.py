@@ -84,8 +84,8 @@ class CodecSpec:
             raise ValueError(
                 f"key_center={self.key_center.name} needs a rotated key code, {self.key.name} is not"
             )
-        if not 0 <= self.rotation_seed < 1 << 64:
-            raise ValueError(f"rotation_seed must be in [0, 2**64), not {self.rotation_seed}")
+        if type(self.rotation_seed) is not int or not 0 <= self.rotation_seed < 1 << 64:
+            raise ValueError(f"rotation_seed must be an integer in [0, 2**64), not {self.rotation_seed!r}")
 
     @property
     def rotation(self) -> Rotation:

@@ -88,3 +88,19 @@ def test_lengths_are_what_transformers_needs(model):
     run(model, cache, tokens(37))
     assert (cache.get_seq_length(), cache.get_max_length()) == (37, -1)
     assert cache.get_mask_sizes(5, 0) == (42, 0)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_pages_made_from_what_is_no_number_are_not_shared(model, poison):
+    seen = []
+    cache = TQCache(LAYOUT, LAYERS, on_page=lambda index, _: seen.append(index))
+    run(model, cache, tokens(16))
+    shape = (1, LAYOUT.num_kv_heads, 16, LAYOUT.head_dim)
+    for layer, poisoned in zip(cache.layers, (False, True, False), strict=True):
+        keys = torch.ones(shape)
+        keys[0, 1, 3, 5] = poison if poisoned else 1
+        layer.update(keys, torch.ones(shape))
+        layer.seal_full_pages()
+    run(model, cache, tokens(16))
+    assert cache.num_pages == 3
+    assert seen == [0]

@@ -363,3 +363,14 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(torch.zeros(keys), torch.zeros(values), _layout("tq4"))
+
+
+def test_pages_of_another_size_or_dtype_are_refused() -> None:
+    layout = _layout("tq4")
+    for pages in (
+        torch.zeros(1, 2 * layout.page_bytes, dtype=torch.uint8),
+        torch.zeros(layout.page_bytes, dtype=torch.uint8),
+        torch.zeros(1, layout.page_bytes, dtype=torch.int8),
+    ):
+        with pytest.raises(ValueError, match=rf"pages must be \[num_pages, {layout.page_bytes}\] uint8"):
+            dequantize(pages, layout)

@@ -156,7 +156,7 @@ def test_half_queries_are_what_their_float32_would_be(
 
 
 def test_tokens_after_the_length_are_not_seen(generator: torch.Generator) -> None:
-    """Whatever they are, as long as they are numbers."""
+    """Whatever they are: a slot that was never written may hold NaNs."""
     layout = _layout("tq4")
     shape = (2 * P, 2, 64)
     keys, values = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
@@ -168,7 +168,7 @@ def test_tokens_after_the_length_are_not_seen(generator: torch.Generator) -> Non
         plane = layout.plane(name)
         assert plane is not None
         # the scales of tokens 20 and on, which are 4 to 15 of the second page
-        sections[1, :, plane.offset + 8 : plane.offset + 32] = 0x7B
+        sections[1, :, plane.offset + 8 : plane.offset + 32] = 0xFF
     arguments = (torch.tensor([[0, 1]]), torch.tensor([20]), layout)
     before = decode_attention(query, packed, *arguments, softmax_scale=0.125)
     after = decode_attention(query, changed, *arguments, softmax_scale=0.125)
@@ -340,7 +340,7 @@ def test_merging_two_empty_parts_gives_an_empty_one() -> None:
 def test_heads_that_do_not_divide_are_refused(generator: torch.Generator) -> None:
     layout = _layout("tq4", heads=2)
     packed, _, _ = _pages(layout, 1, generator)
-    with pytest.raises(ValueError, match="3 query heads do not divide into 2 KV heads"):
+    with pytest.raises(ValueError, match=r"a multiple of 2 heads, 64\], not \[1, 3, 64\]"):
         decode_attention(
             torch.zeros(1, 3, 64), packed, torch.tensor([[0]]), torch.tensor([4]), layout, softmax_scale=1.0
         )
@@ -350,9 +350,58 @@ def test_more_queries_than_raw_keys_are_refused(generator: torch.Generator) -> N
     layout = _layout("tq4")
     packed, _, _ = _pages(layout, 1, generator)
     raw = torch.zeros(3, 2, 64)
-    with pytest.raises(ValueError, match="4 queries need at least as many raw keys, not 3"):
+    with pytest.raises(ValueError, match="4 queries need at least one row and as many raw keys, not 3"):
         extend_attention(
             torch.zeros(4, 2, 64), raw, raw, packed, torch.tensor([0]), 8, layout, softmax_scale=1.0
         )
-    with pytest.raises(ValueError, match="3 queries need at least as many raw keys, not 2"):
+    with pytest.raises(ValueError, match="3 queries need at least one row and as many raw keys, not 2"):
         extend_attention(raw, raw, raw, packed, torch.tensor([0]), 8, layout, softmax_scale=1.0, num_sinks=1)
+
+
+@pytest.mark.parametrize(("num_sinks", "prefix_len"), [(4, 3), (1, 0), (-1, 8)])
+def test_sinks_beyond_the_prefix_are_refused(
+    num_sinks: int, prefix_len: int, generator: torch.Generator
+) -> None:
+    layout = _layout("tq4")
+    packed, _, _ = _pages(layout, 1, generator)
+    raw = torch.zeros(9, 2, 64)
+    with pytest.raises(ValueError, match=f"{num_sinks} sinks do not lie within a prefix of {prefix_len}"):
+        extend_attention(
+            raw[:1],
+            raw,
+            raw,
+            packed,
+            torch.tensor([0]),
+            prefix_len,
+            layout,
+            softmax_scale=1.0,
+            num_sinks=num_sinks,
+        )
+
+
+def test_no_query_is_refused_and_no_sequence_gives_nothing(generator: torch.Generator) -> None:
+    layout = _layout("tq4")
+    packed, _, _ = _pages(layout, 1, generator)
+    raw = torch.zeros(3, 2, 64)
+    with pytest.raises(ValueError, match="0 queries need at least one row"):
+        extend_attention(raw[:0], raw, raw, packed, torch.tensor([0]), 8, layout, softmax_scale=1.0)
+    out, lse = decode_attention(
+        raw[:0],
+        packed,
+        torch.zeros(0, 1, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        layout,
+        softmax_scale=1.0,
+    )
+    assert (out.shape, lse.shape) == ((0, 2, 64), (0, 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 32), (2, 64), (1, 2, 64, 1)])
+def test_a_query_of_another_shape_is_refused(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    layout = _layout("tq4")
+    packed, _, _ = _pages(layout, 1, generator)
+    raw = torch.zeros(3, 2, 64)
+    with pytest.raises(ValueError, match="query must be"):
+        extend_attention(
+            torch.zeros(shape), raw, raw, packed, torch.tensor([0]), 8, layout, softmax_scale=1.0
+        )

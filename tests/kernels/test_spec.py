@@ -113,9 +113,10 @@ def test_a_spec_cannot_be_changed() -> None:
         ),
         (
             {"key": Code.LM4, "value": Code.LM4, "rotation_seed": -1},
-            r"rotation_seed must be in \[0, 2\*\*64\)",
+            r"rotation_seed must be an integer in \[0, 2\*\*64\)",
         ),
-        ({"key": Code.LM4, "value": Code.LM4, "rotation_seed": 1 << 64}, "rotation_seed must be in"),
+        ({"key": Code.LM4, "value": Code.LM4, "rotation_seed": 1 << 64}, "rotation_seed must be an integer"),
+        ({"key": Code.LM4, "value": Code.LM4, "rotation_seed": 1.0}, "rotation_seed must be an integer"),
     ],
 )
 def test_meaningless_specs_are_refused(arguments: dict[str, object], message: str) -> None:

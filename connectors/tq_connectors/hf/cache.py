@@ -91,26 +91,34 @@ class TQCache(Cache):
         if num_pages <= capacity and self._pages.device == device:
             return
         grown = max(num_pages, 2 * capacity, _FIRST_CAPACITY_PAGES)
-        pages = torch.empty(num_layers, grown, page_bytes, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # a pool first filled in inference mode is written outside it too
+            pages = torch.empty(num_layers, grown, page_bytes, dtype=torch.uint8, device=device)
         pages[:, :capacity] = self._pages
         self._pages = pages
 
     def announce(self) -> None:
-        """Tell the listener of pages that all layers have sealed since the last call."""
+        """Tell the listener of pages that all layers have sealed since the last call.
+
+        A page made from infinities or NaNs, and all pages after it, are kept to this sequence.
+        """
         for index in range(self._num_announced, self.num_pages):
             self._num_announced = index + 1
-            if self._on_page is not None:
+            if self._on_page is not None and all(layer.is_finite for layer in self._layers):
                 self._on_page(index, self.page(index))
 
 
 class TQLayer(CacheLayerMixin):
-    """One layer of a `TQCache`: raw sinks, `num_pages` compressed pages and a raw tail."""
+    """One layer of a `TQCache`: raw sinks, `num_pages` compressed pages and a raw tail.
+
+    `is_finite` says that no page so far was made from an infinity or a NaN.
+    """
 
     def __init__(self, cache: TQCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
         self._index = index
         self.num_pages = 0
+        self.is_finite = True
         self._tail_keys = self._tail_values = torch.empty(0)
         self._sink_keys = self._sink_values = torch.empty(0)
 
@@ -177,6 +185,7 @@ class TQLayer(CacheLayerMixin):
             keys, values = (
                 side[0, :, :split].transpose(0, 1) for side in (self._tail_keys, self._tail_values)
             )
+            self.is_finite &= bool(torch.isfinite(keys).all() and torch.isfinite(values).all())
             self._cache.reserve(self.num_pages + num_new, self._tail_keys.device)
             target = self._cache.pages_of(self._index)[self.num_pages : self.num_pages + num_new]
             target.copy_(quantize(keys, values, self._cache.layout))
