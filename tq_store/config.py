@@ -202,7 +202,7 @@ def load_config(
 def _parse(setting: Setting, value: Any, source: str) -> Any:
     try:
         return setting.kind.parse(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ConfigError(
             f"{setting.name} ({source}): {value!r} is not understood; "
             f"write for example {setting.kind.example}"

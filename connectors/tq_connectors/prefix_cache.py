@@ -4,13 +4,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tq_connectors.codec import CacheGeometry, namespace_for, pack_pages, unpack_pages
+from tq_connectors.codec import CacheGeometry, block_info, namespace_for, pack_pages, unpack_pages
 from tq_connectors.save_queue import SaveQueue
 from tq_kernels.layout import PageLayout
 from tq_store.block import Buffer
 from tq_store.client import StoreClient
-from tq_store.errors import BlockFormatError, RpcError
-from tq_store.keys import BlockKey, block_keys
+from tq_store.errors import BlockFormatError, ConfigError, RpcError
+from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, block_keys
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ class PrefixCache:
         revision: What tells its weights from others of that name.
         salt: Keeps apart what only the caller knows to differ (a LoRA adapter, a tenant).
         save_queue_bytes: Most bytes of blocks waiting to be saved; more are dropped.
+
+    Raises:
+        ConfigError: The model has no name or no revision, or its pages are too large for a block.
     """
 
     def __init__(
@@ -50,6 +53,10 @@ class PrefixCache:
         salt: str = "",
         save_queue_bytes: int = DEFAULT_SAVE_QUEUE_BYTES,
     ) -> None:
+        try:
+            block_info(layout, geometry.num_layers, BlockKey(bytes(BLOCK_KEY_BYTES)))
+        except BlockFormatError as error:
+            raise ConfigError(f"a page of all layers makes no block, use smaller pages: {error}") from error
         self._client = client
         self._layout = layout
         self._num_layers = geometry.num_layers
@@ -75,6 +82,7 @@ class PrefixCache:
                     break
                 pages = unpack_pages(self._layout, self._num_layers, keys[index], block)
                 loaded += 1
+                self.counters.loaded_pages += 1
                 self.counters.loaded_bytes += len(block)
                 yield pages
             self._outage = False
@@ -82,9 +90,7 @@ class PrefixCache:
             if not self._outage:
                 logger.warning("loading from the store fails, prefixes are recomputed: %s", error)
             self._outage = True
-        finally:
-            self.counters.loaded_pages += loaded
-            self.counters.failed_pages += promised - loaded
+        self.counters.failed_pages += promised - loaded
 
     def save(self, key: BlockKey, pages: Buffer) -> bool:
         """Queue the page bytes of all layers; False when they were dropped. Never blocks."""

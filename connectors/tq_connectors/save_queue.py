@@ -70,6 +70,7 @@ class SaveQueue:
         self._thread.join(timeout_s)
         with self._changed:
             self.dropped_blocks += len(self._waiting)
+            self._held_bytes -= sum(len(block) for _, block in self._waiting)
             self._waiting.clear()
 
     def _run(self) -> None:
@@ -92,9 +93,13 @@ class SaveQueue:
         """Number of blocks of the batch that the store now has."""
         try:
             outcomes = self._client.put(batch)
-        except RpcError as error:
+        except Exception as error:  # whatever it is, the thread must go on, or all later saves are lost
             if not self._outage:
-                logger.warning("saving to the store fails, blocks are dropped until it works: %s", error)
+                logger.warning(
+                    "saving to the store fails, blocks are dropped until it works: %s",
+                    error,
+                    exc_info=not isinstance(error, RpcError),
+                )
             self._outage = True
             return 0
         self._outage = False

@@ -112,12 +112,15 @@ def read_key_center(pages: torch.Tensor, layout: PageLayout) -> torch.Tensor | N
     return _view(pages, layout, "key_center")[..., 0, :].view(torch.float16).float()
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a constant first used in inference mode must serve outside it too
 def rotation_of(layout: PageLayout, device: torch.device) -> torch.Tensor:
     """The rotation ``[head_dim, head_dim]`` float32 that the layout's codec applies."""
     return rotation_matrix(layout.head_dim, layout.spec.rotation_seed).to(device)
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def level_table(code: Code, device: torch.device) -> torch.Tensor:
     """Value of every index: float32, ``[2**bits]``."""
     if code is Code.BF16:

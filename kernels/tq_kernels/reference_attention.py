@@ -10,8 +10,8 @@ import torch
 from tq_kernels.layout import PageLayout
 from tq_kernels.reference import read_key_center, read_side, rotation_of
 
-_SCORES_AT_ONCE = 1 << 23
-"""Bounds the score matrix in memory; longer prefixes go through in runs of pages."""
+_FLOATS_AT_ONCE = 1 << 23
+"""Bounds the score matrix and decoded pages in memory; longer prefixes go through in runs of pages."""
 
 
 def decode_attention(
@@ -48,7 +48,7 @@ def decode_attention(
     """
     _check_query(query, layout)
     if not len(query):
-        return torch.empty(query.shape), torch.empty(query.shape[:2])
+        return query.float(), query.new_empty(query.shape[:2], dtype=torch.float32)
     positions = lengths - 1 if query_positions is None else query_positions
     parts = [
         _attend_pages(
@@ -167,7 +167,7 @@ def _attend_raw(
     num_keys, num_kv_heads, _ = keys.shape
     by_channel, by_token = keys.float().permute(1, 2, 0), values.float().transpose(0, 1)
     parts = []
-    for run in query.split(max(1, _SCORES_AT_ONCE // (num_query_heads * num_keys))):
+    for run in query.split(max(1, _FLOATS_AT_ONCE // (num_query_heads * num_keys))):
         scores = _by_kv_head(run, num_kv_heads) @ by_channel * softmax_scale
         _mask(scores, key_positions, first_position, run.shape[0], sliding_window)
         first_position += run.shape[0]
@@ -196,7 +196,8 @@ def _attend_pages(
     if layout.spec.key.rotated:
         query = query.float() @ rotation_of(layout, query.device).T
     grouped = _by_kv_head(query, layout.num_kv_heads)
-    pages_at_once = max(1, _SCORES_AT_ONCE // (num_new * num_query_heads * layout.page_tokens))
+    per_token = max(num_new * num_query_heads, layout.num_kv_heads * layout.head_dim)
+    pages_at_once = max(1, _FLOATS_AT_ONCE // (per_token * layout.page_tokens))
     num_pages = -(-length // layout.page_tokens)
     for start in range(0, num_pages, pages_at_once):
         run = block_table[start : min(start + pages_at_once, num_pages)]

@@ -15,6 +15,7 @@ _MASK64 = (1 << 64) - 1
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a constant first used in inference mode must serve outside it too
 def rotation_matrix(head_dim: int, seed: int) -> torch.Tensor:
     """Rotation R: ``[head_dim, head_dim]`` float32 on the CPU; a row vector x is rotated as ``x @ R.T``.
 

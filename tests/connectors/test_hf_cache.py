@@ -1,5 +1,7 @@
 """TQCache: pages are sealed once, announced once, and given pages stay untouched."""
 
+import copy
+
 import pytest
 import torch
 from connectors.tiny_models import tiny_model, tokens
@@ -30,14 +32,14 @@ def page_bytes(cache, index):
 
 def test_pages_are_announced_once_in_order_when_all_layers_have_them(model):
     seen = []
-    cache = TQCache(LAYOUT, LAYERS, on_page=lambda index, page: seen.append((index, page.clone())))
+    cache = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages))
     for count, expected in ((10, 0), (5, 0), (1, 1), (15, 1), (40, 4), (1, 4)):
         run(model, cache, tokens(count))
-        assert len(seen) == cache.num_pages == expected
-    assert [index for index, _ in seen] == [0, 1, 2, 3]
-    for index, page in seen:
+        assert cache.num_pages == cache.num_sound_pages == expected
+    assert seen == [1, 4]
+    for index in range(4):
+        page = cache.page(index)
         assert page.shape == (LAYERS, LAYOUT.page_bytes)
-        assert torch.equal(page, cache.page(index))
         assert page.any(dim=1).all()
 
 
@@ -46,11 +48,12 @@ def test_preloaded_pages_stand_for_the_tokens_they_were_made_from(model):
     cold = TQCache(LAYOUT, LAYERS)
     run(model, cold, token_ids[:48])
     expected = run(model, cold, token_ids[48:])
-    warm, seen = TQCache(LAYOUT, LAYERS, on_page=lambda index, _: seen.append(index)), []
+    warm, seen = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages)), []
     run(model, warm, token_ids[:4])
-    assert warm.preload(memoryview(page_bytes(cold, i)) for i in range(3)) == 48
+    assert warm.preload(memoryview(page_bytes(cold, i)) for i in range(3)) == 3
+    assert (warm.num_sound_pages, warm.get_seq_length()) == (3, 48)
     torch.testing.assert_close(run(model, warm, token_ids[48:]), expected)
-    assert seen == [3, 4, 5]
+    assert seen == [6]
     assert [page_bytes(warm, i) for i in range(3)] == [page_bytes(cold, i) for i in range(3)]
 
 
@@ -78,7 +81,8 @@ def test_without_a_page_the_computed_tokens_stay(model):
     expected = run(model, cold, token_ids[4:])
     cache = TQCache(LAYOUT, LAYERS)
     run(model, cache, token_ids[:4])
-    assert cache.preload([]) == 4
+    assert cache.preload([]) == 0
+    assert cache.get_seq_length() == 4
     torch.testing.assert_close(run(model, cache, token_ids[4:]), expected)
 
 
@@ -93,14 +97,78 @@ def test_lengths_are_what_transformers_needs(model):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_pages_made_from_what_is_no_number_are_not_shared(model, poison):
     seen = []
-    cache = TQCache(LAYOUT, LAYERS, on_page=lambda index, _: seen.append(index))
+    cache = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages))
     run(model, cache, tokens(16))
     shape = (1, LAYOUT.num_kv_heads, 16, LAYOUT.head_dim)
     for layer, poisoned in zip(cache.layers, (False, True, False), strict=True):
         keys = torch.ones(shape)
         keys[0, 1, 3, 5] = poison if poisoned else 1
         layer.update(keys, torch.ones(shape))
-        layer.seal_full_pages()
+        layer.finish_pass()
     run(model, cache, tokens(16))
-    assert cache.num_pages == 3
-    assert seen == [0]
+    assert (cache.num_pages, cache.num_sound_pages) == (3, 1)
+    assert seen == [1]
+
+
+def test_a_long_prompt_leaves_nothing_of_it_raw_in_memory(model):
+    cache = TQCache(LAYOUT, LAYERS)
+    run(model, cache, tokens(165))
+    raw_bytes = {
+        tensor.untyped_storage().nbytes() / (LAYOUT.num_kv_heads * LAYOUT.head_dim * 4)
+        for layer in cache.layers
+        for tensor in vars(layer).values()
+        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
+    }
+    assert raw_bytes == {4, 5}  # tokens: sinks and tail
+
+
+def test_a_pool_grows_twofold_and_no_more(model):
+    cache = TQCache(LAYOUT, LAYERS)
+    run(model, cache, tokens(16 * 9))
+    run(model, cache, tokens(16 * 10))
+    assert {len(layer._pool) for layer in cache.layers} == {19}
+    run(model, cache, tokens(16))
+    assert {len(layer._pool) for layer in cache.layers} == {38}
+
+
+def test_after_a_pass_that_failed_midway_the_cache_refuses_to_go_on(model, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    seen = []
+    cache = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages))
+    run(model, cache, tokens(16))
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].self_attn, "forward", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(model, cache, tokens(16))
+    with pytest.raises(ValueError, match="open another cache"):
+        run(model, cache, tokens(16))
+    assert seen == [1]
+
+
+def test_a_model_that_attends_in_another_way_is_noticed(model):
+    cache = TQCache(LAYOUT, LAYERS)
+    run(model, cache, tokens(20))
+    model.set_attn_implementation("sdpa")
+    run(model, cache, tokens(1))
+    with pytest.raises(ValueError, match='not with attn_implementation="tq"'):
+        run(model, cache, tokens(1))
+
+
+def test_a_copied_cache_goes_its_own_way(model):
+    first = TQCache(LAYOUT, LAYERS)
+    run(model, first, tokens(40))
+    second = copy.deepcopy(first)
+    one, other = run(model, first, tokens(30, seed=1)), run(model, second, tokens(30, seed=2))
+    assert not torch.equal(one, other)
+    assert not torch.equal(first.page(3), second.page(3))
+    assert torch.equal(first.page(1), second.page(1))
+
+
+@pytest.mark.parametrize("name", ["crop", "reset", "reorder_cache", "batch_repeat_interleave"])
+def test_what_would_change_sealed_pages_is_refused_with_a_sentence(model, name):
+    cache = TQCache(LAYOUT, LAYERS)
+    run(model, cache, tokens(20))
+    with pytest.raises(ValueError, match="open another cache"):
+        getattr(cache, name)(*([] if name == "reset" else [1]))

@@ -1,5 +1,6 @@
 """Two models share prefixes through a real server, and a bad server costs misses, never an answer."""
 
+import copy
 import logging
 import socket
 import threading
@@ -8,7 +9,7 @@ import pytest
 import torch
 from connectors.tiny_models import tiny_model, tokens
 from store.running_server import foreign_server, running_server
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig
 
 from tq_connectors.hf.connector import TQConnector, cache_geometry
 from tq_kernels import PRESETS, preset
@@ -109,6 +110,149 @@ def test_generated_pages_can_be_saved_for_the_next_turn(model):
             )[0].tolist()
             connector.save_generated(cache, turn[:-1])
         assert answer(connect(model, client), turn + tokens(10))[0] == 139 // PAGE * PAGE
+
+
+def saved_since(connector, before):
+    """Blocks that were put since there were `before`."""
+    assert connector.prefix_cache.saves.flush(30)
+    return connector.prefix_cache.saves.saved_blocks - before
+
+
+def test_each_page_is_saved_once_over_several_turns(model):
+    with running_server() as server, StoreClient(server.address) as client:
+        answer(connect(model, client))
+        with connect(model, client) as connector:
+            cache = connector.open_cache(PROMPT)
+            turn = model.generate(
+                torch.tensor([PROMPT]), past_key_values=cache, max_new_tokens=40, do_sample=False
+            )[0].tolist()
+            assert saved_since(connector, 0) == 0  # all of the prompt came from the store
+            connector.save_generated(cache, turn[:-1])
+            connector.save_generated(cache, turn[:-1])
+            assert saved_since(connector, 0) == 139 // PAGE - FULL_PAGES
+            connector.prefill(turn + tokens(60), cache)
+            assert saved_since(connector, 0) == 200 // PAGE - FULL_PAGES
+        hit, logits = answer(connect(model, client), turn + tokens(60) + [1])
+        assert hit == 200 // PAGE * PAGE
+        assert close_to(logits, answer(connect(model, None), turn + tokens(60) + [1])[1], 0.3)
+
+
+def test_pages_generated_from_what_is_no_number_are_not_saved():
+    model = tiny_model()
+    with (
+        running_server() as server,
+        StoreClient(server.address) as client,
+        connect(model, client) as connector,
+    ):
+        cache = connector.open_cache(PROMPT)
+        connector.prefill(PROMPT, cache)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.v_proj.weight[3] = torch.nan
+            model(input_ids=torch.tensor([tokens(40)]), past_key_values=cache)
+        connector.save_generated(cache, PROMPT + tokens(40))
+        assert cache.num_pages == 140 // PAGE
+        assert saved_since(connector, 0) == FULL_PAGES
+
+
+def test_a_cache_of_another_prompt_is_refused_before_anything_wrong_is_saved(model):
+    other = [*PROMPT[:98], 1, 2, *tokens(60)]
+    with (
+        running_server() as server,
+        StoreClient(server.address) as client,
+        connect(model, client) as connector,
+    ):
+        cache = connector.open_cache(PROMPT)
+        for call in (connector.prefill, lambda ids, cache: connector.save_generated(cache, ids)):
+            with pytest.raises(ValueError, match="opened for other tokens"):
+                call(other, cache)
+        connector.prefill(PROMPT[:50], cache)
+        connector.prefill(PROMPT, cache)
+        assert saved_since(connector, 0) == FULL_PAGES
+
+
+def test_a_copied_cache_saves_what_it_computes_itself(model):
+    with (
+        running_server() as server,
+        StoreClient(server.address) as client,
+        connect(model, client) as connector,
+    ):
+        cache = connector.open_cache(PROMPT)
+        connector.prefill(PROMPT, cache)
+        for seed in (1, 2):
+            connector.prefill(PROMPT + tokens(60, seed), copy.deepcopy(cache))
+        assert saved_since(connector, 0) == FULL_PAGES + 2 * (160 // PAGE - FULL_PAGES)
+        for seed in (1, 2):
+            assert answer(connect(model, client), PROMPT + tokens(60, seed) + [1])[0] == 160
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+        {"sliding_window": 30},
+        {"rms_norm_eps": 1e-3},
+    ],
+)
+def test_a_setting_changed_after_loading_makes_misses(change):
+    with running_server() as server, StoreClient(server.address) as client:
+        assert answer(connect(tiny_model("mistral"), client))[0] == 4
+        assert answer(connect(tiny_model("mistral", **change), client))[0] == 4
+        elsewhere = tiny_model("mistral", name_or_path="/other/place")
+        assert answer(connect(elsewhere, client))[0] == FULL_PAGES * PAGE
+
+
+def test_another_dtype_makes_misses(model):
+    with running_server() as server, StoreClient(server.address) as client:
+        answer(connect(model, client))
+        assert answer(connect(tiny_model().to(torch.bfloat16), client))[0] == 4
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_keys_that_depend_on_what_follows_them_are_refused(rope_type):
+    config = LlamaConfig()
+    config.rope_parameters["rope_type"] = rope_type
+    with pytest.raises(ConfigError, match=f"rope_type '{rope_type}' is not served"):
+        cache_geometry(config, torch.float32)
+
+
+def test_pages_too_large_for_a_block_are_refused_before_any_work(model):
+    with (
+        StoreClient("127.0.0.1:9", config=IMPATIENT) as client,
+        pytest.raises(ConfigError, match="use smaller pages"),
+    ):
+        connect(model, client, "raw", page_tokens=1 << 19)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({}, "holds 100 tokens, of 100 nothing is left"), ({"chunk_tokens": 0}, "at least 1, not 0")],
+)
+def test_a_prefill_that_means_nothing_is_refused(model, options, sentence):
+    connector = connect(model, None)
+    cache = connector.open_cache(PROMPT)
+    connector.prefill(PROMPT, cache)
+    with pytest.raises(ValueError, match=sentence):
+        connector.prefill(PROMPT, cache, **options)
+
+
+def test_a_reader_that_stops_early_is_no_failure(model):
+    with running_server() as server, StoreClient(server.address) as client:
+        answer(connect(model, client))
+        with connect(model, client) as connector:
+            pages = connector.prefix_cache.load(connector.prefix_cache.keys(PROMPT))
+            next(pages)
+            pages.close()
+            counters = connector.prefix_cache.counters
+            assert (counters.loaded_pages, counters.failed_pages) == (1, 0)
+
+
+def test_progress_is_told_after_each_chunk_which_ends_at_a_multiple(model):
+    connector, seen = connect(model, None), []
+    cache = connector.open_cache(PROMPT)
+    connector.prefill(PROMPT[:10], cache)
+    connector.prefill(PROMPT, cache, chunk_tokens=32, on_chunk=seen.append)
+    assert seen == [32, 64, 96, 100]
 
 
 def test_two_replicas_at_once_end_with_one_copy_of_each_page(model):

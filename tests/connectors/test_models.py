@@ -372,9 +372,9 @@ def test_a_local_folder_is_returned_as_it_is_if_it_has_a_config(tmp_path: Path) 
 
 
 def test_cache_directory_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TQ_STORE_CACHE", "/somewhere")
+    monkeypatch.setenv("TQ_CONNECTORS_CACHE", "/somewhere")
     assert models.default_cache_dir() == Path("/somewhere/models")
-    monkeypatch.setenv("TQ_STORE_CACHE", "")
+    monkeypatch.setenv("TQ_CONNECTORS_CACHE", "")
     monkeypatch.setenv("HOME", "/home/someone")
     assert models.default_cache_dir() == Path("/home/someone/.cache/tq-store/models")
 

@@ -84,6 +84,7 @@ def test_failures_are_counted_and_logged_once_an_outage(store, caplog):
             queue.offer(KEYS[3], b"x")
             assert queue.flush(30)
             assert len(caplog.records) == outage + 1
+            assert caplog.records[-1].exc_info is None
     queue.close()
     assert (queue.saved_blocks, queue.failed_blocks) == (2, 6)
 
@@ -98,6 +99,21 @@ def test_only_blocks_that_the_store_has_count_as_saved(store, outcome, saved):
     queue.offer(KEYS[0], b"x")
     queue.close()
     assert (queue.saved_blocks, queue.failed_blocks) == (saved, 1 - saved)
+
+
+def test_a_client_that_fails_as_nobody_expected_costs_its_blocks_and_not_the_thread(store, caplog):
+    queue = SaveQueue(store, budget_bytes=1 << 20)
+    store.error = ZeroDivisionError("a mistake")
+    with caplog.at_level(logging.WARNING):
+        for key in KEYS[:2]:
+            queue.offer(key, b"x")
+            assert queue.flush(30)
+    (record,) = caplog.records
+    assert record.exc_info is not None  # nobody expected it, so its traceback is needed
+    store.error = None
+    queue.offer(KEYS[2], b"x")
+    queue.close()
+    assert (queue.saved_blocks, queue.failed_blocks) == (1, 2)
 
 
 def test_closing_puts_what_is_queued_and_refuses_more(store):
@@ -119,3 +135,5 @@ def test_closing_does_not_wait_longer_than_it_was_told():
     queue.close(timeout_s=0.01)
     assert queue.dropped_blocks > 0
     store.gate.set()
+    assert queue.flush(30)
+    assert queue.saved_blocks + queue.dropped_blocks == len(KEYS)

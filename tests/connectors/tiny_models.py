@@ -1,5 +1,7 @@
 """Small random models of every served type: real transformers code, milliseconds to run."""
 
+from typing import Any
+
 import torch
 from transformers import (
     LlamaConfig,
@@ -23,7 +25,13 @@ _CLASSES = {
 
 
 def tiny_model(
-    model_type: str = "llama", *, heads: int = 4, kv_heads: int = 2, head_dim: int = 32, layers: int = 3
+    model_type: str = "llama",
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    layers: int = 3,
+    **changes: Any,
 ) -> PreTrainedModel:
     """A model with fixed random weights, its attention set to ``"sdpa"``."""
     config_class, model_class, extra = _CLASSES[model_type]
@@ -39,7 +47,7 @@ def tiny_model(
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
-        **extra,
+        **(extra | changes),
     )
     torch.manual_seed(1)
     model = model_class(config).eval()

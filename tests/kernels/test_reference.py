@@ -374,3 +374,12 @@ def test_pages_of_another_size_or_dtype_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=rf"pages must be \[num_pages, {layout.page_bytes}\] uint8"):
             dequantize(pages, layout)
+
+
+def test_constants_first_used_in_inference_mode_serve_training_too(generator: torch.Generator) -> None:
+    layout = PageLayout(spec=preset("tq3"), head_dim=48, num_kv_heads=1, page_tokens=16)
+    keys = torch.randn(16, 1, 48, generator=generator)
+    with torch.inference_mode():
+        dequantize(quantize(keys, keys, layout), layout)
+    weighted = keys * torch.ones(1, requires_grad=True)
+    quantize(weighted, weighted, layout)

@@ -281,10 +281,10 @@ def test_extend_uses_raw_sinks_in_place_of_their_pages(
     _assert_close(result, exact, attention_error(query, *everything, scale))
 
 
-@pytest.mark.parametrize("scores_at_once", [1, 100, 1000, 5000])
+@pytest.mark.parametrize("floats_at_once", [1, 100, 1000, 5000])
 @pytest.mark.parametrize("sliding_window", [None, 21])
 def test_cutting_the_work_does_not_change_it(
-    scores_at_once: int,
+    floats_at_once: int,
     sliding_window: int | None,
     generator: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
@@ -295,7 +295,7 @@ def test_cutting_the_work_does_not_change_it(
     query = torch.randn(20, 4, 64, generator=generator)
     arguments = (query, raw[0], raw[1], packed, torch.tensor([4, 1, 0, 3, 2]), 70, layout)
     whole = extend_attention(*arguments, softmax_scale=0.125, sliding_window=sliding_window)
-    monkeypatch.setattr(reference_attention, "_SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(reference_attention, "_FLOATS_AT_ONCE", floats_at_once)
     cut = extend_attention(*arguments, softmax_scale=0.125, sliding_window=sliding_window)
     bounds = attention_error(
         query, torch.cat((keys.flatten(0, 1), raw[0])), torch.cat((values.flatten(0, 1), raw[1])), 0.125
@@ -394,6 +394,33 @@ def test_no_query_is_refused_and_no_sequence_gives_nothing(generator: torch.Gene
         softmax_scale=1.0,
     )
     assert (out.shape, lse.shape) == ((0, 2, 64), (0, 2))
+    half = decode_attention(
+        raw[:0].to("meta", torch.float16),
+        packed.to("meta"),
+        torch.zeros(0, 1, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        layout,
+        softmax_scale=1.0,
+    )
+    assert {(side.dtype, side.device.type) for side in half} == {(torch.float32, "meta")}
+
+
+def test_decoded_pages_are_bounded_in_memory(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One query has few scores, but what its pages decode to is not few."""
+    layout, sizes = _layout("tq4"), []
+    packed, _, _ = _pages(layout, 8, generator)
+    read = reference_attention.read_side
+    monkeypatch.setattr(
+        reference_attention,
+        "read_side",
+        lambda pages, *rest: (sizes.append(len(pages)), read(pages, *rest))[1],
+    )
+    monkeypatch.setattr(reference_attention, "_FLOATS_AT_ONCE", 3 * P * 2 * 64)
+    query = torch.randn(1, 2, 64, generator=generator)
+    decode_attention(query, packed, torch.arange(8)[None], torch.tensor([8 * P]), layout, softmax_scale=0.125)
+    assert sizes == [3, 3, 3, 3, 2, 2]  # keys and values of each run of pages
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 32), (2, 64), (1, 2, 64, 1)])

@@ -136,3 +136,9 @@ def _scalar_distortion(coordinates: torch.Tensor, positive_levels: tuple[float, 
     edges = torch.tensor(midpoints(positive_levels), dtype=torch.float64)
     magnitude = coordinates.abs().contiguous()
     return float(((magnitude - levels[torch.bucketize(magnitude, edges)]) ** 2).mean())
+
+
+def test_a_matrix_first_made_in_inference_mode_serves_outside_it() -> None:
+    with torch.inference_mode():
+        matrix = rotation_matrix(48, 12345)
+    assert not matrix.is_inference()

@@ -73,10 +73,14 @@ def test_what_is_not_exactly_a_token_lets_nobody_in(server: Server, metadata: li
         assert call.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_health_is_open_and_reflection_is_not(server: Server) -> None:
+def test_a_health_check_is_open_and_the_rest_is_not(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        # a watch lasts for ever, so strangers could fill the server with them
+        with pytest.raises(grpc.RpcError) as call:
+            next(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S))
+        assert call.value.code() is grpc.StatusCode.UNAUTHENTICATED
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         with pytest.raises(grpc.RpcError) as call:

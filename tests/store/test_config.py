@@ -69,6 +69,7 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_not_ours() -> None:
         ),
         ({"arguments": {"memory_budget": "4 gigs"}}, "memory_budget (arguments): '4 gigs' is not understood"),
         ({"arguments": {"memory_budget": "4 gigs"}}, "write for example 4GiB"),
+        ({"arguments": {"memory_budget": "9" * 400}}, "memory_budget (arguments): '999"),
         ({"environment": {"TQ_STORE_GRACE": "soon"}}, "grace (environment): 'soon' is not understood"),
         ({"environment": {"TQ_STORE_LISTEN": ""}}, "listen (environment): '' is not understood"),
         ({"arguments": {"listen": "nowhere"}}, "'nowhere' is not an address"),

@@ -1,12 +1,14 @@
 """The service as any grpc client sees it: through generated stubs, so that the wire is proven protobuf."""
 
 import asyncio
+import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import grpc.aio
@@ -17,17 +19,21 @@ from store.redis_process import RedisProcess
 from store.running_server import WAIT_S, running_server, wait_until
 from store.sample_blocks import NAMESPACE, OTHER_NAMESPACE, keys_of, sample_block, sample_blocks, sample_key
 
+from tq_store.client import StoreClient
 from tq_store.config import ServerConfig
-from tq_store.errors import BackendError, ConfigError
+from tq_store.errors import BackendError, ConfigError, RpcError
+from tq_store.keys import BlockKey
 from tq_store.rpc import convert
 from tq_store.rpc.convert import METHODS
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
+from tq_store.server import gate as gate_module
 from tq_store.server import service as service_module
 from tq_store.server.app import Server
 from tq_store.server.gate import CallGate
 from tq_store.server.metrics import Metrics
+from tq_store.tiering.store import TieredStore
 
 
 def frames_of(
@@ -95,6 +101,26 @@ def test_more_blocks_than_are_read_ahead_come_in_order(
         monkeypatch.setattr(service_module, "_READ_AHEAD_BYTES", limit)
         got = blocks_of(stub.Get(pb.Keys(keys=keys_of(blocks)), timeout=WAIT_S))
         assert got == [data for _, data in blocks]
+
+
+def test_how_much_is_read_ahead_follows_the_largest_block_so_far(
+    stub: stubs.BlockStoreStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    get = TieredStore.get
+
+    async def recording_get(store: TieredStore, keys: Sequence[BlockKey]) -> list[bytes | None]:
+        groups.append(len(keys))
+        return await get(store, keys)
+
+    large, small = sample_blocks(4, 1000), sample_blocks(20, 10, first=10)
+    stub.Put(frames_of(large + small), timeout=WAIT_S)
+    monkeypatch.setattr(TieredStore, "get", recording_get)
+    monkeypatch.setattr(service_module, "_READ_AHEAD_BYTES", 4000)
+    absent = [sample_key(number) for number in range(100, 103)]
+    asked = [*absent, *keys_of(large), *keys_of(small)]
+    assert len(blocks_of(stub.Get(pb.Keys(keys=asked), timeout=WAIT_S))) == len(asked)
+    assert groups == [1, 2, 4, 3, 3, 3, 3, 3, 3, 2]
 
 
 def test_frames_may_be_small(stub: stubs.BlockStoreStub) -> None:
@@ -229,12 +255,13 @@ class SlowPut:
         self._may_finish.set()
 
 
-def metric(server: Server, name: str) -> float:
-    """Value of a metric without labels."""
+def metric(server: Server, name: str, default: float | None = None) -> float:
+    """Value of a metric, its labels in the name; the default where it is not there yet."""
     assert server.metrics_url is not None
     with urllib.request.urlopen(server.metrics_url, timeout=WAIT_S) as answer:
         lines = answer.read().decode().splitlines()
-    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+    values = [float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")]
+    return values[0] if values or default is None else default
 
 
 def test_blocks_being_received_are_bounded_over_all_calls() -> None:
@@ -263,10 +290,50 @@ def test_calls_at_once_are_bounded() -> None:
         stub = stubs.BlockStoreStub(channel)
         slow = SlowPut(stub, sample_block(1, MAX_FRAME_BYTES))
         wait_until(lambda: metric(server, "tq_store_active_requests") == 1)
-        with pytest.raises(grpc.RpcError) as call:
+        with pytest.raises(grpc.RpcError, match="1 calls are running, as many as max_concurrent") as call:
             stub.Ping(pb.PingRequest(), timeout=WAIT_S)
         assert code_of(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        refused = 'tq_store_requests_total{method="Ping",status="RESOURCE_EXHAUSTED"}'
+        assert metric(server, refused) == 1
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        assert health.status == health_pb2.HealthCheckResponse.SERVING, "busy is not dead"
         assert slow.finish().outcomes == [pb.PUT_OUTCOME_STORED]
+        assert stub.Ping(pb.PingRequest(), timeout=WAIT_S).version
+
+
+def test_a_client_that_reads_nothing_does_not_keep_its_place() -> None:
+    limits = {"max_concurrent_calls": 1, "call_timeout_s": 1.0, "metrics_port": 0}
+    with running_server(**limits) as server, grpc.insecure_channel(server.address) as channel:
+        stub = stubs.BlockStoreStub(channel)
+        blocks = sample_blocks(2, 8 << 20)
+        stub.Put(frames_of(blocks), timeout=WAIT_S)
+        call = stub.Get(pb.Keys(keys=keys_of(blocks)), timeout=WAIT_S)
+        timed_out = 'tq_store_requests_total{method="Get",status="DEADLINE_EXCEEDED"}'
+        wait_until(lambda: metric(server, timed_out, default=0) == 1)
+        with grpc.insecure_channel(server.address) as other:
+            assert stubs.BlockStoreStub(other).Ping(pb.PingRequest(), timeout=WAIT_S).version
+        call.cancel()
+
+
+async def never(*_: object) -> None:
+    await asyncio.Event().wait()
+
+
+async def fail_to_send(*_: object) -> None:
+    raise grpc.aio.InternalError("what grpc raises from an abort to nobody")
+
+
+@pytest.mark.parametrize("abort", [never, fail_to_send])
+async def test_a_call_whose_client_does_not_take_the_status_is_given_up(
+    abort: Callable[..., Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> bytes:
+        raise ValueError("wrong")
+
+    monkeypatch.setattr(gate_module, "_STATUS_S", 0.01)
+    gate = CallGate(Metrics(METHODS), call_timeout_s=WAIT_S, max_calls=1)
+    with pytest.raises(asyncio.CancelledError):
+        await gate.run("Get", SimpleNamespace(abort=abort), body)
 
 
 def test_a_call_that_stalls_is_ended_by_the_server() -> None:
@@ -346,7 +413,7 @@ def test_a_failure_of_ours_is_logged_and_not_shown(
         async def body() -> bytes:
             raise RuntimeError("the inner secret")
 
-        gate = CallGate(Metrics(frozenset()), call_timeout_s=WAIT_S)
+        gate = CallGate(Metrics(frozenset()), call_timeout_s=WAIT_S, max_calls=1)
         return await gate.run("Fail", context, body)
 
     async def call_it() -> grpc.aio.AioRpcError:
@@ -406,7 +473,7 @@ async def test_a_client_that_leaves_while_we_send_is_no_failure_of_ours(
         raise grpc.aio.InternalError("what grpc raises from a write to nobody")
 
     metrics = Metrics(METHODS)
-    gate = CallGate(metrics, call_timeout_s=WAIT_S)
+    gate = CallGate(metrics, call_timeout_s=WAIT_S, max_calls=1)
     with pytest.raises(asyncio.CancelledError):
         await gate.run("Get", None, send)
     labels = {"method": "Get", "status": "CANCELLED"}
@@ -426,6 +493,34 @@ def test_a_tier_that_cannot_start_stops_the_start_and_frees_the_others(tmp_path:
         pass
     with running_server(**disk):
         pass
+
+
+def test_a_purge_that_a_tier_missed_is_a_failure(tmp_path: Path) -> None:
+    redis = RedisProcess(tmp_path)
+    try:
+        with running_server(redis_url=redis.url) as server, StoreClient(server.address) as client:
+            redis.kill()
+            with pytest.raises(RpcError, match="the purge is incomplete: the redis tier failed") as failure:
+                client.purge(None)
+            assert type(failure.value) is RpcError, "the server itself answers"
+    finally:
+        redis.kill()
+
+
+def test_a_second_server_does_not_take_a_unix_socket_over(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/socket"
+    with running_server(listen=address), grpc.insecure_channel(address) as channel:
+        with pytest.raises(ConfigError, match="another process does"), running_server(listen=address):
+            pass
+        assert stubs.BlockStoreStub(channel).Ping(pb.PingRequest(), timeout=WAIT_S).version
+
+
+def test_a_unix_socket_that_a_killed_server_left_is_replaced(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(f"{tmp_path}/socket")
+    address = f"unix:{tmp_path}/socket"
+    with running_server(listen=address), grpc.insecure_channel(address) as channel:
+        assert stubs.BlockStoreStub(channel).Ping(pb.PingRequest(), timeout=WAIT_S).version
 
 
 def test_a_unix_socket_is_served(tmp_path: Path) -> None:

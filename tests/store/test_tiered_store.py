@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import xxhash
 from store.redis_process import Proxy, RedisProcess
 from store.sample_blocks import (
     NAMESPACE,
@@ -24,7 +25,8 @@ from tq_store.backends.base import Backend
 from tq_store.backends.disk import DiskBackend
 from tq_store.backends.memory import MemoryBackend
 from tq_store.backends.redis import RedisBackend
-from tq_store.errors import ConfigError
+from tq_store.block import HEADER_LAYOUT
+from tq_store.errors import BackendError, ConfigError
 from tq_store.keys import BlockKey
 from tq_store.results import PutOutcome
 from tq_store.tiering.store import TieredStore
@@ -185,7 +187,8 @@ class TestTiers:
         assert {name: tier.num_blocks for name, tier in stats.tiers.items()} == {"memory": 3, "disk": 3}
         assert set(stats.counters) == {
             *("hits_memory", "hits_disk", "misses", "joined_loads", "promotions", "quarantined"),
-            *("dropped_writes", "refused", "invalid", "tier_errors_memory", "tier_errors_disk"),
+            *("unsupported", "dropped_writes", "refused", "invalid"),
+            *("tier_errors_memory", "tier_errors_disk"),
         }
 
 
@@ -227,6 +230,21 @@ class TestSoundness:
             assert await store.put(blocks) == [PRESENT, STORED, PRESENT], "its place is free again"
             await store.flush()
             assert (await bottom.get([blocks[1][0]])) == [blocks[1][1]]
+
+    @pytest.mark.parametrize("field", ["format_version", "flags", "reserved"])
+    async def test_a_block_of_a_newer_server_is_a_miss_and_stays(self, tmp_path: Path, field: str) -> None:
+        (key, block), other = sample_blocks(2)
+        newer = bytearray(block)
+        newer[HEADER_LAYOUT[field][0]] += 1
+        newer[248:256] = xxhash.xxh3_64_intdigest(newer[:248]).to_bytes(8, "little")
+        bottom = await disk(tmp_path)
+        await bottom.put([(key, bytes(newer)), other])
+        async with store_of(memory(), bottom) as store:
+            assert await store.get([key, other[0]]) == [None, other[1]]
+            assert counters(store) == {**{"hits_disk": 1, "misses": 1, "promotions": 1, "unsupported": 1}}
+            assert await store.put([(key, block)]) == [STORED]
+            await store.flush()
+            assert file_of(tmp_path, key).read_bytes() == newer
 
     async def test_half_a_file_is_never_served(self, tmp_path: Path) -> None:
         key, block = sample_block(1)
@@ -427,6 +445,23 @@ class TestWriteBehind:
             await store.flush()
             assert await store.contains(keys_of(blocks)) == [False, True, False, True]
 
+    async def test_a_key_may_come_twice_in_a_deletion(self, proxy: Proxy) -> None:
+        blocks = sample_blocks(2, 1000)
+        bottom = await redis(proxy.url)
+        async with store_of(memory(), bottom, write_queue_bytes=2 * block_bytes(1000)) as store:
+            proxy.open_gate.clear()
+            proxy.requested.clear()
+            await store.put(blocks[:1])
+            await proxy.requested.wait()
+            await store.put(blocks[1:])
+            deletion = asyncio.create_task(store.delete([blocks[1][0]] * 2))
+            proxy.open_gate.set()
+            assert any(await deletion)
+            await store.flush()
+            assert await store.contains(keys_of(blocks)) == [True, False]
+            await store.put(sample_blocks(2, 1000, first=10))
+            assert counters(store) == {}, "the queue is as empty as it was"
+
     async def test_a_purged_namespace_is_not_written_later(self, proxy: Proxy) -> None:
         ours, theirs = sample_blocks(2, 1000), sample_blocks(2, 1000, namespace=OTHER_NAMESPACE)
         bottom = await redis(proxy.url)
@@ -585,6 +620,40 @@ class TestOutages:
                 proxy.cut_after = None
                 assert await store.delete([key]) == [True]
                 assert await store.purge(NAMESPACE) == 1
+
+    async def test_a_purge_that_a_tier_missed_says_so(self, server: RedisProcess, tmp_path: Path) -> None:
+        ours, theirs = sample_blocks(2), sample_blocks(2, namespace=OTHER_NAMESPACE)
+        try:
+            async with store_of(memory(), await redis(server.url), await disk(tmp_path / "disk")) as store:
+                await store.put(ours + theirs)
+                await store.flush()
+                server.kill()
+                with pytest.raises(BackendError, match=r"incomplete: the redis tier failed .* purge again"):
+                    await store.purge(NAMESPACE)
+                assert await store.contains(keys_of(ours + theirs)) == [False] * 2 + [True] * 2
+        finally:
+            server.kill()
+
+    async def test_of_many_calls_one_tries_a_tier_that_fails(
+        self, redis_server: RedisProcess, tmp_path: Path
+    ) -> None:
+        clock = Clock()
+        (key, block), other = sample_blocks(2)
+        async with Proxy(redis_server, tmp_path) as proxy:
+            bottom = await redis(proxy.url, timeout_s=2.0)
+            await bottom.put([(key, block), other])
+            async with store_of(memory(), bottom, clock=clock) as store:
+                proxy.open_gate.clear()
+                assert await store.get([key]) == [None]
+                clock.now_s += 2
+                proxy.requested.clear()
+                attempt = asyncio.create_task(store.get([key]))
+                await proxy.requested.wait()
+                assert await store.contains([other[0]]) == [False]
+                assert not attempt.done(), "who came later did not wait for as long"
+                proxy.open_gate.set()
+                assert await attempt == [block]
+                assert await store.contains([other[0]]) == [True], "from then on the tier is asked again"
 
     async def test_a_dead_top_tier(self, server: RedisProcess, tmp_path: Path) -> None:
         blocks = sample_blocks(2)

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import signal
+import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -76,7 +77,7 @@ class Server:
         self._resources.pop_all()  # the tiers are the store's now
         self._resources.push_async_callback(store.close)
         metrics = Metrics(METHODS)
-        gate = CallGate(metrics, call_timeout_s=config.call_timeout_s)
+        gate = CallGate(metrics, call_timeout_s=config.call_timeout_s, max_calls=config.max_concurrent_calls)
         budget = ByteBudget(metrics, limit_bytes=config.max_inflight_bytes)
         service = BlockStoreService(store, tiers, gate=gate, budget=budget, metrics=metrics)
         if config.metrics_port is not None:
@@ -87,11 +88,7 @@ class Server:
         interceptors = []
         if config.token_file is not None:
             interceptors.append(TokenInterceptor(load_tokens(config.token_file), metrics.denied))
-        grpc_server = grpc.aio.server(
-            interceptors=interceptors,
-            options=_OPTIONS,
-            maximum_concurrent_rpcs=config.max_concurrent_calls,
-        )
+        grpc_server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         grpc_server.add_generic_rpc_handlers((service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, grpc_server)
         names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
@@ -142,6 +139,9 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> Non
 
 def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:
     """Open the port; returns the address with the port that was chosen."""
+    path, port_number = split_address(config.listen)
+    if port_number is None:
+        _check_unused(Path(path))
     try:
         if config.tls_cert is None or config.tls_key is None:
             port = grpc_server.add_insecure_port(config.listen)
@@ -158,9 +158,16 @@ def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:
             f"cannot listen on {config.listen}: another process may use it, the host may not be ours, "
             f"or the TLS files may not fit together"
         ) from error
-    if split_address(config.listen)[1] is None:
-        return config.listen
-    return f"{config.listen.rpartition(':')[0]}:{port}"
+    return config.listen if port_number is None else f"{config.listen.rpartition(':')[0]}:{port}"
+
+
+def _check_unused(path: Path) -> None:
+    """See that nobody listens on a Unix socket: grpc would replace it, and its owner later remove ours."""
+    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+        probe.connect(str(path))
+        raise ConfigError(
+            f"cannot listen on unix:{path}: another process does; stop it or choose another path"
+        )
 
 
 def _read(path: Path) -> bytes:

@@ -9,7 +9,8 @@ import grpc.aio
 
 from tq_store.rpc.token import METADATA_KEY, bearer
 
-_OPEN_PREFIX = "/grpc.health.v1.Health/"  # probes carry no secrets, and learn none
+# probes carry no secrets, and learn none; Watch is not for them, as it lasts and would fill the server
+_OPEN_METHOD = "/grpc.health.v1.Health/Check"
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -31,7 +32,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     ) -> Any:
         """Called by grpc for every call."""
         method = handler_call_details.method
-        if method.startswith(_OPEN_PREFIX) or self._is_accepted(handler_call_details.invocation_metadata):
+        if method == _OPEN_METHOD or self._is_accepted(handler_call_details.invocation_metadata):
             return await continuation(handler_call_details)
         self._on_denied(method)
         # a stream handler fits calls of every shape: it answers without reading

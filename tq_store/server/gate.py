@@ -15,20 +15,26 @@ from tq_store.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_STATUS_S = 1.0
+"""How long a client may take to accept the status of a failed call; one that reads nothing never does."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class CallGate:
-    """Counts the calls in flight, so that a drain can wait for them.
+    """Counts the calls in flight, to refuse more than it may let in and so that a drain can wait for them.
 
     Args:
         metrics: Told about each call.
         call_timeout_s: Longest life of a call, whatever deadline its client set.
+        max_calls: Calls at once; those beyond it are refused. Health checks do not come this way, so a server
+            that is busy does not look dead.
     """
 
-    def __init__(self, metrics: Metrics, *, call_timeout_s: float) -> None:
+    def __init__(self, metrics: Metrics, *, call_timeout_s: float, max_calls: int) -> None:
         self._metrics = metrics
         self._call_timeout_s = call_timeout_s
+        self._max_calls = max_calls
         self._num_active = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -44,6 +50,10 @@ class CallGate:
         try:
             if self._is_draining:
                 raise BackendUnavailable("the server is shutting down")
+            if self._num_active > self._max_calls:
+                raise BackendFull(
+                    f"{self._max_calls} calls are running, as many as max_concurrent_calls allows; try again"
+                )
             async with asyncio.timeout(self._call_timeout_s):
                 return await body()
         except asyncio.CancelledError:
@@ -62,7 +72,11 @@ class CallGate:
             if not self._num_active:
                 self._is_idle.set()
             self._metrics.finished(method, code.name, time.perf_counter() - started)
-        return await context.abort(code, text)
+        try:
+            async with asyncio.timeout(_STATUS_S):
+                return await context.abort(code, text)
+        except (TimeoutError, grpc.aio.InternalError):
+            raise asyncio.CancelledError from None  # to grpc: give the call up as it is
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new calls and wait for those in flight; returns how many were still there at the end."""

@@ -10,8 +10,8 @@ import grpc
 import grpc.aio
 
 from tq_store.backends.base import Backend
-from tq_store.block import HEADER_BYTES, verify_block
-from tq_store.errors import BackendError, BlockFormatError
+from tq_store.block import HEADER_BYTES
+from tq_store.errors import BackendError
 from tq_store.keys import BlockKey
 from tq_store.results import PutOutcome
 from tq_store.rpc import convert
@@ -20,6 +20,7 @@ from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
 from tq_store.server.gate import ByteBudget, CallGate, Context
 from tq_store.server.metrics import Metrics
 from tq_store.tiering.store import TieredStore
+from tq_store.tiering.tier import check_all
 
 _READ_AHEAD_BYTES = 32 << 20
 _MAX_READ_AHEAD_BLOCKS = 64
@@ -118,10 +119,10 @@ class BlockStoreService:
     async def _get(self, request: bytes, context: Context) -> None:
         """Send the blocks, reading ahead no more than about `_READ_AHEAD_BYTES` of them.
 
-        Block sizes are known only once one was read: so the first is read alone, and the others in groups.
+        Block sizes are known only once some were read: the first is read alone, then groups that grow.
         """
         keys = convert.parse_keys(request)
-        start, group_blocks = 0, 1
+        start, group_blocks, largest_bytes = 0, 1, 1
         while start < len(keys):
             blocks = await self._store.get(keys[start : start + group_blocks])
             for index, block in enumerate(blocks, start):
@@ -129,8 +130,9 @@ class BlockStoreService:
                     await context.write(pack_frame(frame))
                     self._metrics.sent(len(frame.data))
             start += len(blocks)
-            largest_bytes = max((len(block) for block in blocks if block is not None), default=0)
-            group_blocks = min(_MAX_READ_AHEAD_BLOCKS, _READ_AHEAD_BYTES // max(1, largest_bytes)) or 1
+            largest_bytes = max(largest_bytes, *(len(block or b"") for block in blocks))
+            affordable_blocks = _READ_AHEAD_BYTES // largest_bytes
+            group_blocks = max(1, min(2 * group_blocks, _MAX_READ_AHEAD_BLOCKS, affordable_blocks))
 
     async def _put(self, frames: AsyncIterator[bytes], _: Context) -> bytes:
         """Store each block when its last byte has arrived; hold one at a time."""
@@ -167,11 +169,8 @@ async def _inspect_tier(tier: Backend, key: BlockKey) -> convert.TierCopy:
         return convert.TierCopy(tier=tier.name, problem=f"this tier does not answer: {error}")
     if block is None:
         return convert.TierCopy(tier=tier.name)
-    problem = ""
-    try:
-        verify_block(block, key)
-    except BlockFormatError as error:
-        problem = str(error)
+    (flaw,) = await check_all([(key, block)])
+    problem = str(flaw) if flaw else ""
     return convert.TierCopy(
         tier=tier.name, block_bytes=len(block), header=block[:HEADER_BYTES], problem=problem
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tq_store.backends.base import Backend
-from tq_store.errors import ConfigError
+from tq_store.errors import BackendError, ConfigError
 from tq_store.keys import DIGEST_BYTES, BlockKey
 from tq_store.results import BackendStats, PutOutcome
 from tq_store.tiering.tier import Tier, check_all
@@ -23,8 +23,9 @@ class StoreStats:
     Args:
         tiers: By tier name, from the top; a tier that fails to answer is left out.
         counters: ``hits_<tier>`` and ``misses`` (distinct keys of a get, those that joined a load not
-            included), ``joined_loads``, ``promotions``, ``quarantined``, ``dropped_writes`` (lower tiers:
-            queue full, tier failing or refusing), ``refused`` and ``invalid`` (blocks of a put),
+            included), ``joined_loads``, ``promotions``, ``quarantined``, ``unsupported`` (read, but of a
+            version or with features that only newer servers know), ``dropped_writes`` (lower tiers: queue
+            full, tier failing or refusing), ``refused`` and ``invalid`` (blocks of a put),
             ``tier_errors_<tier>`` (calls that failed).
     """
 
@@ -35,9 +36,9 @@ class StoreStats:
 class TieredStore:
     """The blocks of all tiers, the fastest first.
 
-    Called by the service on its event loop; no method blocks it. No method raises for a failing tier: reads
-    miss, writes are dropped, both counted. Blocks are checked when they come in, and again when they come
-    from a medium outside this process; so what a get returns is sound.
+    Called by the service on its event loop; no method blocks it. No method but `purge` raises for a failing
+    tier: reads miss, writes are dropped, both counted. Blocks are checked when they come in, and again when
+    they come from a medium outside this process; so what a get returns is sound.
 
     Args:
         tiers: Backends with distinct names, from the top; the store owns and closes them.
@@ -61,7 +62,7 @@ class TieredStore:
         self._counters = Counter(
             dict.fromkeys(
                 [f"hits_{name}" for name in names]
-                + ["misses", "joined_loads", "promotions", "quarantined", "dropped_writes"]
+                + ["misses", "joined_loads", "promotions", "quarantined", "unsupported", "dropped_writes"]
                 + ["refused", "invalid"]
                 + [f"tier_errors_{name}" for name in names],
                 0,
@@ -136,15 +137,23 @@ class TieredStore:
 
         Raises:
             ValueError: Not a namespace digest.
+            BackendError: A tier failed and may still hold blocks; the others were purged.
         """
         if namespace is not None and len(namespace) != DIGEST_BYTES:
             raise ValueError(f"a namespace digest has {DIGEST_BYTES} bytes, not {len(namespace)}")
-        return sum(
-            await self._remove(
-                lambda key: namespace is None or key.startswith(namespace),
-                lambda tier: tier.purge(namespace),
-            )
+        removed = await self._remove(
+            lambda key: namespace is None or key.startswith(namespace),
+            lambda tier: tier.purge(namespace),
         )
+        failed = [
+            tier.name for tier, copies in zip(reversed(self._tiers), removed, strict=True) if copies is None
+        ]
+        if failed:
+            raise BackendError(
+                f"the purge is incomplete: the {' and '.join(failed)} tier failed and may still hold blocks; "
+                f"purge again when it works"
+            )
+        return sum(copies or 0 for copies in removed)
 
     async def stats(self) -> StoreStats:
         """What is held and what was done."""

@@ -3,20 +3,20 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from tq_store.backends.base import Backend
 from tq_store.backends.memory import MemoryBackend
 from tq_store.block import verify_block
-from tq_store.errors import BackendError, BackendFull, BlockFormatError
+from tq_store.errors import BackendError, BackendFull, BlockFormatError, UnsupportedVersion
 from tq_store.keys import BlockKey
 from tq_store.results import BackendStats, PutOutcome
 
 _T = TypeVar("_T")
 
 _REST_S = 1.0
-"""How long a failing tier is left alone, so that a dead one does not cost every call its timeout."""
+"""How long a failing tier is left alone; then one call tries it, and only that one waits for its timeout."""
 _BATCH_BYTES = 16 << 20
 _INLINE_BYTES = 1 << 20
 """Hashing more than this would hold up the event loop, so a thread does it."""
@@ -63,7 +63,8 @@ class Tier:
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Blocks that are sound, or None; one that is not goes to quarantine.
 
-        Blocks in this process's own memory were checked on their way in and are not checked again.
+        A block of a version that we do not know stays: newer servers on the same medium may need it. Blocks
+        in this process's own memory were checked on their way in and are not checked again.
         """
         missing: list[bytes | None] = [None] * len(keys)
         if not keys or self._rests():
@@ -72,12 +73,15 @@ class Tier:
         if isinstance(self._backend, MemoryBackend):
             return blocks
         found = [(key, block) for key, block in zip(keys, blocks, strict=True) if block is not None]
-        corrupt = {key: error for (key, _), error in zip(found, await check_all(found), strict=True) if error}
-        for key, error in corrupt.items():
+        unfit = {key: error for (key, _), error in zip(found, await check_all(found), strict=True) if error}
+        for key, error in unfit.items():
+            if isinstance(error, UnsupportedVersion):
+                self._counters["unsupported"] += 1
+                continue
             self._counters["quarantined"] += 1
             _log.warning("corrupt block %s in the %s tier: %s", key.hex()[64:80], self.name, error)
             await self._attempt(self._backend.quarantine(key), None)
-        return [None if key in corrupt else block for key, block in zip(keys, blocks, strict=True)]
+        return [None if key in unfit else block for key, block in zip(keys, blocks, strict=True)]
 
     async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
         """Store blocks now."""
@@ -105,14 +109,14 @@ class Tier:
     async def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Remove blocks, waiting ones included; waits for the batch being written."""
         async with self._writing:
-            self._unqueue([key for key in keys if key in self._queue])
+            self._unqueue(self._queue.keys() & set(keys))
             return await self._attempt(self._backend.delete(keys), [False] * len(keys))
 
-    async def purge(self, namespace: bytes | None) -> int:
-        """Remove the blocks of a namespace digest, or all; as `delete`."""
+    async def purge(self, namespace: bytes | None) -> int | None:
+        """Remove the blocks of a namespace digest, or all; as `delete`, but None where the medium failed."""
         async with self._writing:
             self._unqueue([key for key in self._queue if namespace is None or key.startswith(namespace)])
-            return await self._attempt(self._backend.purge(namespace), 0)
+            return await self._attempt(self._backend.purge(namespace), None)
 
     async def stats(self) -> BackendStats | None:
         """What the medium holds, or None while it fails."""
@@ -157,12 +161,17 @@ class Tier:
             del self._queue[key]
         return batch
 
-    def _unqueue(self, keys: Sequence[BlockKey]) -> None:
+    def _unqueue(self, keys: Iterable[BlockKey]) -> None:
         for key in keys:
             self._queue_bytes -= len(self._queue.pop(key))
 
     def _rests(self) -> bool:
-        return self._clock() < self._rests_until
+        """Whether to leave the tier alone; while it fails, who is told otherwise is the one to try it."""
+        if self._clock() < self._rests_until:
+            return True
+        if "failing" in self._troubles:
+            self._rests_until = self._clock() + _REST_S
+        return False
 
     async def _attempt(self, call: Awaitable[_T], otherwise: _T) -> _T:
         try:
@@ -182,6 +191,7 @@ class Tier:
     def _end_trouble(self, trouble: str) -> None:
         if trouble in self._troubles:
             self._troubles.remove(trouble)
+            self._rests_until = self._clock()
             _log.info("the %s tier is no longer %s", self.name, trouble)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -165,19 +166,23 @@ def run_replica(name: str, job: Job, steps: Steps) -> dict[str, Any]:
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        json.dump(asdict(job), process.stdin)
-        process.stdin.close()
-        for line in process.stdout:
-            event: dict[str, Any] = json.loads(line)
-            match event.pop("event"):
-                case "progress":
-                    steps.progress(f"{name}: {event['task']}", event["done"], event["total"])
-                case "step":
-                    steps.note(f"{name}: {event['text']}")
-                case "error":
-                    raise DemoError(f"{name}: {event['text']}")
-                case "result":
-                    return event
+        try:
+            json.dump(asdict(job), process.stdin)
+            process.stdin.close()
+            for line in process.stdout:
+                event: dict[str, Any] = json.loads(line)
+                match event.pop("event"):
+                    case "progress":
+                        steps.progress(f"{name}: {event['task']}", event["done"], event["total"])
+                    case "step":
+                        steps.note(f"{name}: {event['text']}")
+                    case "error":
+                        raise DemoError(f"{name}: {event['text']}")
+                    case "result":
+                        return event
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
     raise DemoError(f"{name} ended without a result; what it said stands above")
 
 
@@ -218,12 +223,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DemoError as error:
         console.print(f"demo: {error}", style="red", markup=False, highlight=False)
         return 1
-    parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    parsed.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        console.print("demo: interrupted; the store and the replicas it started have ended", style="red")
+        return 130
     print_table(record, Console())
+    try:
+        parsed.output.parent.mkdir(parents=True, exist_ok=True)
+        parsed.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        console.print(
+            f"demo: cannot write the result ({error}); name another file with --output",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+        return 1
     console.print(f"written to {parsed.output}", highlight=False)
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a demo that is killed ends what it started
     sys.exit(main())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -65,6 +66,8 @@ class Replica:
             revision=weights_revision(Path(job.model_folder)),
             page_tokens=job.page_tokens,
         )
+        assert self._connector.prefix_cache is not None  # there is a client
+        self._prefix_cache = self._connector.prefix_cache
         self._plain_forward([0] * 8)  # the first pass of a process pays for allocations that serving does not
 
     def run(self) -> None:
@@ -76,19 +79,21 @@ class Replica:
     def _save(self) -> dict[str, Any]:
         """Prefill the document; its pages are saved while it works."""
         token_ids = self._prompt()[0]
-        prefix_cache = self._connector.prefix_cache
-        cache = self._connector.open_cache(token_ids)
-        self._prefill(token_ids, cache)
-        flushed = prefix_cache is not None and prefix_cache.saves.flush(timeout_s=60)
-        saved = prefix_cache.saves.saved_blocks if prefix_cache else 0
-        return {"prompt_tokens": len(token_ids), "pages": cache.num_pages, "saved": saved, "flushed": flushed}
+        self._prefill(token_ids, self._connector.open_cache(token_ids), last_only=True)
+        saves = self._prefix_cache.saves
+        is_flushed = saves.flush(timeout_s=60)
+        lost = saves.dropped_blocks + saves.failed_blocks
+        if lost or not is_flushed:
+            self._emit("step", text=f"the store took {saves.saved_blocks} pages and lost {lost}")
+        return {"saved": saves.saved_blocks, "lost": lost}
 
     def _answer(self) -> dict[str, Any]:
         """Answer from the store's pages, then without any cache, and compare."""
-        document_ids, token_ids = self._prompt()
+        token_ids = self._prompt()[1]
         started = time.perf_counter()
         cache = self._connector.open_cache(token_ids)
-        hit = cache.get_seq_length()
+        counters = self._prefix_cache.counters
+        hit = counters.loaded_pages * self._job.page_tokens
         logits = [self._prefill(token_ids, cache)]
         ttft_warm_s = time.perf_counter() - started
         answer = self._decode(logits, cache)
@@ -102,17 +107,14 @@ class Replica:
         cached_logits = torch.cat(logits)
         reference = self._plain_forward(token_ids + answer[:-1], keep=cached_logits.shape[0]).logits[0]
         kl, top1 = _compare(reference.float(), cached_logits)
-        prefix_cache = self._connector.prefix_cache
         return {
             "prompt_tokens": len(token_ids),
-            "document_tokens": len(document_ids),
             "tokens_hit": hit,
-            "wire_bytes": prefix_cache.counters.loaded_bytes if prefix_cache else 0,
+            "wire_bytes": counters.loaded_bytes,
             "ttft_cold_s": ttft_cold_s,
             "ttft_warm_s": ttft_warm_s,
             "kl_mean": kl,
             "top1": top1,
-            "compared_positions": cached_logits.shape[0],
             "answer_cached": self._text(answer),
             "answer_uncached": self._text(uncached),
             "kv_values_per_token": 2
@@ -128,8 +130,16 @@ class Replica:
             {"role": "system", "content": document},
             {"role": "user", "content": self._job.question},
         ]
-        text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        end = text.index(document) + len(document)
+        try:
+            text = str(
+                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+            end = text.index(document) + len(document)
+        except (ValueError, TemplateError) as error:
+            raise ValueError(
+                f"the model's chat template does not take a document as its system message ({error}); "
+                "name another model with --model"
+            ) from error
         shared, whole = (
             self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[:end], text)
         )
@@ -145,14 +155,15 @@ class Replica:
             return self._job.document
         text = self._job.document[: spans[self._job.document_tokens - 1][1]]
         whole_paragraphs, _, _ = text.rpartition("\n\n")
-        return whole_paragraphs or text
+        return (whole_paragraphs or text).strip()
 
-    def _prefill(self, token_ids: list[int], cache: TQCache) -> torch.Tensor:
+    def _prefill(self, token_ids: list[int], cache: TQCache, last_only: bool = False) -> torch.Tensor:
         total = len(token_ids)
         self._emit("progress", task="prefill", done=cache.get_seq_length(), total=total)
         return self._connector.prefill(
             token_ids,
             cache,
+            last_only=last_only,
             on_chunk=lambda done: self._emit("progress", task="prefill", done=done, total=total),
         )
 
@@ -199,7 +210,7 @@ def _compare(reference: torch.Tensor, logits: torch.Tensor) -> tuple[float, floa
 
 
 def main() -> int:
-    """Run the job on stdin; an expected failure is an event of one sentence and exit status 1."""
+    """Run the job on stdin; an expected failure is an event with its sentence and exit status 1."""
     events = sys.stdout
     transformers_logging.disable_progress_bar()
     sys.stdout = sys.stderr  # whatever a library prints must not mix with events
@@ -207,7 +218,9 @@ def main() -> int:
     try:
         with StoreClient(job.server) as client:
             Replica(job, client, events).run()
-    except (TQStoreError, ValueError) as error:
+    except KeyboardInterrupt:
+        return 130
+    except (TQStoreError, ValueError, OSError) as error:  # OSError: what transformers says of a bad folder
         print(json.dumps({"event": "error", "text": str(error)}), file=events, flush=True)
         return 1
     return 0

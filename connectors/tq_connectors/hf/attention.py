@@ -16,7 +16,7 @@ _UNSERVED_ARGUMENTS = ("softcap", "s_aux", "head_mask", "position_bias")
 def register_attention() -> None:
     """Make ``attn_implementation="tq"`` known to transformers. May be called again."""
     AttentionInterface.register(ATTENTION_NAME, tq_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, unpadded_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def tq_attention(
@@ -37,7 +37,7 @@ def tq_attention(
         query: ``[1, num_query_heads, num_new, head_dim]``.
         key: What `TQCache.update` returned: the tokens not yet compressed.
         value: Likewise.
-        attention_mask: Unused on pages, where attention is causal over one unpadded sequence.
+        attention_mask: On pages only checked to be that of one unpadded sequence, in the first layer.
         scaling: Factor on the scores; the inverse root of head_dim by default.
         dropout: Only 0.
         sliding_window: Positions a query sees, or all.
@@ -60,18 +60,22 @@ def tq_attention(
             f"attention over compressed pages does not serve {', '.join(unserved or ['dropout'])}; "
             "use another attn_implementation for this model"
         )
+    if attention_mask is not None and layer.index == 0 and not _is_causal(attention_mask, sliding_window):
+        raise ValueError(
+            "attention over compressed pages is causal over one unpadded sequence; pass no padding or mask"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = layer.attend(query[0].transpose(0, 1), softmax_scale=scale, sliding_window=sliding_window)
-    layer.seal_full_pages()
+    layer.finish_pass()
     return output.to(query.dtype)[None], None
 
 
-def unpadded_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    """The mask of ``"sdpa"``, for batches without padding.
-
-    Raises:
-        ValueError: The batch is padded; pages are keyed by position, so padding would shift them.
-    """
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError('attn_implementation="tq" takes unpadded sequences; pass one sequence at a time')
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+def _is_causal(mask: torch.Tensor, sliding_window: int | None) -> bool:
+    """Whether ``[1, 1, num_new, num_tokens]`` hides what follows a token or left its window, no more."""
+    num_new, num_tokens = mask.shape[-2:]
+    last = torch.arange(num_tokens - num_new, num_tokens, device=mask.device)[:, None]
+    distance = last - torch.arange(num_tokens, device=mask.device)
+    visible = distance >= 0
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    return torch.equal((mask if mask.dtype == torch.bool else mask == 0).squeeze((0, 1)), visible)

@@ -1,7 +1,7 @@
 """TQCache: a transformers cache of compressed pages, with the newest tokens raw until they fill a page."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -16,8 +16,8 @@ _FIRST_CAPACITY_PAGES = 8
 NUM_SINKS = 4
 """Tokens at the start of a sequence whose keys and values stay raw."""
 
-PageListener = Callable[[int, torch.Tensor], None]
-"""Called with a page's index and its bytes ``[num_layers, page_bytes]`` once all layers have sealed it."""
+PageListener = Callable[["TQCache"], None]
+"""Called with the cache when all layers have sealed more pages; `num_sound_pages` of them may be shared."""
 
 
 def layer_of(key: torch.Tensor) -> "TQLayer | None":
@@ -31,17 +31,19 @@ class TQCache(Cache):
     Pages are made once, when their last token arrives, and never made again from their own reconstruction.
     The first `NUM_SINKS` tokens, on which most attention rests, are read raw even where a page has them too.
 
+    `num_sound_pages` counts the leading pages that all layers have and that were not made from infinities
+    or NaNs, nor after one that was.
+
     Args:
         layout: Page layout.
         num_layers: Attention layers of the model.
-        on_page: Told of every page that this cache made; not of pages it was given.
+        on_page: Told when this cache has made pages; not of pages it was given.
     """
 
     def __init__(self, layout: PageLayout, num_layers: int, on_page: PageListener | None = None) -> None:
         self.layout = layout
-        self._on_page = on_page
-        self._pages = torch.empty(num_layers, 0, layout.page_bytes, dtype=torch.uint8)
-        self._num_announced = 0
+        self.num_sound_pages = 0
+        self.on_page = on_page
         self._layers = [TQLayer(self, index) for index in range(num_layers)]
         super().__init__(layers=list(self._layers))
 
@@ -57,80 +59,71 @@ class TQCache(Cache):
             pages: For each page its bytes, ``num_layers * page_bytes`` of them, in order of position.
 
         Returns:
-            The number of tokens the cache now holds; unchanged when there was no page.
+            The number of pages that came; without any, the cache is as it was.
 
         Raises:
             ValueError: The cache does not hold just the sinks.
         """
         if self.get_seq_length() != NUM_SINKS:
             raise ValueError(f"pages can be loaded after exactly the first {NUM_SINKS} tokens")
-        device = self._layers[0].device
-        for index, page in enumerate(pages):
-            self.reserve(index + 1, device)
+        num_loaded = 0
+        for page in pages:
             # bytearray: torch wants writable memory, and the copy is the one on the way into the pool
-            self._pages[:, index] = torch.frombuffer(bytearray(page), dtype=torch.uint8).view(
-                len(self.layers), -1
-            )
-            self._num_announced = index + 1
-        if self._num_announced:
+            by_layer = torch.frombuffer(bytearray(page), dtype=torch.uint8).view(len(self._layers), -1)
+            for layer, layer_page in zip(self._layers, by_layer, strict=True):
+                layer.slots(num_loaded, 1).copy_(layer_page)
+            num_loaded += 1
+        if num_loaded:
             for layer in self._layers:
-                layer.start_after(self._num_announced)
-        return self.get_seq_length()
+                layer.start_after(num_loaded)
+        self.num_sound_pages = num_loaded
+        return num_loaded
 
     def page(self, index: int) -> torch.Tensor:
-        """Bytes of one page in all layers: ``[num_layers, page_bytes]``, a copy."""
-        return self._pages[:, index].clone()
+        """Bytes of one page in all layers: ``[num_layers, page_bytes]`` on the CPU, a copy."""
+        return torch.stack([layer.slots(index, 1)[0].cpu() for layer in self._layers])
 
-    def pages_of(self, layer_index: int) -> torch.Tensor:
-        """All pages that a layer may have: ``[capacity, page_bytes]``, in place."""
-        return self._pages[layer_index]
+    def check_pass(self) -> None:
+        """Refuse to go on after a forward pass that did not attend in every layer.
 
-    def reserve(self, num_pages: int, device: torch.device) -> None:
-        """Make room for that many pages, doubling so that growth stays linear."""
-        num_layers, capacity, page_bytes = self._pages.shape
-        if num_pages <= capacity and self._pages.device == device:
-            return
-        grown = max(num_pages, 2 * capacity, _FIRST_CAPACITY_PAGES)
-        with torch.inference_mode(False):  # a pool first filled in inference mode is written outside it too
-            pages = torch.empty(num_layers, grown, page_bytes, dtype=torch.uint8, device=device)
-        pages[:, :capacity] = self._pages
-        self._pages = pages
-
-    def announce(self) -> None:
-        """Tell the listener of pages that all layers have sealed since the last call.
-
-        A page made from infinities or NaNs, and all pages after it, are kept to this sequence.
+        Raises:
+            ValueError: An exception ended the last pass, or the model does not attend with ``"tq"``.
         """
-        for index in range(self._num_announced, self.num_pages):
-            self._num_announced = index + 1
-            if self._on_page is not None and all(layer.is_finite for layer in self._layers):
-                self._on_page(index, self.page(index))
+        lengths = {layer.get_seq_length() for layer in self._layers}
+        if len(lengths) > 1 or not all(layer.has_attended for layer in self._layers):
+            raise ValueError(
+                'the last pass over this cache did not finish, or not with attn_implementation="tq"; '
+                "open another cache"
+            )
+
+    def finish_pass(self) -> None:
+        """Tell the listener of pages that all layers have sealed since the last pass."""
+        if self.num_pages > self.num_sound_pages and all(layer.is_finite for layer in self._layers):
+            self.num_sound_pages = self.num_pages
+            if self.on_page is not None:
+                self.on_page(self)
 
 
 class TQLayer(CacheLayerMixin):
     """One layer of a `TQCache`: raw sinks, `num_pages` compressed pages and a raw tail.
 
-    `is_finite` says that no page so far was made from an infinity or a NaN.
+    `is_finite` says that no page so far was made from an infinity or a NaN, `has_attended` that there was
+    attention over the tokens of the last update.
     """
 
     def __init__(self, cache: TQCache, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
-        self._index = index
+        self.index = index
         self.num_pages = 0
         self.is_finite = True
+        self.has_attended = True
+        self._pool = torch.empty(0, cache.layout.page_bytes, dtype=torch.uint8)
         self._tail_keys = self._tail_values = torch.empty(0)
         self._sink_keys = self._sink_values = torch.empty(0)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tail is."""
-        return self._tail_keys.device
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Start an empty tail of the dtype and on the device of the first tokens."""
-        if key_states.shape[0] != 1:
-            raise ValueError(f"TQCache holds one sequence, not a batch of {key_states.shape[0]}")
         self._tail_keys, self._tail_values = key_states[:, :, :0], value_states[:, :, :0]
         self._sink_keys, self._sink_values = self._tail_keys, self._tail_values
         self.is_initialized = True
@@ -138,16 +131,24 @@ class TQLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[1, num_kv_heads, num_new, head_dim]``; returns the raw tail, marked with this layer."""
+        """Append ``[1, num_kv_heads, num_new, head_dim]``; returns the raw tail, marked with this layer.
+
+        Raises:
+            ValueError: A batch, or the last forward pass did not finish.
+        """
+        if key_states.shape[0] != 1:
+            raise ValueError(f"TQCache holds one sequence, not a batch of {key_states.shape[0]}")
+        if self.index == 0:
+            self._cache.check_pass()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.has_attended = False
         self._tail_keys = torch.cat((self._tail_keys, key_states), dim=2)
         self._tail_values = torch.cat((self._tail_values, value_states), dim=2)
         if self._sink_keys.shape[2] < NUM_SINKS:
-            self._sink_keys, self._sink_values = (
-                self._tail_keys[:, :, :NUM_SINKS],
-                self._tail_values[:, :, :NUM_SINKS],
-            )
+            # copies here and below: a slice would keep the whole prompt in memory
+            self._sink_keys = self._tail_keys[:, :, :NUM_SINKS].clone()
+            self._sink_values = self._tail_values[:, :, :NUM_SINKS].clone()
         marked = self._tail_keys.view(self._tail_keys.shape)
         setattr(marked, _LAYER_ATTRIBUTE, self)
         return marked, self._tail_values
@@ -166,7 +167,7 @@ class TQLayer(CacheLayerMixin):
             query,
             keys[0].transpose(0, 1),
             values[0].transpose(0, 1),
-            self._cache.pages_of(self._index),
+            self._pool,
             torch.arange(self.num_pages, device=query.device),
             self.num_pages * layout.page_tokens,
             layout,
@@ -176,29 +177,37 @@ class TQLayer(CacheLayerMixin):
         )
         return output
 
-    def seal_full_pages(self) -> None:
-        """Compress the full pages of the tail; the last layer tells the cache."""
+    def finish_pass(self) -> None:
+        """Compress the full pages of the tail, after attention over it; the last layer tells the cache."""
+        self.has_attended = True
         page_tokens = self._cache.layout.page_tokens
         num_new = self._tail_keys.shape[2] // page_tokens
         if num_new:
             split = num_new * page_tokens
             keys, values = (
-                side[0, :, :split].transpose(0, 1) for side in (self._tail_keys, self._tail_values)
+                side[0, :, :split].detach().transpose(0, 1) for side in (self._tail_keys, self._tail_values)
             )
             self.is_finite &= bool(torch.isfinite(keys).all() and torch.isfinite(values).all())
-            self._cache.reserve(self.num_pages + num_new, self._tail_keys.device)
-            target = self._cache.pages_of(self._index)[self.num_pages : self.num_pages + num_new]
-            target.copy_(quantize(keys, values, self._cache.layout))
-            self._tail_keys, self._tail_values = (
-                self._tail_keys[:, :, split:],
-                self._tail_values[:, :, split:],
-            )
+            self.slots(self.num_pages, num_new).copy_(quantize(keys, values, self._cache.layout))
+            self._tail_keys = self._tail_keys[:, :, split:].clone()
+            self._tail_values = self._tail_values[:, :, split:].clone()
             self.num_pages += num_new
-        if self._index == len(self._cache.layers) - 1:
-            self._cache.announce()
+        if self.index == len(self._cache.layers) - 1:
+            self._cache.finish_pass()
+
+    def slots(self, first: int, count: int) -> torch.Tensor:
+        """Pages from `first` on, in place: ``[count, page_bytes]``; the pool doubles when it is too small."""
+        capacity, page_bytes = self._pool.shape
+        if first + count > capacity:
+            grown = max(first + count, 2 * capacity, _FIRST_CAPACITY_PAGES)
+            with torch.inference_mode(False):  # a pool first filled in inference mode is written outside it
+                pool = torch.empty(grown, page_bytes, dtype=torch.uint8, device=self._tail_keys.device)
+            pool[:capacity] = self._pool
+            self._pool = pool
+        return self._pool[first : first + count]
 
     def start_after(self, num_pages: int) -> None:
-        """Go on after that many pages, which the cache has in place of the raw tokens so far."""
+        """Go on after that many pages, which the pool has in place of the raw tokens so far."""
         self._tail_keys, self._tail_values = self._tail_keys[:, :, :0], self._tail_values[:, :, :0]
         self.num_pages = num_pages
 
@@ -214,3 +223,11 @@ class TQLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "TQCache holds one sequence that only grows, without beam search, assisted decoding, cropping "
+            "or reset; open another cache"
+        )
+
+    crop = reset = reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse

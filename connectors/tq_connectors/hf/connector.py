@@ -1,6 +1,10 @@
 """TQConnector: gives a transformers model caches that start from the store and are saved to it."""
 
+import copy
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +20,9 @@ from tq_store.errors import ConfigError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose attention is causal softmax attention with rotary keys and nothing more."""
+_LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+"""With these a key depends on the length of the whole sequence, so a page belongs to no prefix."""
+_NO_IDENTITY = ("_name_or_path", "transformers_version", "dtype")
 DEFAULT_PREFILL_TOKENS = 256
 
 
@@ -23,11 +30,17 @@ def cache_geometry(config: PreTrainedConfig, dtype: torch.dtype) -> CacheGeometr
     """Shape of the KV cache of a model.
 
     Raises:
-        ConfigError: The model type is not served.
+        ConfigError: The model type or its rotary embedding is not served.
     """
     if config.model_type not in MODEL_TYPES:
         raise ConfigError(
             f"model type {config.model_type!r} is not served; served are {', '.join(MODEL_TYPES)}"
+        )
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    if rope_type in _LENGTH_DEPENDENT_ROPE_TYPES:
+        raise ConfigError(
+            f"rope_type {rope_type!r} is not served: its keys depend on what follows them, so prefixes "
+            "cannot be shared; use 'linear', 'yarn' or 'llama3' scaling"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return CacheGeometry(
@@ -36,6 +49,46 @@ def cache_geometry(config: PreTrainedConfig, dtype: torch.dtype) -> CacheGeometr
         head_dim=head_dim,
         kv_dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def config_digest(config: PreTrainedConfig) -> str:
+    """Digest, hex, of a configuration as the model runs it, changes made after loading included."""
+    identity = {name: value for name, value in config.to_dict().items() if name not in _NO_IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _PageSaver:
+    """Queues the pages of one cache for saving, each once, as far as their tokens are known."""
+
+    def __init__(self, prefix_cache: PrefixCache, token_ids: Sequence[int]) -> None:
+        self._prefix_cache = prefix_cache
+        self._token_ids = list(token_ids)
+        self._num_saved = 0
+        self.keys = prefix_cache.keys(token_ids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_PageSaver":
+        return copy.copy(self)  # a copied cache goes on with the same store
+
+    def expect(self, token_ids: Sequence[int]) -> None:
+        """Learn the tokens that follow those known so far.
+
+        Raises:
+            ValueError: The tokens are not those that the cache was opened for.
+        """
+        num_known = len(self._token_ids)
+        if list(token_ids[:num_known]) != self._token_ids[: len(token_ids)]:
+            raise ValueError("the cache was opened for other tokens; open one for this prompt")
+        if len(token_ids) > num_known:
+            self._token_ids, self.keys = list(token_ids), self._prefix_cache.keys(token_ids)
+
+    def skip(self, num_pages: int) -> None:
+        """Leave out the first so many pages, which came from the store."""
+        self._num_saved = num_pages
+
+    def __call__(self, cache: TQCache) -> None:
+        for index in range(self._num_saved, min(cache.num_sound_pages, len(self.keys))):
+            self._prefix_cache.save(self.keys[index], cache.page(index).numpy().data)
+            self._num_saved = index + 1
 
 
 class TQConnector:
@@ -49,7 +102,7 @@ class TQConnector:
         client: Connection to the store, or None to only compress; owned by the caller.
         spec: The codec.
         model_name: Name of the model in the namespace.
-        revision: What tells its weights from others of that name.
+        revision: What tells its weights from others of that name; the model's configuration is added to it.
         page_tokens: Tokens in a page.
         salt: Keeps apart what only the caller knows to differ (a LoRA adapter, a tenant).
 
@@ -80,11 +133,16 @@ class TQConnector:
             raise ConfigError(f"{model_name} cannot be cached with this codec: {error}") from error
         self.num_layers = geometry.num_layers
         self._model = model
-        self.prefix_cache = (
-            None
-            if client is None
-            else PrefixCache(client, self.layout, geometry, model=model_name, revision=revision, salt=salt)
-        )
+        self.prefix_cache = None
+        if client is not None:
+            self.prefix_cache = PrefixCache(
+                client,
+                self.layout,
+                geometry,
+                model=model_name,
+                revision=f"{revision} config {config_digest(model.config)}",
+                salt=salt,
+            )
         register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
 
@@ -104,18 +162,13 @@ class TQConnector:
         """
         if self.prefix_cache is None:
             return TQCache(self.layout, self.num_layers)
-        prefix_cache, keys = self.prefix_cache, self.prefix_cache.keys(token_ids)
-
-        def save(index: int, page: torch.Tensor) -> None:
-            if index < len(keys):
-                prefix_cache.save(keys[index], page.cpu().numpy().data)
-
-        cache = TQCache(self.layout, self.num_layers, on_page=save)
+        saver = _PageSaver(self.prefix_cache, token_ids)
+        cache = TQCache(self.layout, self.num_layers, on_page=saver)
         reusable = (len(token_ids) - 1) // self.layout.page_tokens
-        if reusable:
+        if reusable > 0:
             # sinks depend on themselves alone: computing four tokens is cheaper than storing them raw
-            self.prefill(token_ids[:NUM_SINKS], cache)
-            cache.preload(prefix_cache.load(keys[:reusable]))
+            self.prefill(token_ids[:NUM_SINKS], cache, last_only=True)
+            saver.skip(cache.preload(self.prefix_cache.load(saver.keys[:reusable])))
         return cache
 
     def save_generated(self, cache: TQCache, token_ids: Sequence[int]) -> None:
@@ -124,10 +177,13 @@ class TQConnector:
         Args:
             cache: From `open_cache`.
             token_ids: Prompt and generated tokens whose keys and values the cache holds.
+
+        Raises:
+            ValueError: The tokens are not those that the cache was opened for.
         """
-        if self.prefix_cache is not None:
-            for index, key in enumerate(self.prefix_cache.keys(token_ids)[: cache.num_pages]):
-                self.prefix_cache.save(key, cache.page(index).cpu().numpy().data)
+        if isinstance(cache.on_page, _PageSaver):
+            cache.on_page.expect(token_ids)
+            cache.on_page(cache)
 
     def prefill(
         self,
@@ -135,6 +191,7 @@ class TQConnector:
         cache: TQCache,
         *,
         chunk_tokens: int = DEFAULT_PREFILL_TOKENS,
+        last_only: bool = False,
         on_chunk: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Compute what the cache does not hold, in chunks, so that pages are saved while it works.
@@ -144,19 +201,32 @@ class TQConnector:
 
         Args:
             token_ids: The whole prompt; longer than what the cache holds.
-            cache: From `open_cache`.
-            chunk_tokens: Most tokens in one forward pass.
+            cache: From `open_cache` for these tokens or for their beginning.
+            chunk_tokens: Most tokens in one forward pass, at least 1.
+            last_only: Give the logits of the last position only; those of a long prompt take gigabytes.
             on_chunk: Told the number of tokens the cache holds after each pass.
 
         Returns:
-            Logits ``[num_computed, vocabulary]`` float32 of the positions that were computed.
+            Logits ``[num_computed, vocabulary]`` float32 of the positions that were computed, or of the last.
+
+        Raises:
+            ValueError: Nothing is left to compute, or the cache was opened for other tokens.
         """
-        logits = []
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
+        if cache.get_seq_length() >= len(token_ids):
+            raise ValueError(
+                f"the cache holds {cache.get_seq_length()} tokens, of {len(token_ids)} nothing is left"
+            )
+        if isinstance(cache.on_page, _PageSaver):
+            cache.on_page.expect(token_ids)
+        logits: list[torch.Tensor] = []
         with torch.inference_mode():
             while (start := cache.get_seq_length()) < len(token_ids):
                 end = (start // chunk_tokens + 1) * chunk_tokens
                 chunk = torch.tensor([token_ids[start:end]], device=self._model.device)
-                logits.append(self._model(input_ids=chunk, past_key_values=cache).logits[0].float())
+                output = self._model(input_ids=chunk, past_key_values=cache, logits_to_keep=int(last_only))
+                logits = [*([] if last_only else logits), output.logits[0].float()]
                 if on_chunk is not None:
                     on_chunk(cache.get_seq_length())
         return torch.cat(logits)

@@ -80,8 +80,8 @@ KNOWN_MODELS = (SMOLLM2, QWEN25_CODER)
 
 
 def default_cache_dir() -> Path:
-    """``$TQ_STORE_CACHE/models``, or ``~/.cache/tq-store/models``."""
-    return Path(os.environ.get("TQ_STORE_CACHE") or Path.home() / ".cache" / "tq-store") / "models"
+    """``$TQ_CONNECTORS_CACHE/models``, or ``~/.cache/tq-store/models``."""
+    return Path(os.environ.get("TQ_CONNECTORS_CACHE") or Path.home() / ".cache" / "tq-store") / "models"
 
 
 def fetch_model(
@@ -236,12 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cache-dir",
         type=Path,
         default=default_cache_dir(),
-        help="where fetched models are kept (default: $TQ_STORE_CACHE/models or ~/.cache/tq-store/models)",
+        help="where to keep models (default: $TQ_CONNECTORS_CACHE/models or ~/.cache/tq-store/models)",
     )
     arguments = parser.parse_args(argv)
     try:
         print(fetch_model(arguments.name, cache_dir=arguments.cache_dir))
-    except (ValueError, TQStoreError) as error:
+    except (ValueError, OSError, TQStoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
