@@ -19,6 +19,8 @@ from tq_kernels.spec import KeyCenter
 _LOG2_E = 1.4426950408889634
 _PROGRAMS_PER_PROCESSOR = 4
 _PROCESSORS_WITHOUT_A_GPU = 4
+_TILE_TOKENS = 128
+_DOT_DEPTH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +44,9 @@ def plan_decode(layout: PageLayout, num_seqs: int, max_pages: int, num_processor
     """Enough splits to fill the machine, none shorter than a page."""
     programs = num_seqs * layout.num_kv_heads
     wanted = -(-num_processors * _PROGRAMS_PER_PROCESSOR // programs)
-    elements = WORD_FORMATS[layout.spec.value].elements
-    tile_tokens = max(min(64, layout.page_tokens & -layout.page_tokens), elements)
+    tile_tokens = min(_TILE_TOKENS, layout.page_tokens & -layout.page_tokens)
     return LaunchPlan(
-        num_splits=max(1, min(wanted, max_pages)), tile_tokens=tile_tokens, num_warps=4, num_stages=3
+        num_splits=max(1, min(wanted, max_pages)), tile_tokens=tile_tokens, num_warps=4, num_stages=2
     )
 
 
@@ -329,6 +330,11 @@ def _guard(
     if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
         raise ValueError(
             f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
+        )
+    groups = WORD_FORMATS[layout.spec.value].groups
+    if layout.page_tokens & -layout.page_tokens < _DOT_DEPTH * groups:
+        raise ValueError(
+            f"the kernel needs pages of a multiple of {_DOT_DEPTH * groups} tokens, not {layout.page_tokens}"
         )
     if pages.stride(1) != 1 or pages.stride(0) % 16:
         raise ValueError(f"pages must be contiguous rows a multiple of 16 bytes apart, not {pages.stride()}")

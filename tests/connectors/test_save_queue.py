@@ -84,7 +84,7 @@ def test_failures_are_counted_and_logged_once_an_outage(store, caplog):
             queue.offer(KEYS[3], b"x")
             assert queue.flush(30)
             assert len(caplog.records) == outage + 1
-            assert caplog.records[-1].exc_info is None
+            assert not caplog.records[-1].exc_info
     queue.close()
     assert (queue.saved_blocks, queue.failed_blocks) == (2, 6)
 
@@ -109,7 +109,7 @@ def test_a_client_that_fails_as_nobody_expected_costs_its_blocks_and_not_the_thr
             queue.offer(key, b"x")
             assert queue.flush(30)
     (record,) = caplog.records
-    assert record.exc_info is not None  # nobody expected it, so its traceback is needed
+    assert record.exc_info  # nobody expected it, so its traceback is needed
     store.error = None
     queue.offer(KEYS[2], b"x")
     queue.close()
