@@ -50,8 +50,9 @@ def test_every_preset_every_size_and_every_revision_is_a_namespace_of_its_own():
     keys.append(key_for(layout_of("tq4"), revision="2"))
     salted = namespace_for(layout_of("tq4"), GEOMETRY, model="m", revision="1", salt="tenant")
     keys.append(block_keys(salted, range(64))[0])
-    float16 = dataclasses.replace(GEOMETRY, kv_dtype="float16")
-    keys.append(block_keys(namespace_for(layout_of("tq4"), float16, model="m", revision="1"), range(64))[0])
+    for change in ({"kv_dtype": "float16"}, {"num_layers": 4}, {"num_kv_heads": 4}, {"head_dim": 32}):
+        other = dataclasses.replace(GEOMETRY, **change)
+        keys.append(block_keys(namespace_for(layout_of("tq4"), other, model="m", revision="1"), range(64))[0])
     assert len({key[:32] for key in keys}) == len(keys)
 
 

@@ -127,7 +127,7 @@ def two_way(count):
 @pytest.mark.parametrize("mask", [padded, tree, two_way])
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_a_mask_that_pages_do_not_serve_is_refused(model_type, mask):
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, layers=1)
     cache = connect(model, "tq4").open_cache(tokens(60))
     with pytest.raises(ValueError, match="pass no padding or mask"):
         model(input_ids=torch.tensor([tokens(60)]), attention_mask=mask(60), past_key_values=cache)
@@ -235,6 +235,27 @@ def test_attention_that_pages_do_not_serve_is_refused(option):
             past_key_values=connector.open_cache(tokens(10)),
             **{option: torch.ones(1)},
         )
+
+
+def test_the_scale_of_the_model_is_used_on_pages_and_elsewhere():
+    model, token_ids = tiny_model(), tokens(100)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.05
+    expected = plain_logits(model, token_ids)
+    connector = connect(model, "raw")
+    with torch.inference_mode():
+        elsewhere = model(input_ids=torch.tensor([token_ids])).logits[0]
+    torch.testing.assert_close(elsewhere, expected)
+    assert relative(connector.prefill(token_ids, connector.open_cache(token_ids)), expected) < 2e-2
+
+
+def test_training_with_another_cache_has_its_dropout():
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    connect(model.train(), "tq4")
+    first, second = (model(input_ids=torch.tensor([tokens(10)])).logits for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 def test_a_training_pass_with_dropout_is_refused():

@@ -95,17 +95,18 @@ def test_lengths_are_what_transformers_needs(model):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_pages_made_from_what_is_no_number_are_not_shared(model, poison):
+@pytest.mark.parametrize("side", [0, 1])
+def test_pages_made_from_what_is_no_number_are_not_shared_nor_those_after_them(model, poison, side):
     seen = []
     cache = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages))
     run(model, cache, tokens(16))
     shape = (1, LAYOUT.num_kv_heads, 16, LAYOUT.head_dim)
-    for layer, poisoned in zip(cache.layers, (False, True, False), strict=True):
-        keys = torch.ones(shape)
-        keys[0, 1, 3, 5] = poison if poisoned else 1
-        layer.update(keys, torch.ones(shape))
-        layer.finish_pass()
-    run(model, cache, tokens(16))
+    for poisons in ((1, poison, 1), (1, 1, 1)):
+        for layer, number in zip(cache.layers, poisons, strict=True):
+            sides = [torch.ones(shape), torch.ones(shape)]
+            sides[side][0, 1, 3, 5] = number
+            layer.update(*sides)
+            layer.finish_pass()
     assert (cache.num_pages, cache.num_sound_pages) == (3, 1)
     assert seen == [1]
 
@@ -120,6 +121,14 @@ def test_a_long_prompt_leaves_nothing_of_it_raw_in_memory(model):
         if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
     }
     assert raw_bytes == {4, 5}  # tokens: sinks and tail
+
+
+def test_each_layer_keeps_its_pages_on_its_own_device():
+    cache = TQCache(LAYOUT, LAYERS)
+    first, second = cache.layers[:2]
+    first.lazy_initialization(torch.empty(1, 2, 0, 32), torch.empty(1, 2, 0, 32))
+    second.lazy_initialization(*[torch.empty(1, 2, 0, 32, device="meta")] * 2)
+    assert [layer.slots(0, 1).device.type for layer in (first, second)] == ["cpu", "meta"]
 
 
 def test_a_pool_grows_twofold_and_no_more(model):

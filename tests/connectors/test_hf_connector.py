@@ -11,12 +11,13 @@ from connectors.tiny_models import tiny_model, tokens
 from store.running_server import foreign_server, running_server
 from transformers import GPT2Config, LlamaConfig
 
+from tq_connectors.codec import CacheGeometry, pack_pages
 from tq_connectors.hf.connector import TQConnector, cache_geometry
-from tq_kernels import PRESETS, preset
+from tq_kernels import PRESETS, PageLayout, preset
 from tq_store.block import HEADER_BYTES
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
-from tq_store.errors import ConfigError
+from tq_store.errors import ConfigError, RpcUnavailable
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
 
@@ -112,10 +113,10 @@ def test_generated_pages_can_be_saved_for_the_next_turn(model):
         assert answer(connect(model, client), turn + tokens(10))[0] == 139 // PAGE * PAGE
 
 
-def saved_since(connector, before):
-    """Blocks that were put since there were `before`."""
+def blocks_saved(connector):
+    """Blocks that the store has taken."""
     assert connector.prefix_cache.saves.flush(30)
-    return connector.prefix_cache.saves.saved_blocks - before
+    return connector.prefix_cache.saves.saved_blocks
 
 
 def test_each_page_is_saved_once_over_several_turns(model):
@@ -126,12 +127,12 @@ def test_each_page_is_saved_once_over_several_turns(model):
             turn = model.generate(
                 torch.tensor([PROMPT]), past_key_values=cache, max_new_tokens=40, do_sample=False
             )[0].tolist()
-            assert saved_since(connector, 0) == 0  # all of the prompt came from the store
+            assert blocks_saved(connector) == 0  # all of the prompt came from the store
             connector.save_generated(cache, turn[:-1])
             connector.save_generated(cache, turn[:-1])
-            assert saved_since(connector, 0) == 139 // PAGE - FULL_PAGES
+            assert blocks_saved(connector) == 139 // PAGE - FULL_PAGES
             connector.prefill(turn + tokens(60), cache)
-            assert saved_since(connector, 0) == 200 // PAGE - FULL_PAGES
+            assert blocks_saved(connector) == 200 // PAGE - FULL_PAGES
         hit, logits = answer(connect(model, client), turn + tokens(60) + [1])
         assert hit == 200 // PAGE * PAGE
         assert close_to(logits, answer(connect(model, None), turn + tokens(60) + [1])[1], 0.3)
@@ -151,7 +152,7 @@ def test_pages_generated_from_what_is_no_number_are_not_saved():
             model(input_ids=torch.tensor([tokens(40)]), past_key_values=cache)
         connector.save_generated(cache, PROMPT + tokens(40))
         assert cache.num_pages == 140 // PAGE
-        assert saved_since(connector, 0) == FULL_PAGES
+        assert blocks_saved(connector) == FULL_PAGES
 
 
 def test_a_cache_of_another_prompt_is_refused_before_anything_wrong_is_saved(model):
@@ -167,7 +168,21 @@ def test_a_cache_of_another_prompt_is_refused_before_anything_wrong_is_saved(mod
                 call(other, cache)
         connector.prefill(PROMPT[:50], cache)
         connector.prefill(PROMPT, cache)
-        assert saved_since(connector, 0) == FULL_PAGES
+        assert blocks_saved(connector) == FULL_PAGES
+
+
+def test_the_callers_list_of_tokens_may_grow(model):
+    prompt = list(PROMPT)
+    with (
+        running_server() as server,
+        StoreClient(server.address) as client,
+        connect(model, client) as connector,
+    ):
+        cache = connector.open_cache(prompt)
+        connector.prefill(prompt, cache)
+        prompt += tokens(60)
+        connector.prefill(prompt, cache)
+        assert blocks_saved(connector) == 160 // PAGE
 
 
 def test_a_copied_cache_saves_what_it_computes_itself(model):
@@ -180,7 +195,7 @@ def test_a_copied_cache_saves_what_it_computes_itself(model):
         connector.prefill(PROMPT, cache)
         for seed in (1, 2):
             connector.prefill(PROMPT + tokens(60, seed), copy.deepcopy(cache))
-        assert saved_since(connector, 0) == FULL_PAGES + 2 * (160 // PAGE - FULL_PAGES)
+        assert blocks_saved(connector) == FULL_PAGES + 2 * (160 // PAGE - FULL_PAGES)
         for seed in (1, 2):
             assert answer(connect(model, client), PROMPT + tokens(60, seed) + [1])[0] == 160
 
@@ -352,6 +367,60 @@ def test_a_lying_store_is_believed_up_to_its_first_lie(model, expected, lie, fir
     assert connector.prefix_cache.counters.failed_pages == FULL_PAGES - first_spoiled
 
 
+def test_pages_after_a_missing_one_are_not_taken(model, expected):
+    class Forgetful(LyingServicer):
+        def Get(self, request, context):
+            for index, frame in enumerate(super().Get(request, context)):
+                yield pb.BlockFrame(index=index) if index == 2 else frame
+
+    with running_server() as server, StoreClient(server.address) as honest:
+        answer(connect(model, honest))
+        with (
+            foreign_server(Forgetful(honest, flipped, 99)) as address,
+            StoreClient(address) as client,
+        ):
+            connector = connect(model, client)
+            hit, logits = answer(connector)
+    assert hit == 2 * PAGE
+    assert connector.prefix_cache.counters.failed_pages == FULL_PAGES - 2
+    assert close_to(logits, expected, 0.25)
+
+
+def test_a_sound_block_of_another_shape_under_the_key_is_a_miss(model, expected, caplog):
+    with running_server() as server, StoreClient(server.address) as client:
+        connector = connect(model, client)
+        key = connector.prefix_cache.keys(PROMPT)[0]
+        other = PageLayout(spec=preset("tq3"), head_dim=32, num_kv_heads=2, page_tokens=PAGE)
+        pages = bytes(connector.num_layers * other.page_bytes)
+        client.put([(key, pack_pages(other, connector.num_layers, key, pages))])
+        with caplog.at_level(logging.WARNING):
+            hit, logits = answer(connector)
+    assert hit == 4
+    assert close_to(logits, expected)
+    assert "another codec" in caplog.text
+
+
+def test_each_outage_of_loading_is_logged_once(model, caplog):
+    with running_server() as server, StoreClient(server.address) as client:
+        connector = connect(model, client)
+        keys = connector.prefix_cache.keys(PROMPT)
+        answer(connector)
+        with caplog.at_level(logging.WARNING):
+            for outage in (1, 2):
+                connector.prefix_cache._client = Broken()
+                assert not any(list(connector.prefix_cache.load(keys)) for _ in range(3))
+                connector.prefix_cache._client = client
+                assert len(list(connector.prefix_cache.load(keys))) == FULL_PAGES
+                assert len([r for r in caplog.records if "recomputed" in r.message]) == outage
+
+
+class Broken:
+    """A client whose server has gone."""
+
+    def lookup(self, keys):
+        raise RpcUnavailable("nobody listens")
+
+
 def test_a_server_that_dies_in_the_middle_of_a_get_leaves_a_shorter_prefix(model, expected):
     class Dying(LyingServicer):
         def Get(self, request, context):
@@ -368,6 +437,14 @@ def test_a_server_that_dies_in_the_middle_of_a_get_leaves_a_shorter_prefix(model
             hit, logits = answer(connect(model, client))
     assert hit == 2 * PAGE
     assert close_to(logits, expected, 0.25)  # of the pages computed again, fewer are raw than in one pass
+
+
+def test_head_size_is_what_the_config_says_or_what_follows_from_it():
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    assert cache_geometry(LlamaConfig(**sizes, head_dim=32), torch.float32).head_dim == 32
+    assert cache_geometry(LlamaConfig(**sizes), torch.bfloat16) == CacheGeometry(
+        num_layers=32, num_kv_heads=2, head_dim=16, kv_dtype="bfloat16"
+    )
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones():

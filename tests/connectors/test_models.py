@@ -371,6 +371,14 @@ def test_a_local_folder_is_returned_as_it_is_if_it_has_a_config(tmp_path: Path) 
     assert fetch_model(str(tmp_path)) == tmp_path
 
 
+def test_a_cache_directory_that_cannot_be_made_gets_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert models.main(["--cache-dir", str(tmp_path / "file" / "models")]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_cache_directory_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQ_CONNECTORS_CACHE", "/somewhere")
     assert models.default_cache_dir() == Path("/somewhere/models")
@@ -556,7 +564,9 @@ def test_a_renamed_tensor_is_another_revision(weights: Path) -> None:
 
 def test_changed_config_or_another_file_is_another_revision_but_its_writer_is_not(weights: Path) -> None:
     before = weights_revision(weights)
-    (weights / "config.json").write_text(json.dumps({"transformers_version": "6", "rope_theta": 1e4}))
+    (weights / "config.json").write_text(
+        json.dumps({"transformers_version": "6", "_name_or_path": "/here", "rope_theta": 1e4})
+    )
     assert weights_revision(weights) == before
     (weights / "config.json").write_text(json.dumps({"rope_theta": 1e5}))
     assert weights_revision(weights) != before

@@ -22,11 +22,13 @@ class Store:
         self.error: Exception | None = None
         self.outcome = PutOutcome.STORED
         self.blocks: dict[BlockKey, bytes] = {}
+        self.calls: list[int] = []
         if open_gate:
             self.gate.set()
 
     def put(self, blocks):
         self.entered.set()
+        self.calls.append(len(blocks))
         assert self.gate.wait(30)
         if self.error:
             raise self.error
@@ -46,6 +48,24 @@ def test_all_offered_blocks_arrive(store):
     assert store.blocks == {key: key * 2 for key in KEYS}
     assert (queue.saved_blocks, queue.dropped_blocks, queue.failed_blocks) == (64, 0, 0)
     queue.close()
+
+
+def test_one_call_takes_a_few_blocks_so_that_a_failure_costs_few():
+    store = Store(open_gate=False)
+    queue = SaveQueue(store, budget_bytes=1 << 20)
+    for key in KEYS:
+        queue.offer(key, b"x")
+    store.gate.set()
+    assert queue.flush(30)
+    queue.close()
+    assert max(store.calls) == 16
+
+
+def test_a_process_that_forgot_to_close_can_end(store):
+    queue = SaveQueue(store, budget_bytes=100)
+    assert queue._thread.daemon
+    queue.close()
+    assert not queue._thread.is_alive()
 
 
 def test_a_full_queue_drops_at_once_and_takes_again_when_there_is_room():

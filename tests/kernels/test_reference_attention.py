@@ -405,6 +405,27 @@ def test_no_query_is_refused_and_no_sequence_gives_nothing(generator: torch.Gene
     assert {(side.dtype, side.device.type) for side in half} == {(torch.float32, "meta")}
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_everything_is_made_on_the_device_of_the_tensors(name: str) -> None:
+    """The meta device takes no tensor of another device, like a GPU."""
+    layout = _layout(name)
+    raw = torch.empty(2 * P, 2, 64, dtype=torch.bfloat16, device="meta")
+    packed = quantize(raw, raw, layout)
+    results = extend_attention(
+        torch.empty(3, 4, 64, dtype=torch.bfloat16, device="meta"),
+        raw,
+        raw,
+        packed,
+        torch.empty(2, dtype=torch.int64, device="meta"),
+        2 * P,
+        layout,
+        softmax_scale=0.125,
+        sliding_window=20,
+        num_sinks=4,
+    )
+    assert {tensor.device.type for tensor in (packed, *dequantize(packed, layout), *results)} == {"meta"}
+
+
 def test_decoded_pages_are_bounded_in_memory(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

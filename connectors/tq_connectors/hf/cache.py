@@ -49,8 +49,8 @@ class TQCache(Cache):
 
     @property
     def num_pages(self) -> int:
-        """Pages that every layer has."""
-        return min(layer.num_pages for layer in self._layers)
+        """Pages that every layer has: those of the last one, which seals last."""
+        return self._layers[-1].num_pages
 
     def preload(self, pages: Iterable[memoryview]) -> int:
         """Continue with pages from the store in place of the tokens that the cache holds.
@@ -185,7 +185,7 @@ class TQLayer(CacheLayerMixin):
         if num_new:
             split = num_new * page_tokens
             keys, values = (
-                side[0, :, :split].detach().transpose(0, 1) for side in (self._tail_keys, self._tail_values)
+                side[0, :, :split].transpose(0, 1) for side in (self._tail_keys, self._tail_values)
             )
             self.is_finite &= bool(torch.isfinite(keys).all() and torch.isfinite(values).all())
             self.slots(self.num_pages, num_new).copy_(quantize(keys, values, self._cache.layout))
