@@ -50,6 +50,7 @@ demo: $(STAMP)  ## the main job on real input; ARGS="--preset k8v4 --document FI
 
 bench: $(STAMP)  ## the measurements that run on any machine
 	$(BIN)/python benchmarks/eviction.py
+	$(BIN)/python benchmarks/presets.py
 
 proto: $(STAMP)  ## regenerate the RPC code from proto/
 	proto/generate.sh

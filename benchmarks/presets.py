@@ -60,11 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, default=2048, help="length of the text (default: %(default)s)")
     parser.add_argument("--document", type=Path, default=HERE / "documents" / "constitution.txt")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="(default: %(default)s)")
     parsed = parser.parse_args(arguments)
     folder = fetch_model(SMOLLM2.name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    token_ids = tokenizer(parsed.document.read_text())["input_ids"][: parsed.tokens]
+    token_ids = tokenizer(parsed.document.read_text(encoding="utf-8"))["input_ids"][: parsed.tokens]
     with torch.inference_mode():
         reference = model(input_ids=torch.tensor([token_ids])).logits[0].float()
     described = ["git", "describe", "--always", "--dirty"]
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row['preset']:8}{row['bytes_per_token']:9.0f}{row['over_bf16']:8.2f}{row['kl_mean']:10.4f}"
             f"{row['kl_p99']:9.3f}{row['top1']:8.1%}{row['prefill_s']:8.1f}s"
         )
-    RESULTS.write_text("".join(json.dumps({**row, **context}) + "\n" for row in rows))
+    parsed.output.write_text("".join(json.dumps({**row, **context}) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

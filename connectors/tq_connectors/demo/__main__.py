@@ -159,8 +159,8 @@ def run_replica(name: str, job: Job, steps: Steps) -> dict[str, Any]:
         DemoError: It failed; the message is its own.
     """
     command = [sys.executable, "-m", "tq_connectors.demo.replica"]
-    # threads that spin at barriers starve the store on small machines
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    # threads that spin long at barriers starve the store on busy machines; ones that never spin are slow
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
     with subprocess.Popen(  # noqa: S603
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
