@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup check format test coverage fuzz demo bench proto clean
+.PHONY: help setup check format test fuzz demo bench proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,13 +34,10 @@ format: $(STAMP)  ## rewrite files the way check wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: $(STAMP)  ## all tests, on real Redis, real sockets, real processes and the real model
+test: $(STAMP)  ## all tests with coverage, on real Redis, sockets, processes and the real model; ARGS picks some
 	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || tests/install_redis.sh
 	$(BIN)/python -m tq_connectors.hf.models
-	$(BIN)/python -m pytest $(ARGS)
-
-coverage: $(STAMP)  ## tests with a coverage report
-	$(MAKE) test ARGS="--cov --cov-report=term-missing:skip-covered $(ARGS)"
+	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=term-missing:skip-covered)
 
 fuzz: $(STAMP)  ## throw mutated blocks at the parser for a minute
 	$(BIN)/python tests/fuzz/fuzz_block.py --seconds 60
