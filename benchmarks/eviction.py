@@ -12,14 +12,13 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
-import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from circumstances import circumstances
 
 from tq_store.backends.policy import EvictionPolicy, Lru, S3Fifo
 from tq_store.keys import BlockKey
@@ -131,22 +130,13 @@ def leading_hit_ratio(trace: Iterable[Request], policy: EvictionPolicy, *, last_
     return hit_bytes / asked_bytes
 
 
-def circumstances() -> dict[str, str]:
-    """What the numbers were measured with."""
-    described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "commit": subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip(),  # noqa: S603
-    }
-
-
 def main() -> None:
     """Measure every contender at every budget, print the table, write the lines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=8000, help="prompts in each trace")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file of JSON lines to write")
     arguments = parser.parse_args()
+    context = circumstances()
     lines = []
     for trace_name, scan_share in (("chats", 0.0), ("chats and scans", 0.03)):
         trace = list(requests(arguments.requests, scan_share))
@@ -180,7 +170,7 @@ def main() -> None:
                     "leading_hit_ratio": round(ratio, 4),
                     "unlimited_hit_ratio": round(unlimited, 4),
                     "microseconds_per_block": round(1e6 * elapsed_s / num_calls, 2),
-                    **circumstances(),
+                    **context,
                 }
                 for share, ratio in zip(BUDGET_SHARES, ratios, strict=True)
             ]

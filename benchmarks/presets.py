@@ -9,9 +9,6 @@ are 4-bit ones dequantized to float32: the reference is that model, not the orig
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from circumstances import circumstances
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,13 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     token_ids = tokenizer(parsed.document.read_text(encoding="utf-8"))["input_ids"][: parsed.tokens]
     with torch.inference_mode():
         reference = model(input_ids=torch.tensor([token_ids])).logits[0].float()
-    described = ["git", "describe", "--always", "--dirty"]
     context = {
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
+        **circumstances(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip(),  # noqa: S603
         "model": SMOLLM2.name,
         "tokens": len(token_ids),
     }

@@ -68,7 +68,7 @@ class TQCache(Cache):
             raise ValueError(f"pages can be loaded after exactly the first {NUM_SINKS} tokens")
         num_loaded = 0
         for page in pages:
-            # bytearray: torch wants writable memory, and the copy is the one on the way into the pool
+            # a copy, because torch refuses to look at memory that it may not write
             by_layer = torch.frombuffer(bytearray(page), dtype=torch.uint8).view(len(self._layers), -1)
             for layer, layer_page in zip(self._layers, by_layer, strict=True):
                 layer.slots(num_loaded, 1).copy_(layer_page)
