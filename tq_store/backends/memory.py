@@ -15,7 +15,7 @@ class MemoryBackend:
     dropped: bytes that went bad in memory say nothing worth keeping.
 
     Args:
-        budget_bytes: Bytes of blocks to hold; Python's own overhead, about 500 bytes a block, comes on top.
+        budget_bytes: Bytes of blocks to hold; Python's own overhead, about 750 bytes a block, comes on top.
         name: Short name for metrics and logs.
     """
 
