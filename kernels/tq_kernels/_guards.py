@@ -1,0 +1,66 @@
+"""Checks of what kernels assume about their arguments, with one wording for all ops."""
+
+import torch
+
+from tq_kernels.layout import PageLayout
+
+_PAGE_STRIDE_MULTIPLE = 16
+"""Kernels load 16 bytes at once, so every page begins at a multiple of 16 bytes."""
+
+
+def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
+    """Pages are rows of bytes of the layout's size, aligned for the widest load.
+
+    Raises:
+        ValueError: Another shape or dtype, or rows that kernels cannot read.
+    """
+    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
+        raise ValueError(
+            f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
+        )
+    if pages.stride(1) != 1 or pages.stride(0) % _PAGE_STRIDE_MULTIPLE or pages.data_ptr() % 16:
+        raise ValueError(
+            "pages must be rows of contiguous bytes that begin at multiples of "
+            f"{_PAGE_STRIDE_MULTIPLE} bytes, not strides {pages.stride()} at address {pages.data_ptr():#x}"
+        )
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    *,
+    contiguous_dims: int = 1,
+) -> None:
+    """A tensor has the shape (None for any size), one of the dtypes, the device and dense last dimensions.
+
+    Args:
+        name: What the caller calls it.
+        tensor: The tensor.
+        shape: Expected sizes.
+        dtypes: Allowed dtypes.
+        device: Where it must be.
+        contiguous_dims: So many trailing dimensions must be dense; the strides before them are free.
+
+    Raises:
+        ValueError: Anything else; the message names the argument and what was expected.
+    """
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype not in dtypes:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be [{wanted}] {kinds}, not {list(tensor.shape)} {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the pages are on {device}")
+    dense = 1
+    for dim in range(tensor.dim() - 1, tensor.dim() - 1 - contiguous_dims, -1):
+        if tensor.shape[dim] > 1 and tensor.stride(dim) != dense:
+            raise ValueError(
+                f"the last {contiguous_dims} dimension(s) of {name} must be contiguous, "
+                f"not strides {tensor.stride()}"
+            )
+        dense *= tensor.shape[dim]
