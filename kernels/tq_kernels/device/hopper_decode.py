@@ -1,0 +1,259 @@
+"""Decode attention whose loads are already tensor-core fragments: the split kernel for NVIDIA Hopper.
+
+A program is one warp. It walks over pages strip by strip, a strip being the tokens of four rows of value
+words, with words of the next strip on their way. Tokens fill the wide side of `mma.m16n8k16`, queries the
+narrow one:
+
+    scores^T [tokens, columns] = keys [tokens, channels] x queries^T
+    output^T [channels, columns] += values^T [channels, tokens] x probabilities^T
+
+Both contractions may run in any order, and pages are packed along them, so a thread loads the very words
+whose levels its fragments need: nothing passes through shared memory. Probabilities change sides by
+`movmatrix`. The reference that keeps exponentials in range is moved only when a probability reaches 2.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from tq_kernels.device.hopper_operands import (
+    bits_of_both,
+    count,
+    key_operand,
+    load_keys,
+    load_values,
+    log2,
+    pick,
+    seen,
+    spread,
+    table,
+    transpose_sides,
+    value_operand,
+)
+
+
+@gluon.jit
+def attend_split(
+    p_query,
+    p_pages,
+    p_table,
+    p_lengths,
+    p_positions,
+    p_out,
+    p_lse,
+    table_stride,
+    page_stride,
+    num_splits,
+    num_sinks,
+    window,
+    cap_log2,
+    KEY: gl.constexpr,
+    VALUE: gl.constexpr,
+    D: gl.constexpr,
+    P: gl.constexpr,
+    SECTION: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    PADDED: gl.constexpr,
+    N: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    ROWS: gl.constexpr,
+    GROUP: gl.constexpr,
+    K_WORDS: gl.constexpr,
+    K_SIGNS: gl.constexpr,
+    V_WORDS: gl.constexpr,
+    V_SIGNS: gl.constexpr,
+    K_SCALES: gl.constexpr,
+    V_SCALES: gl.constexpr,
+    CENTER: gl.constexpr,
+    HAS_CENTER: gl.constexpr,
+    WINDOW: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    VEC: gl.constexpr,
+    K_ASM: gl.constexpr,
+    V_ASM: gl.constexpr,
+    K_TABLE: gl.constexpr,
+    V_TABLE: gl.constexpr,
+    L_ACC: gl.constexpr,
+    L_KEYS: gl.constexpr,
+    L_VALUES: gl.constexpr,
+    L_CENTER: gl.constexpr,
+):
+    """A run of pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences)."""
+    L_A: gl.constexpr = gl.DotOperandLayout(0, L_ACC, 2)
+    L_B: gl.constexpr = gl.DotOperandLayout(1, L_ACC, 2)
+    K_GROUPS: gl.constexpr = count(K_ASM)
+    V_GROUPS: gl.constexpr = count(V_ASM)
+    KW: gl.constexpr = D // (4 * K_GROUPS)
+    HIGH: gl.constexpr = KW // (4 * VEC)
+    STRIPS: gl.constexpr = P // (16 * V_GROUPS)
+    RUN: gl.constexpr = P // V_GROUPS
+    # a fresh reference leaves this many binary orders of room above the largest probability
+    ROOM: gl.constexpr = 6.0
+    TWO: gl.constexpr = 0x40000000
+
+    i_split = gl.program_id(0)
+    i_head = gl.program_id(1) // BLOCKS
+    i_block = gl.program_id(1) % BLOCKS
+    i_seq = gl.program_id(2)
+    num_heads = gl.num_programs(1) // BLOCKS
+    length = gl.load(p_lengths + i_seq)
+    position = gl.load(p_positions + i_seq)
+    end = gl.minimum(length, position + 1)
+    first = num_sinks
+    earliest = position - (ROWS - 1)
+    whole_from = first
+    if WINDOW:
+        first = gl.maximum(first, earliest - window + 1)
+        whole_from = gl.maximum(first, position - window + 1)
+    whole_to = gl.minimum(end, earliest + 1)
+    first_page = first // P
+    num_pages = gl.maximum((end + P - 1) // P - first_page, 0)
+    per_split = (num_pages + num_splits - 1) // num_splits
+    start_page = first_page + i_split * per_split
+    end_page = gl.minimum(start_page + per_split, first_page + num_pages)
+    p_table += i_seq.to(gl.int64) * table_stride
+    row0 = i_seq.to(gl.int64) * num_heads + i_head
+
+    # queries in the order in which keys come out of their words
+    o_k = gl.arange(0, D, layout=gl.SliceLayout(1, L_B))
+    word = ((o_k >> 4) % (HIGH * VEC)) // VEC * (4 * VEC) + ((o_k >> 1) & 3) * VEC + (o_k >> 4) % VEC
+    channel = (o_k // (16 * HIGH * VEC)) * (D // K_GROUPS) + 4 * word + ((o_k >> 3) & 1) * 2 + (o_k & 1)
+    o_n = i_block * N + gl.arange(0, N, layout=gl.SliceLayout(0, L_B))
+    p_q = p_query + row0 * (PADDED * D) + gl.expand_dims(channel, 1) + gl.expand_dims(o_n, 0) * D
+    b_query = gl.load(p_q, mask=gl.expand_dims(o_n < PADDED, 0), other=0.0)
+
+    # where a thread's words lie in a section; rows of a product are tokens in the order (c, h, e)
+    o_m = gl.arange(0, 16, layout=gl.SliceLayout(1, L_KEYS))
+    o_word = gl.arange(0, KW, layout=gl.SliceLayout(0, L_KEYS))
+    k_token = (o_m & 1) + ((o_m >> 3) << 1) + (((o_m >> 1) & 3) << 2)
+    o_keys = gl.expand_dims(k_token * KW, 1) + gl.expand_dims(o_word, 0)
+    o_c = gl.arange(0, 4, layout=gl.SliceLayout(1, L_VALUES))
+    o_channel = gl.arange(0, D, layout=gl.SliceLayout(0, L_VALUES))
+    o_values = gl.expand_dims(o_c * D, 1) + gl.expand_dims(o_channel, 0)
+    o_row = gl.arange(0, 16, layout=gl.SliceLayout(1, L_ACC))
+    o_token = (o_row & 1) + ((o_row >> 3) << 1) + (((o_row >> 1) & 3) << 2)
+    o_center = gl.arange(0, D, layout=L_CENTER)
+    o_column = i_block * N + gl.arange(0, N, layout=gl.SliceLayout(0, L_ACC))
+
+    b_out = gl.zeros([D, N], gl.float32, layout=L_ACC)
+    b_reference = gl.full([N], -1e30, gl.float32, layout=gl.SliceLayout(0, L_ACC))
+    b_sum = gl.zeros([16, N], gl.float32, layout=L_ACC)
+    if start_page < end_page:
+        k_table = table(length, K_TABLE)
+        v_table = table(length, V_TABLE)
+        p_pages += i_head * SECTION
+        page = gl.load(p_table + start_page).to(gl.int64)
+        next_page = gl.load(p_table + gl.minimum(start_page + 1, end_page - 1)).to(gl.int64)
+        p_section = p_pages + page * page_stride
+        b_k = load_keys(p_section, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES)
+        b_v = load_values(p_section, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES)
+        for i_page in range(start_page, end_page):
+            p_section = p_pages + page * page_stride
+            p_ahead = p_pages + next_page * page_stride
+            page = next_page
+            next_page = gl.load(p_table + gl.minimum(i_page + 2, end_page - 1)).to(gl.int64)
+            partial = (i_page * P < whole_from) | ((i_page + 1) * P > whole_to)
+            b_base = gl.zeros([16, N], gl.float32, layout=L_ACC)
+            if HAS_CENTER:
+                p_center = (p_section + CENTER).to(gl.pointer_type(gl.float16)) + o_center
+                b_center = gl.reshape(gl.load(p_center), [K_GROUPS, HIGH, 4, VEC, 2, 2])
+                b_center = gl.reshape(gl.permute(b_center, (0, 1, 3, 4, 2, 5)), [D])
+                b_center = gl.convert_layout(b_center, gl.SliceLayout(0, L_A), assert_trivial=True)
+                b_center, _ = gl.broadcast(
+                    gl.expand_dims(b_center, 0), gl.zeros([16, D], gl.float16, layout=L_A)
+                )
+                b_base = mma_v2(b_center, b_query, b_base)
+            for part in gl.static_range(STRIPS):
+                first_token = i_page * P + part * 16
+                b_scores = ()
+                b_p = ()
+                b_weighted = ()
+                b_scales = ()
+                large = gl.zeros([16, N], gl.int32, layout=L_ACC)
+                for g in gl.static_range(V_GROUPS):
+                    b_keys = key_operand(b_k[0][g], spread(b_k[1][g], KEY), k_table, K_ASM, D, VEC)
+                    b_keys = gl.convert_layout(b_keys, L_A, assert_trivial=True)
+                    b_s = mma_v2(b_keys, b_query, gl.zeros([16, N], gl.float32, layout=L_ACC))
+                    b_s = b_s * gl.expand_dims(b_k[2][g].to(gl.float32), 1) + b_base
+                    if SOFTCAP:
+                        # cap * tanh(s / cap) * log2(e); queries are divided by the cap already
+                        b_s = cap_log2 * (1.0 - 2.0 / (gl.exp2(b_s * 2.8853900817779268) + 1.0))
+                    b_scale = gl.expand_dims(b_v[2][g].to(gl.float32), 1)
+                    probability = gl.exp2(b_s - gl.expand_dims(b_reference, 0))
+                    if partial:
+                        m_seen = seen(
+                            first_token + g * RUN,
+                            o_token,
+                            o_column,
+                            first,
+                            end,
+                            position,
+                            window,
+                            ROWS,
+                            GROUP,
+                            WINDOW,
+                        )
+                        # slots not written yet may hold anything
+                        b_s = gl.where(m_seen, b_s, -float("inf"))
+                        probability = gl.where(m_seen, probability, 0.0)
+                        token = gl.expand_dims(first_token + g * RUN + o_token, 1)
+                        b_scale = gl.where((token >= first) & (token < end), b_scale, 0.0)
+                    weighted = probability * b_scale
+                    large = large | weighted.to(gl.int32, bitcast=True)
+                    b_scores = b_scores + (b_s,)
+                    b_scales = b_scales + (b_scale,)
+                    b_p = b_p + (probability,)
+                    b_weighted = b_weighted + (weighted,)
+                # words of the next strip take the registers of those just used
+                if part + 1 < STRIPS:
+                    b_k = load_keys(
+                        p_section, part + 1, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES
+                    )
+                else:
+                    b_k = load_keys(
+                        p_ahead, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES
+                    )
+                # bit 30 of a float is set from 2 on, and of what is no number
+                if (gl.reduce(large, None, bits_of_both) & TWO) != 0:
+                    b_top = gl.full([16, N], -float("inf"), gl.float32, layout=L_ACC)
+                    for g in gl.static_range(V_GROUPS):
+                        b_top = gl.maximum(b_top, b_scores[g] + gl.maximum(log2(b_scales[g]), -25.0))
+                    b_best = gl.max(b_top, axis=0) + ROOM
+                    b_best = gl.maximum(b_reference, b_best)
+                    b_fade = gl.expand_dims(gl.exp2(b_reference - b_best), 0)
+                    b_reference = b_best
+                    b_out = b_out * b_fade
+                    b_sum = b_sum * b_fade
+                    b_p = ()
+                    b_weighted = ()
+                    for g in gl.static_range(V_GROUPS):
+                        probability = gl.exp2(b_scores[g] - gl.expand_dims(b_best, 0))
+                        b_p = b_p + (probability,)
+                        b_weighted = b_weighted + (probability * b_scales[g],)
+                v_signs = spread(b_v[1], VALUE)
+                for g in gl.static_range(V_GROUPS):
+                    b_sum += b_p[g]
+                    b_values = value_operand(b_v[0], v_signs, v_table, pick(V_ASM, g), D)
+                    b_values = gl.convert_layout(b_values, L_A, assert_trivial=True)
+                    b_right = transpose_sides(b_weighted[g].to(gl.float16), N, L_B)
+                    b_out = mma_v2(b_values, b_right, b_out)
+                if part + 1 < STRIPS:
+                    b_v = load_values(
+                        p_section, part + 1, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
+                    )
+                else:
+                    b_v = load_values(
+                        p_ahead, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
+                    )
+
+    b_total = gl.sum(b_sum, axis=0)
+    m_any = b_total > 0
+    b_lse = gl.where(m_any, b_reference + log2(b_total), -float("inf"))
+    b_out = b_out / gl.expand_dims(gl.where(m_any, b_total, 1.0), 0)
+    o_m2 = gl.arange(0, D, layout=gl.SliceLayout(1, L_ACC))
+    channel2 = (o_m2 >> 5) * 32 + (o_m2 & 7) * 4 + ((o_m2 >> 3) & 3)
+    row = (row0 * num_splits + i_split) * COLUMNS
+    m_column = o_column < COLUMNS
+    gl.store(p_lse + row + o_column, b_lse, mask=m_column)
+    p_o = p_out + row * D + gl.expand_dims(o_column, 0) * D + gl.expand_dims(channel2, 1)
+    gl.store(p_o, b_out, mask=gl.expand_dims(m_column, 0))

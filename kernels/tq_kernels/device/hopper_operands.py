@@ -1,0 +1,164 @@
+"""Packed words as tensor-core fragments, for the Hopper split kernel: loads, levels, operands, masks."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def pick(items, i):
+    """An item of a constant tuple, itself a constant."""
+    return items[i]
+
+
+@gluon.constexpr_function
+def count(items):
+    """Length of a constant tuple."""
+    return len(items)
+
+
+@gluon.jit
+def log2(x):
+    """Base-2 logarithm in one instruction."""
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
+def table(length, BYTES: gl.constexpr):
+    """Level bytes of a code as the two registers that `_levels` wants.
+
+    A constant operand of `prmt` would be moved to a register each time; these the assembler cannot know.
+    """
+    zero = length >> 31
+    return zero ^ pick(BYTES, 0), zero ^ pick(BYTES, 1)
+
+
+@gluon.jit
+def spread(signs, CODE: gl.constexpr):
+    """Sign words of LM3 with lanes 2 and 3 where bytes 2 and 3 want them."""
+    if CODE == 3:
+        return (signs.to(gl.int32) & 0xFFFF) * 0x100001
+    else:
+        return 0
+
+
+@gluon.jit
+def _levels(words, signs, tables, ASM: gl.constexpr):
+    """float16 levels of a group: the words' shape and two dimensions more, (low, high) bit of the lane."""
+    a, b, c, d = gl.inline_asm_elementwise(
+        ASM,
+        "=h,=h,=h,=h,r,r,r,r",
+        [words, signs, tables[0], tables[1]],
+        (gl.float16, gl.float16, gl.float16, gl.float16),
+        True,
+        1,
+    )
+    return gl.join(gl.join(a, b), gl.join(c, d))
+
+
+@gluon.jit
+def key_operand(words, signs, tables, ASM: gl.constexpr, D: gl.constexpr, VEC: gl.constexpr):
+    """Key words [16, words] to [16, D], channels in the order (group, word high, word low, h, c, e)."""
+    GROUPS: gl.constexpr = count(ASM)
+    HIGH: gl.constexpr = D // (16 * GROUPS * VEC)
+    x = _levels(words, signs, tables, pick(ASM, 0))
+    if GROUPS == 1:
+        x = gl.permute(gl.reshape(x, [16, HIGH, 4, VEC, 2, 2]), (0, 1, 3, 5, 2, 4))
+    elif GROUPS == 2:
+        x = gl.join(x, _levels(words, signs, tables, pick(ASM, 1)))
+        x = gl.permute(gl.reshape(x, [16, HIGH, 4, VEC, 2, 2, 2]), (0, 6, 1, 3, 5, 2, 4))
+    else:
+        y = gl.join(_levels(words, signs, tables, pick(ASM, 2)), _levels(words, signs, tables, pick(ASM, 3)))
+        x = gl.join(gl.join(x, _levels(words, signs, tables, pick(ASM, 1))), y)
+        x = gl.permute(gl.reshape(x, [16, HIGH, 4, VEC, 2, 2, 2, 2]), (0, 7, 6, 1, 3, 5, 2, 4))
+    return gl.reshape(x, [16, D])
+
+
+@gluon.jit
+def value_operand(words, signs, tables, ASM: gl.constexpr, D: gl.constexpr):
+    """A group of value words [4, D] to [D, 16]: channels in the order (high, low, r), tokens (h, c, e)."""
+    x = gl.reshape(_levels(words, signs, tables, ASM), [4, D // 32, 8, 4, 2, 2])
+    return gl.reshape(gl.permute(x, (1, 3, 2, 5, 0, 4)), [D, 16])
+
+
+@gluon.jit
+def transpose_sides(p, N: gl.constexpr, L_B: gl.constexpr):
+    """Probabilities [16, N] from the layout of a product to that of a second operand."""
+    x = gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [p], gl.float16, False, 2
+    )
+    x = gl.permute(gl.reshape(x, [2, 8, N // 8, 8]), (0, 3, 2, 1))
+    return gl.convert_layout(gl.reshape(x, [16, N]), L_B, assert_trivial=True)
+
+
+@gluon.jit
+def bits_of_both(a, b):
+    """Combines a reduction by bitwise or."""
+    return a | b
+
+
+@gluon.jit
+def load_keys(
+    p_section,
+    PART: gl.constexpr,
+    o_keys,
+    o_token,
+    GROUPS: gl.constexpr,
+    KW: gl.constexpr,
+    RUN: gl.constexpr,
+    WORDS: gl.constexpr,
+    SIGNS: gl.constexpr,
+    SCALES: gl.constexpr,
+):
+    """Words, sign words and scales of the keys of a strip, one of each for every group of the values."""
+    words = ()
+    signs = ()
+    scales = ()
+    for g in gl.static_range(GROUPS):
+        p_words = p_section.to(gl.pointer_type(gl.int32)) + (WORDS // 4 + (PART * 16 + g * RUN) * KW)
+        words = words + (gl.load(p_words + o_keys),)
+        if SIGNS > 0:
+            p_signs = p_section.to(gl.pointer_type(gl.int16)) + (SIGNS // 2 + (PART * 16 + g * RUN) * KW)
+            signs = signs + (gl.load(p_signs + o_keys),)
+        else:
+            signs = signs + (0,)
+        p_scales = p_section.to(gl.pointer_type(gl.float16)) + (SCALES // 2 + PART * 16 + g * RUN)
+        scales = scales + (gl.load(p_scales + o_token),)
+    return words, signs, scales
+
+
+@gluon.jit
+def load_values(
+    p_section,
+    PART: gl.constexpr,
+    o_values,
+    o_token,
+    GROUPS: gl.constexpr,
+    D: gl.constexpr,
+    RUN: gl.constexpr,
+    WORDS: gl.constexpr,
+    SIGNS: gl.constexpr,
+    SCALES: gl.constexpr,
+):
+    """Words and sign words of the values of a strip, and their scales by group."""
+    words = gl.load(p_section.to(gl.pointer_type(gl.int32)) + o_values + (WORDS // 4 + PART * 4 * D))
+    signs = 0
+    if SIGNS > 0:
+        signs = gl.load(p_section.to(gl.pointer_type(gl.int16)) + o_values + (SIGNS // 2 + PART * 4 * D))
+    scales = ()
+    for g in gl.static_range(GROUPS):
+        p_scales = p_section.to(gl.pointer_type(gl.float16)) + (SCALES // 2 + PART * 16 + g * RUN)
+        scales = scales + (gl.load(p_scales + o_token),)
+    return words, signs, scales
+
+
+@gluon.jit
+def seen(first_token, o_token, o_column, first, end, position, window, ROWS, GROUP, WINDOW):
+    """Which tokens of a run each column sees: [16, 1], or [16, N] where columns are several query rows."""
+    token = gl.expand_dims(first_token + o_token, 1)
+    m_seen = (token >= first) & (token < end)
+    if ROWS > 1:
+        latest = gl.expand_dims(position - (ROWS - 1) + o_column // GROUP, 0)
+        m_seen = m_seen & (token <= latest)
+        if WINDOW:
+            m_seen = m_seen & (token > latest - window)
+    return m_seen

@@ -1,0 +1,71 @@
+"""The Hopper split kernel compiles to what its design promises, and serves what it says it serves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tq_kernels import PRESETS, PageLayout, hopper, preset
+
+CODED = [name for name in PRESETS if name not in ("fp8", "raw")]
+COMPILE = Path(__file__).parent / "compile_hopper.py"
+
+
+def _layout(name: str, head_dim: int = 128, page_tokens: int = 128) -> PageLayout:
+    return PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=2, page_tokens=page_tokens)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, int]]:
+    """Resources and instruction counts by case, from the assembler that Triton ships; no GPU is involved."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=250
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return {case["case"]: case for case in map(json.loads, run.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("case", ["tq4 128 128 1x4", "tq3 64 64 1x7", "tq2 128 64 1x4", "k8v4 64 128 4x4"])
+def test_nothing_passes_through_shared_memory(compiled: dict[str, dict[str, int]], case: str) -> None:
+    found = compiled[case]
+
+    assert found["shared_bytes"] == 0
+    assert found["LDS"] == found["STS"] == found["BAR"] == 0
+    assert found["HMMA"] > 0
+    assert found["MOVM"] > 0
+    assert found["LDG.128"] > 0
+
+
+def test_the_default_preset_widens_a_word_in_eleven_instructions(compiled: dict[str, dict[str, int]]) -> None:
+    found = compiled["tq4 128 128 1x4"]
+    strips, words_a_strip = 128 // 32, 32  # of keys and of values, a thread
+
+    assert found["F2FP"] >= 4 * words_a_strip * strips
+    assert found["PRMT"] <= 2 * words_a_strip * strips + 24
+    assert found["stack_bytes"] <= 32
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_tokens", [64, 128])
+def test_coded_pages_of_powers_of_two_are_served(name: str, head_dim: int, page_tokens: int) -> None:
+    assert hopper.serves(_layout(name, head_dim, page_tokens))
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "page_tokens"),
+    [
+        ("fp8", 128, 128),
+        ("raw", 128, 128),
+        ("tq4", 80, 128),
+        ("tq4", 96, 64),
+        ("tq4", 128, 16),
+        ("tq4", 128, 48),
+    ],
+)
+def test_other_pages_take_the_plain_kernel(name: str, head_dim: int, page_tokens: int) -> None:
+    assert not hopper.serves(_layout(name, head_dim, page_tokens))
