@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup check format test fuzz demo bench proto clean
+.PHONY: help setup check format test fuzz demo bench bench-gpu proto clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP)  ## make .venv with everything the other targets need
 
@@ -48,6 +48,9 @@ demo: $(STAMP)  ## the main job on real input; ARGS="--preset k8v4 --document FI
 bench: $(STAMP)  ## the measurements that run on any machine
 	$(BIN)/python benchmarks/eviction.py
 	$(BIN)/python benchmarks/presets.py
+
+bench-gpu: $(STAMP)  ## GPU kernels against bf16, FP8's limit and peers; ARGS="--help" explains
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 proto: $(STAMP)  ## regenerate the RPC code from proto/
 	proto/generate.sh

@@ -1,16 +1,21 @@
-"""Where the Hopper split kernel applies, the thread layouts it wants, and its launch."""
+"""Where the Hopper kernels apply, what they take of the machine, and the thread layouts that they want."""
 
 from typing import Any
-
-import torch
 
 from tq_kernels.layout import WORD_FORMATS, PageLayout
 from tq_kernels.ptx import level_bytes, levels_of_groups
 from tq_kernels.spec import Code, KeyCenter
 
+CAPABILITY = (9, 0)
+"""NVIDIA's compute capability of H100, H200 and GH200."""
+
+_GLUON_RELEASES = ("3.6.",)
 _STRIP_ROWS = 16
 _CHANNELS_OF_A_LOAD = 32
 _COLUMNS_MULTIPLE = 8
+_MEASURED_HEAD_DIM = 128
+_REGISTERS_OF_A_QUARTER = 1 << 14
+_WARP = 32
 _BLOCK_COLUMNS = 16
 """Columns of a program: an accumulator of more does not fit the registers; others read the pages again."""
 
@@ -29,67 +34,30 @@ def serves(layout: PageLayout) -> bool:
     )
 
 
-def max_registers(layout: PageLayout, padded_columns: int) -> int | None:
-    """Most registers of a thread where fewer than it asks for run faster, as measured; or None."""
-    four_bits = layout.spec.key is Code.LM4 and layout.spec.value is Code.LM4
-    return 168 if four_bits and layout.head_dim <= 128 and padded_columns == _COLUMNS_MULTIPLE else None
+def compiles_with(triton_version: str) -> bool:
+    """Whether the kernel was run with such a release of Triton; Gluon's interface is not a stable one yet."""
+    return triton_version.startswith(_GLUON_RELEASES)
+
+
+def tile_columns(padded_columns: int) -> int:
+    """Columns of a program."""
+    return min(padded_columns, _BLOCK_COLUMNS)
+
+
+def max_registers(layout: PageLayout, padded_columns: int) -> int:
+    """Most registers of a thread: fewer than all where the loop then hardly spills, as measured."""
+    spec, head_dim = layout.spec, layout.head_dim
+    four_bits = spec.key is Code.LM4 and spec.value is Code.LM4
+    if padded_columns > _COLUMNS_MULTIPLE or head_dim > _MEASURED_HEAD_DIM:
+        return 255
+    if head_dim < _MEASURED_HEAD_DIM:
+        return 128 if four_bits else 168
+    return 168 if four_bits else 255
 
 
 def resident_programs(layout: PageLayout, padded_columns: int) -> int:
-    """Programs that a multiprocessor runs at once, from the registers that they take."""
-    if layout.head_dim < 128 and padded_columns == _COLUMNS_MULTIPLE:
-        return 12
-    return 12 if max_registers(layout, padded_columns) else 8
-
-
-def launch_split(
-    *,
-    prepared: torch.Tensor,
-    pages: torch.Tensor,
-    block_table: torch.Tensor,
-    lengths: torch.Tensor,
-    positions: torch.Tensor,
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    layout: PageLayout,
-    rows: int,
-    group: int,
-    num_sinks: int,
-    sliding_window: int | None,
-    softcap: float | None,
-    cap_log2: float,
-) -> None:
-    """Attend every split of every sequence and KV head; see `decode_attention` for the tensors."""
-    from tq_kernels.device.hopper_decode import attend_split  # Gluon is a part of some Triton releases only
-
-    num_seqs, _, padded, _ = prepared.shape
-    num_splits = partial_lse.shape[2]
-    fixed = constants(
-        layout,
-        rows=rows,
-        group=group,
-        padded=padded,
-        window=sliding_window is not None,
-        softcap=softcap is not None,
-    )
-    attend_split[(num_splits, layout.num_kv_heads * fixed["BLOCKS"], num_seqs)](
-        p_query=prepared,
-        p_pages=pages,
-        p_table=block_table,
-        p_lengths=lengths,
-        p_positions=positions,
-        p_out=partial_out,
-        p_lse=partial_lse,
-        table_stride=block_table.stride(0),
-        page_stride=pages.stride(0),
-        num_splits=num_splits,
-        num_sinks=num_sinks,
-        window=sliding_window or 0,
-        cap_log2=cap_log2,
-        **fixed,
-        num_warps=1,
-        maxnreg=max_registers(layout, padded),
-    )
+    """Programs, of one warp each, whose registers the quarters of a multiprocessor hold at once."""
+    return 4 * (_REGISTERS_OF_A_QUARTER // (_WARP * max_registers(layout, padded_columns)))
 
 
 def constants(
@@ -101,7 +69,7 @@ def constants(
     head_dim, words = layout.head_dim, layout.head_dim // WORD_FORMATS[layout.spec.key].elements
     together = min(4, words // 4)
     """Key words that a thread loads at once."""
-    width = min(padded, _BLOCK_COLUMNS)
+    width = tile_columns(padded)
     return {
         "KEY": int(layout.spec.key),
         "VALUE": int(layout.spec.value),

@@ -22,13 +22,16 @@ _SMALLEST_NORM = 1e-30
 """Vectors shorter than this count as zeros; its reciprocal must be far from infinity."""
 
 
-def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+def quantize(
+    keys: torch.Tensor, values: torch.Tensor, layout: PageLayout, *, key_balance: torch.Tensor | None = None
+) -> torch.Tensor:
     """Whole pages from keys and values.
 
     Args:
         keys: ``[num_tokens, num_kv_heads, head_dim]``, floating point; num_tokens a multiple of page_tokens.
         values: The same shape.
         layout: Page geometry and codec.
+        key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys are divided before anything else.
 
     Returns:
         Pages ``[num_tokens / page_tokens, page_bytes]`` uint8, padding zero.
@@ -40,6 +43,8 @@ def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> to
     num_pages = keys.shape[0] // layout.page_tokens
     pages = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=keys.device)
     key, value = (_by_page(tensor, layout) for tensor in (keys, values))
+    if key_balance is not None:
+        key = key / key_balance[:, None, :]
     if layout.spec.key.rotated:
         key = key @ rotation_of(layout, keys.device).T
     if layout.spec.key_center is KeyCenter.PAGE:
@@ -54,7 +59,11 @@ def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> to
 
 
 def dequantize(
-    pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype = torch.float32
+    pages: torch.Tensor,
+    layout: PageLayout,
+    dtype: torch.dtype = torch.float32,
+    *,
+    key_balance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values that pages stand for.
 
@@ -62,6 +71,7 @@ def dequantize(
         pages: ``[num_pages, page_bytes]`` uint8.
         layout: Page geometry and codec, the same as when they were made.
         dtype: Of the result.
+        key_balance: The balance with which the pages were made, by which keys are multiplied.
 
     Returns:
         Keys and values, each ``[num_pages * page_tokens, num_kv_heads, head_dim]``.
@@ -79,6 +89,8 @@ def dequantize(
             levels = levels + center[:, :, None]
         if code.rotated:
             levels = levels @ rotation_of(layout, pages.device)
+        if side == "key" and key_balance is not None:
+            levels = levels * key_balance[:, None, :]
         sides.append(levels.transpose(1, 2).flatten(0, 1).to(dtype))
     return sides[0], sides[1]
 

@@ -23,48 +23,75 @@ def decode_attention(
     *,
     softmax_scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     query_positions: torch.Tensor | None = None,
     num_sinks: int = 0,
+    sink_keys: torch.Tensor | None = None,
+    sink_values: torch.Tensor | None = None,
+    key_balance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query a sequence against the tokens in its pages.
+    """The newest queries of every sequence against the tokens in its pages.
 
     Args:
-        query: ``[num_seqs, num_query_heads, head_dim]``; num_query_heads a multiple of the KV heads.
+        query: ``[num_seqs, num_query_heads, head_dim]``, or ``[num_seqs, rows, num_query_heads, head_dim]``
+            for the last `rows` positions of a sequence; num_query_heads a multiple of the KV heads.
         pages: ``[num_pages, page_bytes]`` uint8.
         block_table: ``[num_seqs, max_pages]`` page of every run of page_tokens tokens; -1 past the end.
         lengths: ``[num_seqs]`` tokens to attend to; 0 gives zeros and a log-sum-exp of -inf.
         layout: Page geometry and codec.
         softmax_scale: Factor on the scores.
         sliding_window: Attend only to the last so many positions up to the query's own, or to all.
-        query_positions: ``[num_seqs]`` position of each query; by default that of its last token in pages.
-        num_sinks: Leave out the first so many positions, which the caller has raw and merges.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``, or stay as they are.
+        query_positions: ``[num_seqs]`` position of the last row; by default that of its last token in pages.
+        num_sinks: Leave out the first so many positions of the pages, which the caller has raw.
+        sink_keys: ``[num_seqs, num_sinks, num_kv_heads, head_dim]`` raw keys of these positions, attended to
+            in place of what pages hold; a sliding window never hides them.
+        sink_values: The same shape; both or neither.
+        key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
 
     Returns:
-        Output ``[num_seqs, num_query_heads, head_dim]`` and log-sum-exp ``[num_seqs, num_query_heads]``, both
-        float32.
+        Output of the query's shape and log-sum-exp of that shape without its last dimension, both float32.
 
     Raises:
         ValueError: Heads or channels of the query do not fit the layout.
     """
-    _check_query(query, layout)
+    _check_query(query[:, 0] if query.dim() == 4 else query, layout)
     if not len(query):
-        return query.float(), query.new_empty(query.shape[:2], dtype=torch.float32)
+        return query.float(), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    rows = query if query.dim() == 4 else query[:, None]
     positions = lengths - 1 if query_positions is None else query_positions
-    parts = [
-        _attend_pages(
-            query[seq : seq + 1],
+    parts = []
+    for seq in range(query.shape[0]):
+        seen = min(int(positions[seq]) + 1, num_sinks)
+        first_position = int(positions[seq]) - rows.shape[1] + 1
+        part = _attend_pages(
+            rows[seq],
             pages,
             block_table[seq],
             int(lengths[seq]),
             layout,
             softmax_scale=softmax_scale,
             sliding_window=sliding_window,
-            first_position=int(positions[seq]),
+            softcap=softcap,
+            first_position=first_position,
             num_sinks=num_sinks,
+            key_balance=key_balance,
         )
-        for seq in range(query.shape[0])
-    ]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+        if sink_keys is not None and sink_values is not None and seen > 0:
+            sinks = _attend_raw(
+                rows[seq],
+                sink_keys[seq, :seen],
+                sink_values[seq, :seen],
+                torch.arange(seen, device=query.device),
+                softmax_scale=softmax_scale,
+                sliding_window=None,
+                softcap=softcap,
+                first_position=first_position,
+            )
+            part = merge_attention(*part, *sinks)
+        parts.append(part)
+    out, lse = (torch.stack(sides) for sides in zip(*parts, strict=True))
+    return out.view(query.shape), lse.view(query.shape[:-1])
 
 
 def extend_attention(
@@ -78,7 +105,9 @@ def extend_attention(
     *,
     softmax_scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     num_sinks: int = 0,
+    key_balance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New queries of one sequence against a compressed prefix and the raw tokens after it.
 
@@ -93,7 +122,9 @@ def extend_attention(
         layout: Page geometry and codec.
         softmax_scale: Factor on the scores.
         sliding_window: Attend only to the last so many positions up to the query's own, or to all.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``, or stay as they are.
         num_sinks: Positions at the start of the prefix for which `keys` and `values` are used, not pages.
+        key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
 
     Returns:
         Output ``[num_new, num_query_heads, head_dim]`` and log-sum-exp ``[num_new, num_query_heads]``, both
@@ -119,6 +150,7 @@ def extend_attention(
         torch.cat((sink_positions, own_positions)),
         softmax_scale=softmax_scale,
         sliding_window=sliding_window,
+        softcap=softcap,
         first_position=first_position,
     )
     prefix = _attend_pages(
@@ -129,8 +161,10 @@ def extend_attention(
         layout,
         softmax_scale=softmax_scale,
         sliding_window=sliding_window,
+        softcap=softcap,
         first_position=first_position,
         num_sinks=num_sinks,
+        key_balance=key_balance,
     )
     return merge_attention(*prefix, *own)
 
@@ -160,6 +194,7 @@ def _attend_raw(
     *,
     softmax_scale: float,
     sliding_window: int | None,
+    softcap: float | None,
     first_position: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries against raw tokens, a bounded run of queries at a time."""
@@ -168,7 +203,7 @@ def _attend_raw(
     by_channel, by_token = keys.float().permute(1, 2, 0), values.float().transpose(0, 1)
     parts = []
     for run in query.split(max(1, _FLOATS_AT_ONCE // (num_query_heads * num_keys))):
-        scores = _by_kv_head(run, num_kv_heads) @ by_channel * softmax_scale
+        scores = _capped(_by_kv_head(run, num_kv_heads) @ by_channel * softmax_scale, softcap)
         _mask(scores, key_positions, first_position, run.shape[0], sliding_window)
         first_position += run.shape[0]
         out, lse = _softmax_values(scores, by_token)
@@ -187,12 +222,16 @@ def _attend_pages(
     *,
     softmax_scale: float,
     sliding_window: int | None,
+    softcap: float | None,
     first_position: int,
     num_sinks: int,
+    key_balance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_new, num_query_heads, _ = query.shape
     out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.full((num_new, num_query_heads), -torch.inf, device=query.device)
+    if key_balance is not None:
+        query = query.float() * key_balance.repeat_interleave(num_query_heads // layout.num_kv_heads, dim=0)
     if layout.spec.key.rotated:
         query = query.float() @ rotation_of(layout, query.device).T
     grouped = _by_kv_head(query, layout.num_kv_heads)
@@ -203,7 +242,7 @@ def _attend_pages(
         run = block_table[start : min(start + pages_at_once, num_pages)]
         positions = torch.arange(len(run) * layout.page_tokens, device=query.device)
         positions = positions + start * layout.page_tokens
-        scores = _page_scores(grouped, pages[run], layout) * softmax_scale
+        scores = _capped(_page_scores(grouped, pages[run], layout) * softmax_scale, softcap)
         left_out = (positions >= length) | (positions < num_sinks)
         scores[..., left_out] = -torch.inf
         _mask(scores, positions, first_position, num_new, sliding_window)
@@ -237,6 +276,10 @@ def _page_values(pages: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     if scales is not None:
         levels = levels * scales[..., None]
     return levels.transpose(0, 1).flatten(1, 2)
+
+
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _mask(

@@ -23,7 +23,7 @@ def rotation_matrix(head_dim: int, seed: int) -> torch.Tensor:
         ValueError: No Hadamard matrix of this size is known here; the message says which are.
     """
     hadamard = hadamard_matrix(head_dim).to(torch.float64)
-    signs = torch.tensor(_signs(seed, 2 * head_dim), dtype=torch.float64)
+    signs = torch.tensor(rotation_signs(head_dim, seed), dtype=torch.float64)
     first, second = signs[:head_dim], signs[head_dim:]
     return ((hadamard * second) @ (hadamard * first) / head_dim).to(torch.float32)
 
@@ -54,6 +54,11 @@ def _paley(prime: int) -> torch.Tensor:
         for j in range(prime):
             matrix[i + 1, j + 1] += character[(i - j) % prime]
     return matrix
+
+
+def rotation_signs(head_dim: int, seed: int) -> list[float]:
+    """The diagonal of D1, then that of D2."""
+    return [float(sign) for sign in _signs(seed, 2 * head_dim)]
 
 
 def _signs(seed: int, count: int) -> list[int]:

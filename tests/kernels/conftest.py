@@ -1,9 +1,13 @@
-"""One thread and a seeded generator for every test of the kernels."""
+"""One thread, a seeded generator and a device for every test of the kernels."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels then run on the CPU
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,3 +23,9 @@ def one_thread() -> Iterator[None]:
 def generator() -> torch.Generator:
     """Every test sees the same numbers in every run."""
     return torch.Generator().manual_seed(0x5EED)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: compiled on a GPU, else in Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -37,6 +37,7 @@ def _exact(
     softmax_scale: float,
     sliding_window: int | None = None,
     first_seen: int = 0,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token by token and head by head in double precision. Queries ``[n, heads, dim]`` at `positions`."""
     num_query_heads, group = query.shape[1], query.shape[1] // keys.shape[1]
@@ -49,6 +50,8 @@ def _exact(
             continue
         for head in range(num_query_heads):
             scores = keys[seen, head // group].double() @ query[row, head].double() * softmax_scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             out[row, head] = torch.softmax(scores, 0) @ values[seen, head // group].double()
             lse[row, head] = torch.logsumexp(scores, 0)
     return out, lse
@@ -247,6 +250,127 @@ def test_decode_leaves_sinks_to_the_caller(
         apart = _exact(row, keys[:sinks], values[:sinks], position, scale, sliding_window)
         merged = merge_attention(out[seq : seq + 1], lse[seq : seq + 1], *apart)
         _assert_close(merged, _exact(row, *own), bounds)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 3, 20])
+@pytest.mark.parametrize("name", ["tq4", "fp8"])
+def test_rows_are_queries_at_successive_positions(
+    name: str, sliding_window: int | None, generator: torch.Generator
+) -> None:
+    """Also in a sequence shorter than its rows, whose first rows stand before it and see nothing."""
+    layout, rows = _layout(name), 5
+    packed, keys, values = _pages(layout, 3, generator)
+    lengths, query = torch.tensor([40, 3]), torch.randn(2, rows, 4, 64, generator=generator)
+    out, lse = decode_attention(
+        query,
+        packed,
+        torch.tensor([[2, 0, 1]] * 2),
+        lengths,
+        layout,
+        softmax_scale=0.125,
+        sliding_window=sliding_window,
+    )
+    keys, values = (side[[2, 0, 1]].flatten(0, 1) for side in (keys, values))
+    for seq, length in enumerate(lengths.tolist()):
+        positions = torch.arange(length - rows, length)
+        exact = _exact(query[seq], keys[:length], values[:length], positions, 0.125, sliding_window)
+        bounds = attention_error(query[seq], keys, values, 0.125)
+        _assert_close((out[seq], lse[seq]), exact, bounds)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+def test_a_soft_cap_bounds_scores_of_pages_and_of_raw_tokens(
+    softcap: float, generator: torch.Generator
+) -> None:
+    layout = _layout("tq4")
+    packed, keys, values = _pages(layout, 3, generator)
+    raw = torch.randn(2, 6, 2, 64, generator=generator)
+    query = torch.randn(4, 4, 64, generator=generator)
+    table = torch.tensor([0, 1, 2])
+    result = extend_attention(
+        query, raw[0], raw[1], packed, table, 40, layout, softmax_scale=0.2, softcap=softcap
+    )
+    everything = [
+        torch.cat((side.flatten(0, 1)[:40], own)) for side, own in zip((keys, values), raw, strict=True)
+    ]
+    exact = _exact(query, *everything, torch.arange(42, 46), 0.2, softcap=softcap)
+    _assert_close(result, exact, attention_error(query, *everything, 0.2))
+    result = decode_attention(
+        query[:1], packed, table[None], torch.tensor([40]), layout, softmax_scale=0.2, softcap=softcap
+    )
+    keys, values = (side[:40] for side in everything)
+    exact = _exact(query[:1], keys, values, torch.tensor([39]), 0.2, softcap=softcap)
+    _assert_close(result, exact, attention_error(query, keys, values, 0.2))
+
+
+@pytest.mark.parametrize("sliding_window", [None, 4])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decode_takes_raw_sinks_in_place_of_their_pages(
+    sliding_window: int | None, rows: int, generator: torch.Generator
+) -> None:
+    """A window does not hide them; one that a sequence has not reached may hold anything."""
+    layout, num_sinks = _layout("tq4"), 5
+    packed, keys, values = _pages(layout, 3, generator)
+    lengths = torch.tensor([0, 2, 5, 30])
+    sinks = torch.randn(2, 4, num_sinks, 2, 64, generator=generator)
+    query = torch.randn(4, rows, 4, 64, generator=generator)
+    for seq, length in enumerate(lengths.tolist()):
+        sinks[:, seq, length:] = torch.nan
+    out, lse = decode_attention(
+        query,
+        packed,
+        torch.tensor([[0, 1, 2]] * 4),
+        lengths,
+        layout,
+        softmax_scale=0.125,
+        sliding_window=sliding_window,
+        num_sinks=num_sinks,
+        sink_keys=sinks[0],
+        sink_values=sinks[1],
+    )
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    for seq, length in enumerate(lengths.tolist()):
+        positions, present = torch.arange(length - rows, length), min(length, num_sinks)
+        pages = _exact(
+            query[seq], keys[:length], values[:length], positions, 0.125, sliding_window, num_sinks
+        )
+        raw = _exact(query[seq], sinks[0, seq, :present], sinks[1, seq, :present], positions, 0.125)
+        bounds = attention_error(query[seq], keys, values, 0.125)
+        _assert_close((out[seq], lse[seq]), merge_attention(*pages, *raw), bounds)
+
+
+@pytest.mark.parametrize("name", ["tq4", "fp8"])
+def test_a_balance_is_taken_back_by_the_query(name: str, generator: torch.Generator) -> None:
+    layout = _layout(name)
+    packed, keys, values = _pages(layout, 3, generator)
+    balance = torch.rand(2, 64, generator=generator) + 0.5
+    keys, values = keys.flatten(0, 1)[:40] * balance, values.flatten(0, 1)[:40]
+    query, table = torch.randn(1, 4, 64, generator=generator), torch.tensor([0, 1, 2])
+    result = decode_attention(
+        query,
+        packed,
+        table[None],
+        torch.tensor([40]),
+        layout,
+        softmax_scale=0.125,
+        key_balance=balance,
+    )
+    bounds = attention_error(query, keys, values, 0.125)
+    _assert_close(result, _exact(query, keys, values, torch.tensor([39]), 0.125), bounds)
+    raw = torch.randn(2, 1, 2, 64, generator=generator)
+    result = extend_attention(
+        query,
+        raw[0],
+        raw[1],
+        packed,
+        table,
+        40,
+        layout,
+        softmax_scale=0.125,
+        key_balance=balance,
+    )
+    keys, values = torch.cat((keys, raw[0])), torch.cat((values, raw[1]))
+    _assert_close(result, _exact(query, keys, values, torch.tensor([40]), 0.125), bounds)
 
 
 @pytest.mark.parametrize("name", ["tq4", "raw"])

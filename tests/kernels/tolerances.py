@@ -56,5 +56,37 @@ def attention_error(
     return out, score + 4 * u * (q * k * softmax_scale + 10)
 
 
+def half_score_error(query: torch.Tensor, keys: torch.Tensor, softmax_scale: float) -> float:
+    """Error to be expected of a score whose query was rounded to float16.
+
+    A vector's rounding errors are independent and at most u of each number, so at random angles to a key
+    their product has a standard deviation of at most u |q| |k| / sqrt(3 d). A query rounded once errs alike
+    for all keys that have something in common, which moves a log-sum-exp and no probability.
+    """
+    u, head_dim = UNIT_ROUNDOFF[torch.float16], query.shape[-1]
+    return SIGMAS * u * _longest(query) * _longest(keys) * softmax_scale / (3 * head_dim) ** 0.5
+
+
 def _longest(vectors: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(vectors.double(), dim=-1).max())
+
+
+FLASH_RULE = 2.0
+"""Error of an attention kernel over that of a plain half-precision one: FlashAttention's own rule."""
+
+QUANTIZE_FLIPS = 1e-3
+"""Share of indices that two writers with other orders of sums may choose differently. Those of PyTorch on a
+CPU and on a GPU differed in 7e-5 of all bytes (`benchmarks/NOTES.md`)."""
+
+SCALE_ULPS = 1
+"""Units in the last place by which an fp16 scale may differ: float32 sums fall on either side of a tie."""
+
+
+def boundary_distance(head_dim: int, target: float, stretch: float) -> float:
+    """How far from a boundary an index may go either way, in units of levels.
+
+    A rotated coordinate errs by `rotation_error` times |x|, and is multiplied by target sqrt(d) / |z|.
+    The stretch is the largest |x| / |z|: a key less its centre can be much shorter. Twice that, for the error
+    of |z|.
+    """
+    return 2 * target * head_dim**0.5 * rotation_error(head_dim) * stretch

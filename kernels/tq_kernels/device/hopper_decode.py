@@ -29,6 +29,7 @@ from tq_kernels.device.hopper_operands import (
     table,
     transpose_sides,
     value_operand,
+    wait_for_queries,
 )
 
 
@@ -97,7 +98,9 @@ def attend_split(
     i_seq = gl.program_id(2)
     num_heads = gl.num_programs(1) // BLOCKS
     length = gl.load(p_lengths + i_seq)
-    position = gl.load(p_positions + i_seq)
+    position = length - 1
+    if p_positions is not None:
+        position = gl.load(p_positions + i_seq)
     end = gl.minimum(length, position + 1)
     first = num_sinks
     earliest = position - (ROWS - 1)
@@ -120,7 +123,6 @@ def attend_split(
     channel = (o_k // (16 * HIGH * VEC)) * (D // K_GROUPS) + 4 * word + ((o_k >> 3) & 1) * 2 + (o_k & 1)
     o_n = i_block * N + gl.arange(0, N, layout=gl.SliceLayout(0, L_B))
     p_q = p_query + row0 * (PADDED * D) + gl.expand_dims(channel, 1) + gl.expand_dims(o_n, 0) * D
-    b_query = gl.load(p_q, mask=gl.expand_dims(o_n < PADDED, 0), other=0.0)
 
     # where a thread's words lie in a section; rows of a product are tokens in the order (c, h, e)
     o_m = gl.arange(0, 16, layout=gl.SliceLayout(1, L_KEYS))
@@ -138,7 +140,10 @@ def attend_split(
     b_out = gl.zeros([D, N], gl.float32, layout=L_ACC)
     b_reference = gl.full([N], -1e30, gl.float32, layout=gl.SliceLayout(0, L_ACC))
     b_sum = gl.zeros([16, N], gl.float32, layout=L_ACC)
-    if start_page < end_page:
+    # pages are there when the grid begins; queries come from the launch before, which may still run
+    if start_page >= end_page:
+        wait_for_queries()
+    else:
         k_table = table(length, K_TABLE)
         v_table = table(length, V_TABLE)
         p_pages += i_head * SECTION
@@ -147,6 +152,8 @@ def attend_split(
         p_section = p_pages + page * page_stride
         b_k = load_keys(p_section, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES)
         b_v = load_values(p_section, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES)
+        wait_for_queries()
+        b_query = gl.load(p_q, mask=gl.expand_dims(o_n < PADDED, 0), other=0.0)
         for i_page in range(start_page, end_page):
             p_section = p_pages + page * page_stride
             p_ahead = p_pages + next_page * page_stride
@@ -166,9 +173,9 @@ def attend_split(
             for part in gl.static_range(STRIPS):
                 first_token = i_page * P + part * 16
                 b_scores = ()
-                b_p = ()
                 b_weighted = ()
                 b_scales = ()
+                b_added = gl.zeros([16, N], gl.float32, layout=L_ACC)
                 large = gl.zeros([16, N], gl.int32, layout=L_ACC)
                 for g in gl.static_range(V_GROUPS):
                     b_keys = key_operand(b_k[0][g], spread(b_k[1][g], KEY), k_table, K_ASM, D, VEC)
@@ -202,8 +209,8 @@ def attend_split(
                     large = large | weighted.to(gl.int32, bitcast=True)
                     b_scores = b_scores + (b_s,)
                     b_scales = b_scales + (b_scale,)
-                    b_p = b_p + (probability,)
-                    b_weighted = b_weighted + (weighted,)
+                    b_added += probability
+                    b_weighted = b_weighted + (weighted.to(gl.float16),)
                 # words of the next strip take the registers of those just used
                 if part + 1 < STRIPS:
                     b_k = load_keys(
@@ -224,18 +231,18 @@ def attend_split(
                     b_reference = b_best
                     b_out = b_out * b_fade
                     b_sum = b_sum * b_fade
-                    b_p = ()
+                    b_added = gl.zeros([16, N], gl.float32, layout=L_ACC)
                     b_weighted = ()
                     for g in gl.static_range(V_GROUPS):
                         probability = gl.exp2(b_scores[g] - gl.expand_dims(b_best, 0))
-                        b_p = b_p + (probability,)
-                        b_weighted = b_weighted + (probability * b_scales[g],)
+                        b_added += probability
+                        b_weighted = b_weighted + ((probability * b_scales[g]).to(gl.float16),)
                 v_signs = spread(b_v[1], VALUE)
+                b_sum += b_added
                 for g in gl.static_range(V_GROUPS):
-                    b_sum += b_p[g]
                     b_values = value_operand(b_v[0], v_signs, v_table, pick(V_ASM, g), D)
                     b_values = gl.convert_layout(b_values, L_A, assert_trivial=True)
-                    b_right = transpose_sides(b_weighted[g].to(gl.float16), N, L_B)
+                    b_right = transpose_sides(b_weighted[g], N, L_B)
                     b_out = mma_v2(b_values, b_right, b_out)
                 if part + 1 < STRIPS:
                     b_v = load_values(

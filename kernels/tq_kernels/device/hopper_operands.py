@@ -17,6 +17,13 @@ def count(items):
 
 
 @gluon.jit
+def wait_for_queries():
+    """Wait for the launch before this one; then let the next one begin, which waits in its turn."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1)
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
 def log2(x):
     """Base-2 logarithm in one instruction."""
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)

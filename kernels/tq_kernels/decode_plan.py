@@ -1,0 +1,173 @@
+"""How decode attention is cut for a machine: pure functions of capacities, so that graphs stay right."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Literal
+
+import torch
+
+from tq_kernels import hopper
+from tq_kernels.layout import PageLayout
+
+MAX_GROUP = 16
+MAX_ROWS = 16
+
+_FEWEST_COLUMNS = 8
+_MOST_TILE_COLUMNS = 64
+_MOST_MERGE_COLUMNS = 16
+_MOST_SPLITS = 128
+_SPLIT_TOKENS = 256
+"""What starting and ending a split costs, in tokens that could have been read instead."""
+_GOOD_ENOUGH = 1.03
+"""Of the numbers of splits that come this close to the best, the smallest leaves least to merge."""
+_PROCESSORS_WITHOUT_A_GPU = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What plans depend on.
+
+    Args:
+        capability: NVIDIA's compute capability, or None anywhere else.
+        num_processors: Multiprocessors.
+        gluon: Whether Triton is of a release that the Hopper kernel is known to compile with.
+    """
+
+    capability: tuple[int, int] | None
+    num_processors: int
+    gluon: bool = False
+
+
+@lru_cache(maxsize=32)
+def machine_of(device: torch.device) -> Machine:
+    """The machine behind a device."""
+    if device.type != "cuda":
+        return Machine(capability=None, num_processors=_PROCESSORS_WITHOUT_A_GPU)
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor) if torch.version.hip is None else None
+    return Machine(
+        capability=capability,
+        num_processors=properties.multi_processor_count,
+        gluon=hopper.compiles_with(version("triton")),
+    )
+
+
+Variant = Literal["plain", "hopper"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """How a decode is cut. A column is a query row of a query head of one KV head.
+
+    Args:
+        variant: The split kernel: "plain" is Triton's ordinary path, "hopper" loads fragments.
+        columns: Query rows times query heads a KV head.
+        padded_columns: Columns of the prepared query: a power of two up to 64, then a multiple of 64.
+        tile_columns: Columns of a program.
+        tile_tokens: Tokens that a program holds at once.
+        num_splits: Programs over the pages of one sequence, KV head and tile of columns.
+        num_warps: Warps of a program.
+        num_stages: Depth of the compiler's load pipeline.
+        num_registers: Most registers of a thread.
+        merge_columns: Columns of a program that merges splits.
+    """
+
+    variant: Variant
+    columns: int
+    padded_columns: int
+    tile_columns: int
+    tile_tokens: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+    num_registers: int
+    merge_columns: int
+
+
+def plan_decode(
+    layout: PageLayout,
+    machine: Machine,
+    *,
+    num_seqs: int,
+    num_query_heads: int,
+    max_pages: int,
+    rows: int = 1,
+    variant: Variant | None = None,
+) -> DecodePlan:
+    """The plan for so many sequences of up to max_pages pages, with `rows` queries each.
+
+    It is the best one of the variant, if the caller names one.
+    """
+    columns = rows * num_query_heads // layout.num_kv_heads
+    padded = padded_columns(columns)
+    pairs = num_seqs * layout.num_kv_heads
+    variant = variant or choose_variant(machine, layout)
+    if variant == "hopper":
+        tile_columns, tile_tokens, num_warps = hopper.tile_columns(padded), layout.page_tokens, 1
+        resident = machine.num_processors * hopper.resident_programs(layout, padded)
+        num_registers = hopper.max_registers(layout, padded)
+    else:
+        tile_columns, tile_tokens, num_warps = _tile(layout, padded)
+        resident = machine.num_processors * (3 if num_warps == 4 else 1)
+        num_registers = 168 if num_warps == 4 else 255
+    return DecodePlan(
+        variant=variant,
+        columns=columns,
+        padded_columns=padded,
+        tile_columns=tile_columns,
+        tile_tokens=tile_tokens,
+        num_splits=num_splits(pairs * (padded // tile_columns), resident, max_pages, layout.page_tokens),
+        num_warps=num_warps,
+        num_stages=1,
+        num_registers=num_registers,
+        merge_columns=1 if variant == "hopper" else merge_columns(columns, pairs, machine),
+    )
+
+
+def choose_variant(machine: Machine, layout: PageLayout) -> Variant:
+    """The split kernel for a machine and a page."""
+    fits = machine.capability == hopper.CAPABILITY and machine.gluon and hopper.serves(layout)
+    return "hopper" if fits else "plain"
+
+
+def padded_columns(columns: int) -> int:
+    """Columns of the prepared query, which tiles of columns divide."""
+    if columns <= _MOST_TILE_COLUMNS:
+        return max(_FEWEST_COLUMNS, 1 << (columns - 1).bit_length())
+    return -(-columns // _MOST_TILE_COLUMNS) * _MOST_TILE_COLUMNS
+
+
+def merge_columns(columns: int, pairs: int, machine: Machine) -> int:
+    """As many columns a program as leave two programs to every processor; each reads the rotation anew."""
+    tile = min(_MOST_MERGE_COLUMNS, 1 << (columns - 1).bit_length())
+    while tile > 1 and pairs * -(-columns // tile) < 2 * machine.num_processors:
+        tile //= 2
+    return tile
+
+
+def _tile(layout: PageLayout, padded: int) -> tuple[int, int, int]:
+    """Columns, tokens and warps of a program, such that its tiles fit in registers."""
+    wide = layout.head_dim > 128
+    columns = min(padded, _MOST_TILE_COLUMNS // 2 if wide else _MOST_TILE_COLUMNS)
+    whole = not wide and columns <= 16 and max(layout.spec.key.bits, layout.spec.value.bits) <= 4
+    tokens = min(layout.page_tokens, 128 if whole else 64)
+    return columns, tokens, 8 if columns * layout.head_dim > 32 * 128 else 4
+
+
+def num_splits(programs: int, resident: int, max_pages: int, page_tokens: int) -> int:
+    """Few splits that keep the machine's waves of programs short and full.
+
+    Args:
+        programs: Programs without splits.
+        resident: Programs that the machine runs at once.
+        max_pages: Pages that the splits of a program share out.
+        page_tokens: Tokens in a page.
+    """
+
+    def cost(splits: int) -> int:
+        tokens = -(-max_pages // splits) * page_tokens
+        return -(-programs * splits // resident) * (tokens + _SPLIT_TOKENS)
+
+    costs = [cost(splits) for splits in range(1, max(1, min(_MOST_SPLITS, max_pages)) + 1)]
+    return 1 + next(i for i, each in enumerate(costs) if each <= _GOOD_ENOUGH * min(costs))

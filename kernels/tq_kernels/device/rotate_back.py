@@ -1,0 +1,135 @@
+"""Device functions that write tokens of a page to rows of a cache, rotated back.
+
+Levels, exact in float16, meet the integers of d R on the tensor cores; scales and d come after.
+"""
+
+import triton
+import triton.language as tl
+
+from tq_kernels.device.levels import group_levels
+from tq_kernels.device.write_rows import interleaved, key_words, rounded, rows, value_words
+
+
+@triton.jit
+def _beside(x, y):
+    """Columns of two tiles by turns."""
+    return tl.reshape(tl.join(x, y), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def _product(x, b_rotation, PTX: tl.constexpr):
+    """Levels times d R: exact products, float32 sums."""
+    if not PTX:
+        x = x.to(b_rotation.dtype)
+    return tl.dot(x, b_rotation, input_precision="ieee")
+
+
+@triton.jit
+def rotate_keys(
+    p_section,
+    p_cache,
+    p_slots,
+    p_balance,
+    b_rotation,
+    page_stride,
+    token_stride,
+    tables,
+    SHAPE: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Keys, rotated back; columns of levels, like rows of the rotation, in the order (word, lane, group)."""
+    GROUPS: tl.constexpr = SHAPE.key_groups
+    CODE: tl.constexpr = SHAPE.key_code
+    PART: tl.constexpr = min(SHAPE.tile_dim, 128)
+    DTYPE: tl.constexpr = p_cache.dtype.element_ty
+    words, signs = key_words(p_section, SHAPE)
+    x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 0, MODE.ptx)
+    x = interleaved(x0, x1, x2, x3)
+    if GROUPS > 1:
+        x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 1, MODE.ptx)
+        x_1 = interleaved(x0, x1, x2, x3)
+        if GROUPS == 4:
+            x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 2, MODE.ptx)
+            x = _beside(x, interleaved(x0, x1, x2, x3))
+            x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 3, MODE.ptx)
+            x_1 = _beside(x_1, interleaved(x0, x1, x2, x3))
+        x = _beside(x, x_1)
+    o_token = tl.arange(0, SHAPE.page_tokens)
+    o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
+    scales = tl.load((p_section + SHAPE.key_scales).to(tl.pointer_type(tl.float16)) + o_token)
+    scales = scales.to(tl.float32) * (1.0 / SHAPE.head_dim)
+    center = 0.0
+    if SHAPE.centered:
+        column = tl.arange(0, SHAPE.tile_dim)
+        o_center = (column % GROUPS) * (SHAPE.head_dim // GROUPS) + column // GROUPS
+        p_center = (p_section + SHAPE.key_center).to(tl.pointer_type(tl.float16)) + o_center
+        center = tl.load(p_center, mask=column // GROUPS < SHAPE.head_dim // GROUPS, other=0.0)
+        # as a tile of equal rows it is rotated to where it is added, and threads exchange nothing
+        center = tl.broadcast_to(center[None, :], x.shape)
+    for part in tl.static_range(SHAPE.tile_dim // PART):
+        o_channel = part * PART + tl.arange(0, PART)
+        m_channel = o_channel < SHAPE.head_dim
+        y = _product(x, b_rotation[part], MODE.ptx) * scales[:, None]
+        if SHAPE.centered:
+            y += _product(center, b_rotation[part], MODE.ptx) * (1.0 / SHAPE.head_dim)
+        if MODE.balanced:
+            y *= tl.load(p_balance + o_channel, mask=m_channel, other=1.0)[None, :]
+        p_rows = p_cache + o_row[:, None] + o_channel[None, :]
+        tl.store(p_rows, rounded(y, DTYPE, MODE.ptx), mask=m_row[:, None] & m_channel[None, :])
+
+
+@triton.jit
+def _rows_of_lanes(x0, x1, x2, x3):
+    """Rows of four lanes one below the other, word by word: ``[words, 4, channels]``."""
+    joined = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return tl.reshape(tl.permute(joined, (0, 2, 3, 1)), (x0.shape[0], 4, x0.shape[1]))
+
+
+@triton.jit
+def _below(x, y):
+    """Rows of two groups one below the other, word by word."""
+    joined = tl.permute(tl.join(x, y), (0, 3, 1, 2))
+    return tl.reshape(joined, (x.shape[0], 2 * x.shape[1], x.shape[2]))
+
+
+@triton.jit
+def rotate_values(
+    p_section,
+    p_cache,
+    p_slots,
+    b_rotation,
+    page_stride,
+    token_stride,
+    tables,
+    SHAPE: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Values, rotated back; rows of levels in the order (word, group, lane)."""
+    GROUPS: tl.constexpr = SHAPE.value_groups
+    CODE: tl.constexpr = SHAPE.value_code
+    PART: tl.constexpr = min(SHAPE.tile_dim, 128)
+    DTYPE: tl.constexpr = p_cache.dtype.element_ty
+    words, signs = value_words(p_section, SHAPE)
+    x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 0, MODE.ptx)
+    x = _rows_of_lanes(x0, x1, x2, x3)
+    if GROUPS > 1:
+        x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 1, MODE.ptx)
+        x = _below(x, _rows_of_lanes(x0, x1, x2, x3))
+        if GROUPS == 4:
+            x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 2, MODE.ptx)
+            x_2 = _rows_of_lanes(x0, x1, x2, x3)
+            x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 3, MODE.ptx)
+            x = _below(x, _below(x_2, _rows_of_lanes(x0, x1, x2, x3)))
+    x = tl.reshape(x, (SHAPE.page_tokens, SHAPE.tile_dim))
+    row = tl.arange(0, SHAPE.page_tokens)
+    group, word = (row // 4) % GROUPS, row // (4 * GROUPS)
+    o_token = group * (SHAPE.page_tokens // GROUPS) + 4 * word + row % 4
+    o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
+    scales = tl.load((p_section + SHAPE.value_scales).to(tl.pointer_type(tl.float16)) + o_token)
+    scales = scales.to(tl.float32) * (1.0 / SHAPE.head_dim)
+    for part in tl.static_range(SHAPE.tile_dim // PART):
+        o_channel = part * PART + tl.arange(0, PART)
+        y = _product(x, b_rotation[part], MODE.ptx) * scales[:, None]
+        p_rows = p_cache + o_row[:, None] + o_channel[None, :]
+        mask = m_row[:, None] & (o_channel < SHAPE.head_dim)[None, :]
+        tl.store(p_rows, rounded(y, DTYPE, MODE.ptx), mask=mask)

@@ -1,0 +1,172 @@
+"""The three launches of decode attention on Hopper: prepare columns, attend over splits, merge.
+
+Each begins before the one before it has ended and waits for it on the device, where it needs its results.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+
+from tq_kernels import hopper
+from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
+from tq_kernels.device.hopper_decode import attend_split
+from tq_kernels.layout import PageLayout
+from tq_kernels.rotation import rotation_signs
+
+_COLUMNS_AT_ONCE = 4
+_SPLITS_AT_ONCE = 8
+_MOST_MERGE_WARPS = 4
+
+
+def launch_prepare(
+    *,
+    query: torch.Tensor,
+    lengths: torch.Tensor,
+    query_positions: torch.Tensor | None,
+    key_balance: torch.Tensor | None,
+    prepared: torch.Tensor,
+    positions: torch.Tensor,
+    layout: PageLayout,
+    factor: float,
+) -> None:
+    """Bring queries ``[num_seqs, rows, num_query_heads, head_dim]`` into columns and note their positions."""
+    num_seqs, rows, num_query_heads, head_dim = query.shape
+    padded = prepared.shape[2]
+    group = num_query_heads // layout.num_kv_heads
+    prepare_columns[(padded // _COLUMNS_AT_ONCE, layout.num_kv_heads, num_seqs)](
+        p_query=query,
+        p_balance=key_balance,
+        p_signs=_signs(layout, query.device),
+        p_lengths=lengths,
+        p_given_positions=query_positions,
+        p_prepared=prepared,
+        p_positions=positions,
+        num_kv_heads=layout.num_kv_heads,
+        factor=factor / head_dim,
+        query_seq_stride=query.stride(0),
+        query_row_stride=query.stride(1),
+        query_head_stride=query.stride(2),
+        GROUP=group,
+        COLUMNS=rows * group,
+        PADDED=padded,
+        D=head_dim,
+        R=_COLUMNS_AT_ONCE,
+        num_warps=_COLUMNS_AT_ONCE,
+    )
+
+
+def launch_split(
+    *,
+    prepared: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    positions: torch.Tensor | None,
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    layout: PageLayout,
+    rows: int,
+    group: int,
+    num_sinks: int,
+    sliding_window: int | None,
+    softcap: float | None,
+    cap_log2: float,
+    early: bool,
+) -> None:
+    """Attend every split of every sequence and KV head; see `decode_attention` for the tensors."""
+    num_seqs, _, padded, _ = prepared.shape
+    num_splits = partial_lse.shape[2]
+    fixed = hopper.constants(
+        layout,
+        rows=rows,
+        group=group,
+        padded=padded,
+        window=sliding_window is not None,
+        softcap=softcap is not None,
+    )
+    attend_split[(num_splits, layout.num_kv_heads * fixed["BLOCKS"], num_seqs)](
+        p_query=prepared,
+        p_pages=pages,
+        p_table=block_table,
+        p_lengths=lengths,
+        p_positions=positions,
+        p_out=partial_out,
+        p_lse=partial_lse,
+        table_stride=block_table.stride(0),
+        page_stride=pages.stride(0),
+        num_splits=num_splits,
+        num_sinks=num_sinks,
+        window=sliding_window or 0,
+        cap_log2=cap_log2,
+        **fixed,
+        num_warps=1,
+        launch_pdl=early,
+        maxnreg=hopper.max_registers(layout, padded),
+    )
+
+
+def launch_merge(
+    *,
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: PageLayout,
+    sink_keys: torch.Tensor | None,
+    sink_values: torch.Tensor | None,
+    softmax_scale: float,
+    softcap: float | None,
+) -> None:
+    """Merge splits and raw sinks, rotate outputs back; tensors are those of `_launch.launch_merge`."""
+    num_seqs, rows, num_query_heads, head_dim = query.shape
+    group = num_query_heads // layout.num_kv_heads
+    sinks = query if sink_keys is None else sink_keys
+    num_splits = partial_lse.shape[2]
+    runs = -(-num_splits // _SPLITS_AT_ONCE)
+    num_warps = min(_MOST_MERGE_WARPS, 1 << (runs - 1).bit_length())
+    merge_columns[(rows * group, layout.num_kv_heads, num_seqs)](
+        p_partial=partial_out,
+        p_partial_lse=partial_lse,
+        p_query=query,
+        p_sink_keys=sink_keys,
+        p_sink_values=sink_values,
+        p_positions=positions,
+        p_signs=_signs(layout, query.device),
+        p_out=out,
+        p_lse=lse,
+        num_kv_heads=layout.num_kv_heads,
+        num_splits=num_splits,
+        query_seq_stride=query.stride(0),
+        query_row_stride=query.stride(1),
+        query_head_stride=query.stride(2),
+        sink_seq_stride=sinks.stride(0),
+        sink_token_stride=sinks.stride(1),
+        sink_head_stride=sinks.stride(2),
+        out_seq_stride=out.stride(0),
+        out_row_stride=out.stride(1),
+        out_head_stride=out.stride(2),
+        lse_seq_stride=lse.stride(0),
+        lse_row_stride=lse.stride(1),
+        lse_head_stride=lse.stride(2),
+        score_factor=softmax_scale * math.log2(math.e) if softcap is None else softmax_scale / softcap,
+        cap_log2=(softcap or 0.0) * math.log2(math.e),
+        GROUP=group,
+        COLUMNS=rows * group,
+        D=head_dim,
+        W=num_warps,
+        U=min(_SPLITS_AT_ONCE, 1 << (num_splits - 1).bit_length()),
+        SINKS=0 if sink_keys is None else sink_keys.shape[1],
+        SOFTCAP=softcap is not None,
+        num_warps=num_warps,
+        launch_pdl=True,
+    )
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a constant first used in inference mode must serve outside it too
+def _signs(layout: PageLayout, device: torch.device) -> torch.Tensor:
+    """Signs of the first round of the rotation, then of the second: float32 ``[2 * head_dim]``."""
+    return torch.tensor(rotation_signs(layout.head_dim, layout.spec.rotation_seed), device=device)

@@ -1,0 +1,509 @@
+"""The quantize kernel writes the bytes of the reference, and no others, whatever a launch brings."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tq_kernels import PRESETS, CodecSpec, KeyCenter, PageLayout, quantize, reference, reference_slots
+from tq_kernels._page_shape import page_shape
+from tq_kernels.codebook import LEVELS, TARGETS, midpoints
+from tq_kernels.quantize import plan_quantize, quantize_slots
+from tq_kernels.reference import _view, read_key_center, read_side, rotation_of
+from tq_kernels.spec import Code
+
+from .slot_cases import CPU, ExactTokens, GuardedPages, exact_tokens, guarded, layout_of
+from .tolerances import QUANTIZE_FLIPS, SCALE_ULPS, boundary_distance
+
+VARIANTS = ["append", "pages"]
+SMALLEST_PAGES_LAUNCH = 513
+
+
+def _launch(
+    variant: str,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: list[int],
+    pages: torch.Tensor,
+    layout: PageLayout,
+    device: torch.device,
+    *,
+    seed_pages: list[int] | None = None,
+    key_balance: torch.Tensor | None = None,
+    slot_dtype: torch.dtype = torch.int64,
+) -> GuardedPages:
+    """Guarded pages after a launch of the variant, which slots to skip make large enough."""
+    skipped = SMALLEST_PAGES_LAUNCH if variant == "pages" else 3
+    first = skipped // 2
+    tokens = [torch.full((skipped + len(slots), *keys.shape[1:]), torch.nan, dtype=keys.dtype) for _ in "kv"]
+    for padded, side in zip(tokens, (keys, values), strict=True):
+        padded[first : first + len(slots)] = side
+    mapping = torch.full((skipped + len(slots),), -1, dtype=slot_dtype)
+    mapping[first : first + len(slots)] = torch.tensor(slots, dtype=slot_dtype)
+    seeds = None
+    if seed_pages is not None:
+        seeds = torch.full((len(mapping),), -1, dtype=torch.int32)
+        seeds[first : first + len(slots)] = torch.tensor(seed_pages, dtype=torch.int32)
+        seeds = seeds.to(device)
+    result = guarded(pages, device)
+    assert plan_quantize(len(mapping), page_shape(layout)).variant == variant
+    quantize_slots(
+        tokens[0].to(device),
+        tokens[1].to(device),
+        mapping.to(device),
+        result.pages,
+        layout,
+        seed_pages=seeds,
+        key_balance=None if key_balance is None else key_balance.to(device),
+    )
+    return result
+
+
+def _reference(
+    exact: ExactTokens, slots: list[int], layout: PageLayout, seed_pages: list[int] | None = None, **more: Any
+) -> torch.Tensor:
+    pages = exact.pages.clone()
+    seeds = None if seed_pages is None else torch.tensor(seed_pages)
+    reference_slots.quantize_slots(
+        exact.keys, exact.values, torch.tensor(slots), pages, layout, seed_pages=seeds, **more
+    )
+    return pages
+
+
+def _assert_same(result: GuardedPages, expected: torch.Tensor, layout: PageLayout) -> None:
+    """The same bytes; scales of E4M3_SCALED, whose sums of squares are not exact, within their tolerance."""
+    found, expected = result.pages.cpu().clone(), expected.clone()
+    for side, code in (("key", layout.spec.key), ("value", layout.spec.value)):
+        if code is Code.E4M3_SCALED:
+            scales = [_view(pages, layout, f"{side}_scales") for pages in (found, expected)]
+            assert (scales[0].int() - scales[1].int()).abs().max() <= SCALE_ULPS
+            for view in scales:
+                view.zero_()
+    assert torch.equal(found, expected)
+    result.assert_outside_is_untouched()
+
+
+def _mixed_slots(page_tokens: int) -> list[int]:
+    """Runs of every kind: whole in order and in disorder, beginnings, a middle, ends, some among others."""
+    p = page_tokens
+    disorder = torch.randperm(p, generator=torch.Generator().manual_seed(3)).tolist()
+    return [
+        *range(p, 2 * p),
+        -1,
+        *range(3 * p, 4 * p - 3),
+        *(2 * p + offset for offset in disorder),
+        *range(3, 7),
+        5 * p - 1,
+        -1,
+        *(slot for i in range(4) for slot in (5 * p + i, 6 * p + i + 2, -1)),
+        7 * p,
+        *(9 * p + 4, 9 * p + 5, *range(9 * p - 2, 9 * p + 2)),
+    ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_runs_of_every_kind_give_the_bytes_of_the_reference(
+    name: str, variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    layout = layout_of(name, heads=1)
+    slots = _mixed_slots(layout.page_tokens)
+    exact = exact_tokens(layout, slots, 10, generator)
+    result = _launch(
+        variant, exact.keys.bfloat16(), exact.values.bfloat16(), slots, exact.pages, layout, device
+    )
+    _assert_same(result, _reference(exact, slots, layout), layout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "head_dim", "heads", "page_tokens"),
+    [
+        ("tq4", 128, 1, 64),
+        ("tq3", 64, 3, 16),
+        ("k4v2", 128, 1, 32),
+        ("k8v4", 256, 1, 16),
+        ("k3v4", 64, 1, 128),
+        ("fp8", 80, 3, 32),
+        ("raw", 96, 1, 64),
+    ],
+)
+def test_pages_of_other_sizes_give_the_bytes_of_the_reference(
+    name: str,
+    head_dim: int,
+    heads: int,
+    page_tokens: int,
+    variant: str,
+    generator: torch.Generator,
+    device: torch.device,
+) -> None:
+    layout = layout_of(name, head_dim, heads, page_tokens)
+    p = page_tokens
+    slots = [*range(p, 2 * p), p - 1, *range(2 * p + 1, 2 * p + 4), *range(3 * p, 3 * p + 5)]
+    exact = exact_tokens(layout, slots, 4, generator)
+    result = _launch(
+        variant, exact.keys.bfloat16(), exact.values.bfloat16(), slots, exact.pages, layout, device
+    )
+    _assert_same(result, _reference(exact, slots, layout), layout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["k4v3", "k8v4", "raw"])
+def test_other_dtypes_give_the_bytes_of_the_reference(
+    name: str, dtype: torch.dtype, variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    layout = layout_of(name)
+    slots = [*range(16, 32), 3, 4]
+    exact = exact_tokens(layout, slots, 2, generator)
+    result = _launch(
+        variant,
+        exact.keys.to(dtype),
+        exact.values.to(dtype),
+        slots,
+        exact.pages,
+        layout,
+        device,
+        slot_dtype=torch.int32,
+    )
+    _assert_same(result, _reference(exact, slots, layout), layout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(Code.BF16, Code.LM4), (Code.E4M3, Code.LM3), (Code.LM2, Code.E4M3_SCALED), (Code.LM3, Code.BF16)],
+)
+def test_any_two_codes_give_the_bytes_of_the_reference(
+    key: Code, value: Code, variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    center = KeyCenter.NONE
+    layout = PageLayout(
+        spec=CodecSpec(key=key, value=value, key_center=center), head_dim=64, num_kv_heads=1, page_tokens=16
+    )
+    slots = [*range(16), 20, 21]
+    exact = exact_tokens(layout, slots, 2, generator)
+    result = _launch(
+        variant, exact.keys.bfloat16(), exact.values.bfloat16(), slots, exact.pages, layout, device
+    )
+    _assert_same(result, _reference(exact, slots, layout), layout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["tq4", "k8v4"])
+def test_seeds_give_their_centre_to_pages_that_are_not_filled(
+    name: str, variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    layout = layout_of(name)
+    slots = [*range(5), *range(16, 32), 32, 48, 49]
+    seeds = {slot: seed for slot, seed in ((0, 4), (16, 5), (32, 5), (33, 4))}
+    seed_pages = [seeds.get(slot, -1) for slot in slots]
+    exact = exact_tokens(layout, slots, 6, generator, {0: 4, 2: 5})
+    result = _launch(
+        variant,
+        exact.keys.bfloat16(),
+        exact.values.bfloat16(),
+        slots,
+        exact.pages,
+        layout,
+        device,
+        seed_pages=seed_pages,
+    )
+    _assert_same(result, _reference(exact, slots, layout, seed_pages), layout)
+    centers, before = (read_key_center(pages, layout) for pages in (result.pages.cpu(), exact.pages))
+    assert centers is not None
+    assert before is not None
+    assert torch.equal(centers[[0, 2]], before[[4, 5]])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["tq4", "k8v4", "fp8"])
+def test_keys_are_divided_by_their_balance(
+    name: str, variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    layout = layout_of(name)
+    slots = [*range(16), 20, 21]
+    exact = exact_tokens(layout, slots, 2, generator)
+    balance = torch.exp2(torch.randint(-3, 4, (2, 64), generator=generator).float())
+    expected = _reference(exact, slots, layout)
+    result = _launch(
+        variant,
+        (exact.keys * balance).bfloat16(),
+        exact.values.bfloat16(),
+        slots,
+        exact.pages,
+        layout,
+        device,
+        key_balance=balance,
+    )
+    _assert_same(result, expected, layout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_engine_views_are_read_where_they_lie(
+    variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    """A fused projection holds all heads of a token side by side; values may be laid out by head."""
+    layout = layout_of("tq4")
+    slots = [*range(16), *range(20, 26)]
+    exact = exact_tokens(layout, slots, 2, generator)
+    num_tokens = len(slots) if variant == "append" else SMALLEST_PAGES_LAUNCH
+    fused = torch.full((num_tokens, 4 + 2 + 2, 64), torch.nan, dtype=torch.bfloat16, device=device)
+    by_head = torch.full((2, num_tokens, 64), torch.nan, dtype=torch.bfloat16, device=device)
+    keys, values = fused[:, 4:6], by_head.transpose(0, 1)
+    keys[: len(slots)], values[: len(slots)] = exact.keys.to(keys), exact.values.to(values)
+    mapping = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
+    mapping[: len(slots)] = torch.tensor(slots)
+    result = guarded(exact.pages, device)
+    assert plan_quantize(num_tokens, page_shape(layout)).variant == variant
+    quantize_slots(keys, values, mapping, result.pages, layout)
+
+    _assert_same(result, _reference(exact, slots, layout), layout)
+
+
+@pytest.mark.parametrize("name", ["tq4", "k3v2"])
+def test_a_page_grows_token_by_token(name: str, generator: torch.Generator, device: torch.device) -> None:
+    """Decode steps of two sequences, whose new pages are seeded by the pages before."""
+    layout = layout_of(name, heads=1)
+    slots = [slot for step in range(16) for slot in (32 + step, 48 + step)]
+    seed_pages = torch.full((32,), -1, dtype=torch.int32)
+    seed_pages[:2] = torch.tensor([0, 1])
+    exact = exact_tokens(layout, slots, 4, generator, {2: 0, 3: 1})
+    result, expected = guarded(exact.pages, device), exact.pages.clone()
+    assert plan_quantize(2, page_shape(layout)).variant == "append"
+    for step in range(0, 32, 2):
+        sides = [side[step : step + 2] for side in (exact.keys, exact.values)]
+        mapping, seeds = torch.tensor(slots[step : step + 2]), seed_pages[step : step + 2]
+        quantize_slots(
+            *(side.bfloat16().to(device) for side in sides),
+            mapping.to(device),
+            result.pages,
+            layout,
+            seed_pages=seeds.to(device),
+        )
+        reference_slots.quantize_slots(*sides, mapping, expected, layout, seed_pages=seeds)
+    _assert_same(result, expected, layout)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("tq4", 64), ("k3v2", 64), ("k8v4", 64), ("tq3", 80), ("k4v2", 96)]
+)
+def test_ordinary_tokens_take_the_nearest_levels(
+    name: str, head_dim: int, variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    """Against double precision: indices err next to boundaries only, by one, and rarely; so do scales."""
+    layout = layout_of(name, head_dim, 1, 32)
+    slots = [*range(32, 64), *range(64, 74), *range(3, 9)]
+    shape = (len(slots), 1, head_dim)
+    common = 3 * torch.randn(1, head_dim, generator=generator)
+    keys = (torch.randn(shape, generator=generator) + common).bfloat16()
+    values = torch.randn(shape, generator=generator).bfloat16()
+    pages = reference.quantize(
+        torch.randn(96, 1, head_dim, generator=generator) + common, torch.zeros(96, 1, head_dim), layout
+    )
+    result = _launch(variant, keys, values, slots, pages, layout, device)
+    result.assert_outside_is_untouched()
+    found = result.pages.cpu()
+    rotation = rotation_of(layout, CPU).double()
+    rotated = [side.double()[:, 0] @ rotation.T for side in (keys, values)]
+    centers = read_key_center(found, layout)
+    assert centers is not None
+    for page, run in ((1, slice(0, 32)), (2, slice(32, 42))):
+        # half a unit of fp16, and of what float32 makes of a sum
+        torch.testing.assert_close(
+            centers[page, 0].double(), rotated[0][run].mean(dim=0), rtol=1.1 * 2.0**-11, atol=1e-5
+        )
+    assert torch.equal(centers[0], read_key_center(pages, layout)[0])  # type: ignore[index]
+    left = rotated[0] - centers[torch.tensor(slots) // 32, 0].double()
+    for side, vectors, whole in (("key", left, rotated[0]), ("value", rotated[1], rotated[1])):
+        code = layout.spec.key if side == "key" else layout.spec.value
+        levels, scales = read_side(found, layout, side)
+        assert scales is not None
+        chosen = torch.tensor(slots)
+        _assert_nearest(
+            vectors,
+            whole,
+            levels[chosen // 32, 0, chosen % 32].double(),
+            scales[chosen // 32, 0, chosen % 32],
+            code,
+        )
+
+
+def _assert_nearest(
+    vectors: torch.Tensor, whole: torch.Tensor, levels: torch.Tensor, scales: torch.Tensor, code: Code
+) -> None:
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    unit = vectors * (TARGETS[code] * math.sqrt(vectors.shape[-1]) / norm)
+    if code is Code.E4M3_SCALED:
+        positive = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    else:
+        positive = torch.tensor(LEVELS[code], dtype=torch.float64)
+    edges = torch.tensor(midpoints(positive.tolist()), dtype=torch.float64)
+    truth, found = torch.bucketize(unit.abs(), edges), torch.searchsorted(positive, levels.abs())
+    differs = truth != found
+    distance = (unit.abs() - edges[torch.minimum(truth, found).clamp_max(len(edges) - 1)]).abs()
+    stretch = float((torch.linalg.vector_norm(whole, dim=-1, keepdim=True) / norm).max())
+    allowed = boundary_distance(vectors.shape[-1], TARGETS[code], stretch)
+    assert ((truth - found).abs() <= 1).all()
+    assert (distance[differs] <= allowed).all()
+    assert float(differs.double().mean()) <= QUANTIZE_FLIPS
+    clear = unit.abs() > allowed
+    assert torch.equal(levels[clear] < 0, unit[clear] < 0)
+    true_scales = norm[:, 0] / torch.linalg.vector_norm(levels, dim=-1)
+    ulp = torch.exp2(torch.floor(torch.log2(true_scales)) - 10)
+    assert ((scales.double() - true_scales).abs() <= SCALE_ULPS * ulp).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["tq4", "k3v2", "k8v4"])
+def test_zeros_and_huge_numbers_stay_finite(
+    name: str, variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    layout = layout_of(name)
+    keys = torch.zeros(16, 2, 64)
+    keys[4:, :, 0] = 1e9
+    result = _launch(
+        variant,
+        keys,
+        keys.clone(),
+        list(range(16)),
+        torch.zeros(1, layout.page_bytes, dtype=torch.uint8),
+        layout,
+        device,
+    )
+    restored = reference.dequantize(result.pages.cpu(), layout)
+    for side in restored:
+        assert side.isfinite().all()
+    assert not restored[1][:4].any()
+    assert torch.linalg.vector_norm(restored[1][4:], dim=-1).min() > 65504
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["fp8", "raw"])
+def test_unrotated_numbers_are_cast_as_pytorch_casts_them(
+    name: str, variant: str, generator: torch.Generator, device: torch.device
+) -> None:
+    """Every bfloat16 that is a number, and float32 numbers between them."""
+    layout = layout_of(name, 128, 4, 128)
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    numbers = bits.where(bits.abs() >= 2.0**-126, 0.0).nan_to_num(0.0, 0.0, 0.0).view(128, 4, 128)
+    between = numbers * 1.00390625
+    slots = list(range(128))
+    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
+    result = _launch(variant, numbers, between, slots, pages, layout, device)
+
+    assert torch.equal(result.pages.cpu(), reference.quantize(numbers, between, layout))
+
+
+def test_slots_to_skip_and_no_tokens_change_nothing(device: torch.device) -> None:
+    layout = layout_of("tq4")
+    before = torch.full((2, layout.page_bytes), 0x5A, dtype=torch.uint8)
+    result = guarded(before, device)
+    for num_tokens in (0, 5, SMALLEST_PAGES_LAUNCH):
+        tokens = torch.full((num_tokens, 2, 64), torch.nan, dtype=torch.bfloat16, device=device)
+        skipped = torch.full((num_tokens,), -1, device=device)
+        quantize_slots(tokens, tokens, skipped, result.pages, layout)
+    assert torch.equal(result.pages.cpu(), before)
+    result.assert_outside_is_untouched()
+
+
+def test_offsets_beyond_two_to_the_31(generator: torch.Generator, device: torch.device) -> None:
+    """Bytes of pages, and elements of keys."""
+    layout = layout_of("tq4", heads=1)
+    slots = [*range(16, 32), 3]
+    exact = exact_tokens(layout, slots, 2, generator)
+    num_pages = (1 << 31) // layout.page_bytes + 2
+    pages = torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8, device=device)
+    pages[-2:] = exact.pages.to(device)
+    num_tokens, stride = 1 << 10, (1 << 21) + 128
+    keys = torch.empty(num_tokens * stride, dtype=torch.bfloat16, device=device)
+    keys = keys.view(num_tokens, 1, stride)[..., :64]
+    values = torch.zeros(num_tokens, 1, 64, dtype=torch.bfloat16, device=device)
+    keys[-len(slots) :], values[-len(slots) :] = exact.keys.to(keys), exact.values.to(values)
+    mapping = torch.full((num_tokens,), -1, device=device)
+    mapping[-len(slots) :] = torch.tensor(slots) + (num_pages - 2) * 16
+    assert plan_quantize(num_tokens, page_shape(layout)).variant == "pages"
+    quantize_slots(keys, values, mapping, pages, layout)
+
+    assert torch.equal(pages[-2:].cpu(), _reference(exact, slots, layout))
+
+
+def test_plans_depend_on_the_number_of_tokens_and_the_shape_alone() -> None:
+    shape = page_shape(layout_of("tq4", 128, 8, 64))
+    few, many = plan_quantize(512, shape), plan_quantize(513, shape)
+
+    assert (few.variant, few.programs, few.window, few.windows, few.rows) == ("append", 512, 1, 1, 16)
+    assert (many.variant, many.rows, many.num_warps, many.max_registers) == ("pages", 64, 4, 128)
+    for num_tokens in (513, 4096, 32768, 32769):
+        plan = plan_quantize(num_tokens, shape)
+        looked_at = plan.window * plan.windows
+        assert (plan.programs - 1) * looked_at < num_tokens <= plan.programs * looked_at
+    assert plan_quantize(4096, page_shape(layout_of("tq4", 128, 8, 128))).num_warps == 8
+    assert plan_quantize(4096, page_shape(layout_of("tq4", 64, 8, 16))).window == 16
+    wide = page_shape(layout_of("tq4", 256, 8, 128))
+    assert [plan_quantize(4096, wide, wide=is_wide).rows for is_wide in (False, True)] == [128, 16]
+
+
+def test_a_cpu_without_the_interpreter_takes_the_reference(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    layout = layout_of("tq4")
+    slots = _mixed_slots(16)
+    exact = exact_tokens(layout, slots, 10, generator)
+    calls = []
+    monkeypatch.setattr(quantize, "_launch", lambda *arguments: calls.append(arguments))
+    result = guarded(exact.pages, CPU)
+    quantize_slots(exact.keys, exact.values, torch.tensor(slots), result.pages, layout)
+
+    assert not calls
+    _assert_same(result, _reference(exact, slots, layout), layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": torch.zeros(4, 3, 64)}, r"keys must be \[4, 2, 64\] bfloat16 or float16 or float32"),
+        ({"keys": torch.zeros(4, 2, 64).double()}, r"keys must be .* not \[4, 2, 64\] torch.float64"),
+        ({"values": torch.zeros(4, 2, 64).half()}, r"values must be \[4, 2, 64\] float32"),
+        ({"values": torch.zeros(4, 64, 2).mT}, r"the last 1 dimension\(s\) of values must be contiguous"),
+        ({"slot_mapping": torch.zeros(5, dtype=torch.int64)}, r"slot_mapping must be \[4\] int64 or int32"),
+        ({"seed_pages": torch.zeros(4, dtype=torch.int64)}, r"seed_pages must be \[4\] int32"),
+        ({"key_balance": torch.zeros(2, 32)}, r"key_balance must be \[2, 64\] float32"),
+        ({"pages": torch.zeros(1, 64, dtype=torch.uint8)}, r"pages must be \[num_pages, \d+\] uint8"),
+        (
+            {"keys": torch.empty_strided((4, 2, 64), (1 << 27, 64, 1))},
+            "keys has a stride of 134217728, too large for 32-bit offsets in a page",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    layout = layout_of("tq4")
+    arguments: dict[str, Any] = {
+        "keys": torch.zeros(4, 2, 64),
+        "values": torch.zeros(4, 2, 64),
+        "slot_mapping": torch.zeros(4, dtype=torch.int64),
+        "pages": torch.zeros(1, layout.page_bytes, dtype=torch.uint8),
+        "layout": layout,
+    } | change
+    with pytest.raises(ValueError, match=message):
+        quantize_slots(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "page_tokens", "message"),
+    [
+        ("tq4", 64, 48, "kernels need page_tokens to be a power of two, not 48"),
+        ("raw", 272, 16, "kernels need head_dim to be at most 256, not 272"),
+    ],
+)
+def test_sizes_that_kernels_do_not_serve_are_refused(
+    name: str, head_dim: int, page_tokens: int, message: str
+) -> None:
+    layout = layout_of(name, head_dim, 2, page_tokens)
+    tokens = torch.zeros(1, 2, head_dim)
+    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        quantize_slots(tokens, tokens, torch.zeros(1, dtype=torch.int64), pages, layout)
