@@ -197,6 +197,7 @@ def launch_merge(
     sink_keys: torch.Tensor | None = None,
     sink_values: torch.Tensor | None = None,
     softmax_scale: float = 1.0,
+    sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> None:
     """Merge splits, a running result and raw sinks, and rotate the output back.
@@ -217,6 +218,7 @@ def launch_merge(
         sink_keys: ``[num_seqs, num_sinks, num_kv_heads, head_dim]``.
         sink_values: The same shape and strides.
         softmax_scale: Factor on the scores of sinks.
+        sliding_window: See only sinks among the last so many positions up to a row's own, or all.
         softcap: Their cap, or none.
     """
     num_seqs, rows, num_kv_heads, group, head_dim = out.shape
@@ -262,6 +264,7 @@ def launch_merge(
         lse_pair_stride=lse.stride(2),
         lse_head_stride=lse.stride(3),
         num_sinks=num_sinks,
+        window=sliding_window or 0,
         score_factor=score_factor(softmax_scale, softcap),
         cap_log2=cap_log2(softcap),
         partial_lse_unit=1.0 if base_2[0] else LOG2_E,
@@ -273,6 +276,7 @@ def launch_merge(
         S=min(at_once, 1 << max(0, num_splits - 1).bit_length()),
         N=channels_at_once(layout),
         SINKS=sinks,
+        WINDOW=sliding_window is not None,
         SOFTCAP=softcap is not None,
         num_warps=4,
     )

@@ -120,7 +120,7 @@ def decode_attention(
         query_positions: ``[num_seqs]`` int32 position of the last row; by default ``lengths - 1``.
         num_sinks: Leave out the first so many positions of the pages.
         sink_keys: ``[num_seqs, num_sinks, num_kv_heads, head_dim]`` bf16 or fp16: raw keys of these
-            positions, up to 64, attended to in place of what pages hold. A sliding window never hides them.
+            positions, up to 64, attended to in place of what pages hold, where the window reaches.
         sink_values: The same shape, dtype and strides; both or neither.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
         out: Written and returned: the query's shape, any of its dtypes, last dimension contiguous.
@@ -255,6 +255,7 @@ def _launch(
             sink_keys=sink_keys,
             sink_values=sink_values,
             softmax_scale=softmax_scale,
+            sliding_window=sliding_window,
             softcap=softcap,
         )
         return
@@ -296,6 +297,7 @@ def _launch(
         sink_keys=sink_keys,
         sink_values=sink_values,
         softmax_scale=softmax_scale,
+        sliding_window=sliding_window,
         softcap=softcap,
     )
 

@@ -53,6 +53,7 @@ def launch_prepare(
         D=head_dim,
         R=_COLUMNS_AT_ONCE,
         num_warps=_COLUMNS_AT_ONCE,
+        launch_pdl=True,
     )
 
 
@@ -118,6 +119,7 @@ def launch_merge(
     sink_keys: torch.Tensor | None,
     sink_values: torch.Tensor | None,
     softmax_scale: float,
+    sliding_window: int | None,
     softcap: float | None,
 ) -> None:
     """Merge splits and raw sinks, rotate outputs back; tensors are those of `_launch.launch_merge`."""
@@ -153,12 +155,14 @@ def launch_merge(
         lse_head_stride=lse.stride(2),
         score_factor=softmax_scale * math.log2(math.e) if softcap is None else softmax_scale / softcap,
         cap_log2=(softcap or 0.0) * math.log2(math.e),
+        window=sliding_window or 0,
         GROUP=group,
         COLUMNS=rows * group,
         D=head_dim,
         W=num_warps,
         U=min(_SPLITS_AT_ONCE, 1 << (num_splits - 1).bit_length()),
         SINKS=0 if sink_keys is None else sink_keys.shape[1],
+        WINDOW=sliding_window is not None,
         SOFTCAP=softcap is not None,
         num_warps=num_warps,
         launch_pdl=True,

@@ -31,6 +31,8 @@ _LARGEST_TILE = 8192
 _LARGEST_WIDTH = 128
 """Channels up to which four warps hold the rotation."""
 _MAX_REGISTERS = 128
+_LARGEST_ROWS = 128
+_APPEND_WARPS = 4
 """With these, four programs of four warps share a multiprocessor and hide each other's loads."""
 
 
@@ -82,8 +84,10 @@ def plan_quantize(num_tokens: int, shape: PageShape, *, wide: bool = False) -> L
     is_broad = shape.tile_dim > _LARGEST_WIDTH
     max_registers = None if wide or is_broad else _MAX_REGISTERS
     if num_tokens <= _LARGEST_APPEND:
-        return LaunchPlan("append", num_tokens, 1, 1, _SMALLEST_ROWS, 8 if is_broad else 4, max_registers)
-    rows = _SMALLEST_ROWS if wide and is_broad else shape.page_tokens
+        return LaunchPlan(
+            "append", num_tokens, 1, 1, _SMALLEST_ROWS, 8 if is_broad else _APPEND_WARPS, max_registers
+        )
+    rows = _SMALLEST_ROWS if wide and is_broad else min(shape.page_tokens, _LARGEST_ROWS)
     window = min(_WINDOW, shape.page_tokens)
     return LaunchPlan(
         variant="pages",

@@ -45,7 +45,7 @@ def decode_attention(
         query_positions: ``[num_seqs]`` position of the last row; by default that of its last token in pages.
         num_sinks: Leave out the first so many positions of the pages, which the caller has raw.
         sink_keys: ``[num_seqs, num_sinks, num_kv_heads, head_dim]`` raw keys of these positions, attended to
-            in place of what pages hold; a sliding window never hides them.
+            in place of what pages hold, where the window reaches.
         sink_values: The same shape; both or neither.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
 
@@ -84,7 +84,7 @@ def decode_attention(
                 sink_values[seq, :seen],
                 torch.arange(seen, device=query.device),
                 softmax_scale=softmax_scale,
-                sliding_window=None,
+                sliding_window=sliding_window,
                 softcap=softcap,
                 first_position=first_position,
             )

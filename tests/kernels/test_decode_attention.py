@@ -119,7 +119,7 @@ def _check(
             keys = torch.cat((sinks[0][seq, :present].float(), keys))
             values = torch.cat((sinks[1][seq, :present].float(), values))
             sink_positions = torch.arange(present, device=device)
-            seen = torch.cat((seen_tokens(positions, sink_positions), seen), dim=1)
+            seen = torch.cat((seen_tokens(positions, sink_positions, sliding_window), seen), dim=1)
         rule.add(
             (result[0][seq].view(rows, -1, query.shape[-1]), result[1][seq].view(rows, -1)),
             (truth[0][seq].view(rows, -1, query.shape[-1]), truth[1][seq].view(rows, -1)),
@@ -247,7 +247,7 @@ def test_sinks_are_left_out_of_the_pages(
 @pytest.mark.parametrize("name", ["tq4", "fp8"])
 @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float16), (3, torch.bfloat16)])
 @pytest.mark.parametrize("sliding_window", [None, 6])
-def test_raw_sinks_take_their_place_and_no_window_hides_them(
+def test_raw_sinks_take_their_place_where_the_window_reaches(
     name: str,
     rows: int,
     sliding_window: int | None,

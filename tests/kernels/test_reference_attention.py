@@ -308,7 +308,7 @@ def test_a_soft_cap_bounds_scores_of_pages_and_of_raw_tokens(
 def test_decode_takes_raw_sinks_in_place_of_their_pages(
     sliding_window: int | None, rows: int, generator: torch.Generator
 ) -> None:
-    """A window does not hide them; one that a sequence has not reached may hold anything."""
+    """One that a sequence has not reached may hold anything."""
     layout, num_sinks = _layout("tq4"), 5
     packed, keys, values = _pages(layout, 3, generator)
     lengths = torch.tensor([0, 2, 5, 30])
@@ -334,7 +334,9 @@ def test_decode_takes_raw_sinks_in_place_of_their_pages(
         pages = _exact(
             query[seq], keys[:length], values[:length], positions, 0.125, sliding_window, num_sinks
         )
-        raw = _exact(query[seq], sinks[0, seq, :present], sinks[1, seq, :present], positions, 0.125)
+        raw = _exact(
+            query[seq], sinks[0, seq, :present], sinks[1, seq, :present], positions, 0.125, sliding_window
+        )
         bounds = attention_error(query[seq], keys, values, 0.125)
         _assert_close((out[seq], lse[seq]), merge_attention(*pages, *raw), bounds)
 

@@ -7,17 +7,7 @@ lanes: no matrix is read. Channels lie in a warp in order, VEC = head_dim / 32 o
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tq_kernels.device.hopper_operands import log2
-
-
-@gluon.jit
-def _wait():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
-def _let_next_begin():
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, False, 1)
+from tq_kernels.device.hopper_operands import let_next_begin, log2, wait_for_launch_before
 
 
 @gluon.jit
@@ -75,7 +65,9 @@ def prepare_columns(
 ):
     """R columns of a KV head of a sequence, rotated; grid (PADDED / R, KV heads, sequences)."""
     L: gl.constexpr = gl.BlockedLayout([1, D // 32], [1, 32], [R, 1], [1, 0])
-    _let_next_begin()
+    # pages too are complete from here on, so that the next launch may read them before it waits for this one
+    wait_for_launch_before()
+    let_next_begin()
     i_head = gl.program_id(1)
     i_seq = gl.program_id(2).to(gl.int64)
     o_c = gl.program_id(0) * R + gl.arange(0, R, layout=gl.SliceLayout(1, L))
@@ -123,12 +115,14 @@ def merge_columns(
     lse_head_stride,
     score_factor,
     cap_log2,
+    window,
     GROUP: gl.constexpr,
     COLUMNS: gl.constexpr,
     D: gl.constexpr,
     W: gl.constexpr,
     U: gl.constexpr,
     SINKS: gl.constexpr,
+    WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
 ):
     """A column of a sequence and KV head, W warps sharing the splits; grid (columns, KV heads, sequences).
@@ -150,7 +144,8 @@ def merge_columns(
     o_channel = gl.arange(0, D, layout=gl.SliceLayout(0, L_SPLITS))
     b_second = gl.load(p_signs + o_d)
     b_first = gl.load(p_signs + D + o_d)
-    _wait()
+    wait_for_launch_before()
+    let_next_begin()
 
     b_max = gl.full([W], -1e30, gl.float32, layout=gl.SliceLayout(1, L_WARPS))
     b_sum = gl.zeros([W], gl.float32, layout=gl.SliceLayout(1, L_WARPS))
@@ -187,7 +182,7 @@ def merge_columns(
     x = _hadamard(x, 1, D, L_ROW) * gl.expand_dims(b_second * (1.0 / D), 0)
     x = gl.convert_layout(gl.reshape(x, [D]), L, assert_trivial=True)
     for i_sink in gl.static_range(SINKS):
-        # raw token i_sink of the sequence, which no window hides
+        # raw token i_sink of the sequence
         position = gl.load(p_positions + i_seq) - (COLUMNS // GROUP - 1) + i_row
         o_sink = i_seq * sink_seq_stride + i_sink * sink_token_stride + i_head * sink_head_stride
         p_q = p_query + i_seq * query_seq_stride + i_row * query_row_stride + i_query_head * query_head_stride
@@ -195,13 +190,18 @@ def merge_columns(
         score = gl.sum(gl.load(p_q + o_d).to(gl.float32) * b_key, axis=0) * score_factor
         if SOFTCAP:
             score = cap_log2 * (1.0 - 2.0 / (gl.exp2(score * 2.8853900817779268) + 1.0))
-        score = gl.where(i_sink <= position, score, -float("inf"))
+        seen = i_sink <= position
+        if WINDOW:
+            seen = seen & (i_sink > position - window)
+        score = gl.where(seen, score, -float("inf"))
         best = gl.maximum(b_best, score)
         fade = gl.exp2(b_best - best)
         weight = gl.exp2(score - best)
         b_best = best
         b_total = b_total * fade + weight
-        x = x * fade + gl.load(p_sink_values + o_sink + o_d).to(gl.float32) * weight
+        # a sink that the sequence has not reached may hold anything
+        b_value = gl.load(p_sink_values + o_sink + o_d).to(gl.float32)
+        x = x * fade + gl.where(seen, b_value, 0.0) * weight
 
     some = b_total > 0
     x = x / gl.where(some, b_total, 1.0)

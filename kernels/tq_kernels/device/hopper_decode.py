@@ -20,6 +20,7 @@ from tq_kernels.device.hopper_operands import (
     bits_of_both,
     count,
     key_operand,
+    let_next_begin,
     load_keys,
     load_values,
     log2,
@@ -29,7 +30,7 @@ from tq_kernels.device.hopper_operands import (
     table,
     transpose_sides,
     value_operand,
-    wait_for_queries,
+    wait_for_launch_before,
 )
 
 
@@ -142,7 +143,8 @@ def attend_split(
     b_sum = gl.zeros([16, N], gl.float32, layout=L_ACC)
     # pages are there when the grid begins; queries come from the launch before, which may still run
     if start_page >= end_page:
-        wait_for_queries()
+        wait_for_launch_before()
+        let_next_begin()
     else:
         k_table = table(length, K_TABLE)
         v_table = table(length, V_TABLE)
@@ -152,7 +154,8 @@ def attend_split(
         p_section = p_pages + page * page_stride
         b_k = load_keys(p_section, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES)
         b_v = load_values(p_section, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES)
-        wait_for_queries()
+        wait_for_launch_before()
+        let_next_begin()
         b_query = gl.load(p_q, mask=gl.expand_dims(o_n < PADDED, 0), other=0.0)
         for i_page in range(start_page, end_page):
             p_section = p_pages + page * page_stride

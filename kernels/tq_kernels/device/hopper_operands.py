@@ -17,9 +17,14 @@ def count(items):
 
 
 @gluon.jit
-def wait_for_queries():
-    """Wait for the launch before this one; then let the next one begin, which waits in its turn."""
+def wait_for_launch_before():
+    """Wait until the launch before this one, and so all before that, has ended and can be read."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def let_next_begin():
+    """Let the next launch begin, if it was launched early; it waits for this one in its turn."""
     gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, False, 1)
 
 

@@ -64,6 +64,7 @@ def merge_splits(
     lse_pair_stride,
     lse_head_stride,
     num_sinks,
+    window,
     score_factor,
     cap_log2,
     partial_lse_unit,
@@ -75,6 +76,7 @@ def merge_splits(
     S: tl.constexpr,
     N: tl.constexpr,
     SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """C columns of one sequence and KV head; grid (sequences times KV heads, tiles of columns).
@@ -122,7 +124,7 @@ def merge_splits(
         b_out = b_out * b_fade[:, None] + tl.sum(b_part * b_weight[:, :, None], axis=0)
 
     if SINKS > 0:
-        # raw tokens 0 and on of the sequence, which no window hides
+        # raw tokens 0 and on of the sequence
         o_s = tl.arange(0, SINKS)
         m_s = o_s < num_sinks
         o_sink = i_seq * sink_seq_stride + i_head * sink_head_stride + o_s.to(tl.int64) * sink_token_stride
@@ -136,6 +138,8 @@ def merge_splits(
             b_scores = capped(b_scores, cap_log2)
         position = tl.load(p_positions + i_seq) - (num_columns // GROUP - 1) + row
         m_seen = m_s[None, :] & (o_s[None, :] <= position[:, None])
+        if WINDOW:
+            m_seen = m_seen & (o_s[None, :] > position[:, None] - window)
         b_scores = tl.where(m_seen, b_scores, -float("inf"))
         b_next = tl.maximum(b_max, tl.max(b_scores, axis=1))
         b_base = tl.where(b_next == -float("inf"), 0.0, b_next)
