@@ -145,6 +145,8 @@ def decode_attention(
     if lse is None:
         lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     check_tensor("lse", lse, tuple(query.shape[:-1]), (torch.float32,), pages.device, contiguous_dims=0)
+    if workspace is not None:
+        _check_workspace(workspace, query, layout, rows)
     if not len(query):
         return out, lse
     if not takes_kernel(query.device):
@@ -167,7 +169,6 @@ def decode_attention(
     if workspace is None:
         num_seqs, max_pages = block_table.shape
         workspace = decode_workspace(layout, num_seqs, query.shape[-2], max_pages, query.device, rows)
-    _check_workspace(workspace, query, layout, rows)
     _launch(
         query if query.dim() == 4 else query[:, None],
         pages,

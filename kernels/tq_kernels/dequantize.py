@@ -22,7 +22,7 @@ _PAGES_OF_A_PRODUCT = 4
 """Pages that a program rotates back, so that it reads the rotation once for several pages."""
 _LARGEST_WIDTH = 128
 """Channels up to which a thread's share of a product leaves room for a limit on registers."""
-_MAX_REGISTERS = 168
+_MAX_REGISTERS = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,8 @@ def extend_attention(
     if lse is None:
         lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     check_tensor("lse", lse, tuple(query.shape[:-1]), (torch.float32,), pages.device, contiguous_dims=0)
+    if plan is not None and workspace is not None and plan.variant == "inflate":
+        _check_workspace(workspace, plan, layout, query.device)
     if not takes_kernel(query.device):
         results = reference_attention.extend_attention(
             query,

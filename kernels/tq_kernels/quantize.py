@@ -32,7 +32,7 @@ _LARGEST_WIDTH = 128
 """Channels up to which four warps hold the rotation."""
 _MAX_REGISTERS = 128
 _LARGEST_ROWS = 128
-_APPEND_WARPS = 4
+_APPEND_WARPS = 2
 """With these, four programs of four warps share a multiprocessor and hide each other's loads."""
 
 

@@ -9,7 +9,7 @@ import torch
 from tq_kernels import PRESETS, PageLayout, preset, reference_attention
 from tq_kernels._dispatch import is_interpreted
 from tq_kernels.decode_attention import DecodeWorkspace, decode_attention, decode_workspace
-from tq_kernels.decode_plan import Machine, machine_of, plan_decode
+from tq_kernels.decode_plan import Machine, Variant, choose_variant, machine_of, plan_decode
 from tq_kernels.reference import dequantize, quantize
 
 from .attention_cases import FlashRule, Guarded, Pages, far_away, make_pages, seen_tokens
@@ -20,10 +20,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 H100 = Machine(capability=(9, 0), num_processors=132)
 
 
-def _plain_workspace(
-    pages: Pages, num_seqs: int, num_query_heads: int, max_pages: int, rows: int = 1
+def _variants(pages: Pages) -> list[Variant]:
+    """The plain kernel, and the one that this machine prefers for such pages."""
+    preferred = choose_variant(machine_of(pages.packed.device), pages.layout)
+    return ["plain"] if preferred == "plain" else ["plain", preferred]
+
+
+def _workspace(
+    pages: Pages,
+    num_seqs: int,
+    num_query_heads: int,
+    max_pages: int,
+    rows: int = 1,
+    variant: Variant = "plain",
 ) -> DecodeWorkspace:
-    """A poisoned workspace whose plan is the plain kernel's."""
+    """A poisoned workspace whose plan is that of a variant."""
     device = pages.packed.device
     plan = plan_decode(
         pages.layout,
@@ -32,9 +43,9 @@ def _plain_workspace(
         num_query_heads=num_query_heads,
         max_pages=max_pages,
         rows=rows,
-        variant="plain",
+        variant=variant,
     )
-    assert plan.variant == "plain"
+    assert plan.variant == variant
     workspace = decode_workspace(pages.layout, num_seqs, num_query_heads, max_pages, device, rows, plan)
     for tensor in (workspace.prepared, workspace.partial_out, workspace.partial_lse):
         tensor.fill_(torch.nan)
@@ -67,7 +78,7 @@ def _check(
     key_balance: torch.Tensor | None = None,
     softmax_scale: float = 0.125,
 ) -> None:
-    """Run the plain kernel into guarded outputs and hold every sequence to the rule."""
+    """Run every variant into guarded outputs and hold every sequence to the rule."""
     device = query.device
     table = _table(lengths, pages, generator)
     for seq, length in enumerate(lengths):
@@ -87,50 +98,51 @@ def _check(
         arguments["sink_keys"], arguments["sink_values"] = sinks
     numbers = torch.tensor(lengths, dtype=torch.int32, device=device)
     rows = query.shape[1] if query.dim() == 4 else 1
-    out = Guarded(tuple(query.shape), query.dtype, device)
-    lse = Guarded(tuple(query.shape[:-1]), torch.float32, device)
-    result = decode_attention(
-        query,
-        pages.packed,
-        table,
-        numbers,
-        pages.layout,
-        out=out.inner,
-        lse=lse.inner,
-        workspace=_plain_workspace(pages, len(query), query.shape[-2], table.shape[1], rows),
-        **arguments,
-    )
-    assert result[0] is out.inner
-    assert result[1] is lse.inner
-    out.check()
-    lse.check()
     truth = reference_attention.decode_attention(
         query, pages.packed, table, numbers, pages.layout, **arguments
     )
-    rule = FlashRule()
-    for seq, length in enumerate(lengths):
-        last = length - 1 if query_positions is None else query_positions[seq]
-        positions = torch.arange(last - rows + 1, last + 1, device=device)
-        keys, values = pages.tokens(table[seq], length)
-        token_positions = torch.arange(length, device=device)
-        seen = seen_tokens(positions, token_positions, sliding_window) & (token_positions >= num_sinks)
-        if sinks is not None:
-            present = min(num_sinks, last + 1)
-            keys = torch.cat((sinks[0][seq, :present].float(), keys))
-            values = torch.cat((sinks[1][seq, :present].float(), values))
-            sink_positions = torch.arange(present, device=device)
-            seen = torch.cat((seen_tokens(positions, sink_positions, sliding_window), seen), dim=1)
-        rule.add(
-            (result[0][seq].view(rows, -1, query.shape[-1]), result[1][seq].view(rows, -1)),
-            (truth[0][seq].view(rows, -1, query.shape[-1]), truth[1][seq].view(rows, -1)),
-            query[seq].view(rows, -1, query.shape[-1]),
-            keys,
-            values,
-            seen,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
+    for variant in _variants(pages):
+        out = Guarded(tuple(query.shape), query.dtype, device)
+        lse = Guarded(tuple(query.shape[:-1]), torch.float32, device)
+        result = decode_attention(
+            query,
+            pages.packed,
+            table,
+            numbers,
+            pages.layout,
+            out=out.inner,
+            lse=lse.inner,
+            workspace=_workspace(pages, len(query), query.shape[-2], table.shape[1], rows, variant),
+            **arguments,
         )
-    rule.check()
+        assert result[0] is out.inner
+        assert result[1] is lse.inner
+        out.check()
+        lse.check()
+        rule = FlashRule()
+        for seq, length in enumerate(lengths):
+            last = length - 1 if query_positions is None else query_positions[seq]
+            positions = torch.arange(last - rows + 1, last + 1, device=device)
+            keys, values = pages.tokens(table[seq], length)
+            token_positions = torch.arange(length, device=device)
+            seen = seen_tokens(positions, token_positions, sliding_window) & (token_positions >= num_sinks)
+            if sinks is not None:
+                present = min(num_sinks, last + 1)
+                keys = torch.cat((sinks[0][seq, :present].float(), keys))
+                values = torch.cat((sinks[1][seq, :present].float(), values))
+                sink_positions = torch.arange(present, device=device)
+                seen = torch.cat((seen_tokens(positions, sink_positions, sliding_window), seen), dim=1)
+            rule.add(
+                (result[0][seq].view(rows, -1, query.shape[-1]), result[1][seq].view(rows, -1)),
+                (truth[0][seq].view(rows, -1, query.shape[-1]), truth[1][seq].view(rows, -1)),
+                query[seq].view(rows, -1, query.shape[-1]),
+                keys,
+                values,
+                seen,
+                softmax_scale=softmax_scale,
+                softcap=softcap,
+            )
+        rule.check()
 
 
 def _query(
@@ -149,6 +161,19 @@ def test_every_preset_over_ragged_lengths_and_permuted_pages(
     query = _query(len(lengths), 4, 64, generator=generator, device=device)
 
     _check(pages, query, lengths, generator)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("fp8", "raw")])
+@pytest.mark.parametrize(("rows", "sliding_window"), [(1, None), (4, None), (2, 50)])
+def test_pages_of_the_usual_size(
+    name: str, rows: int, sliding_window: int | None, generator: torch.Generator, device: torch.device
+) -> None:
+    """128 tokens by 128 channels, where a Hopper card has a kernel of its own."""
+    lengths = [1, 300, 128]
+    pages = make_pages(name, 6, generator, device, heads=1, head_dim=128, page_tokens=128)
+    query = _query(len(lengths), rows, 4, 128, generator=generator, device=device, dtype=torch.bfloat16)
+
+    _check(pages, query, lengths, generator, sliding_window=sliding_window)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +350,7 @@ def test_one_workspace_serves_fewer_and_longer_sequences(
 ) -> None:
     """Its plan was made for other lengths; it stays right."""
     pages = make_pages("tq4", 16, generator, device)
-    workspace = _plain_workspace(pages, 5, 4, 2)
+    workspace = _workspace(pages, 5, 4, 2)
     query = _query(2, 4, 64, generator=generator, device=device)
     table = _table([130, 40], pages, generator)
     lengths = torch.tensor([130, 40], dtype=torch.int32, device=device)
@@ -360,7 +385,7 @@ def test_pages_beyond_two_to_the_31_bytes(generator: torch.Generator, device: to
     query = _query(1, 4, 64, generator=generator, device=device)
     table = torch.tensor([[2, 0, 1]], dtype=torch.int32, device=device)
     lengths = torch.tensor([40], dtype=torch.int32, device=device)
-    workspace = _plain_workspace(pages, 1, 4, 3)
+    workspace = _workspace(pages, 1, 4, 3)
     near, far = (
         decode_attention(
             query, packed, numbers, lengths, pages.layout, softmax_scale=0.125, workspace=workspace

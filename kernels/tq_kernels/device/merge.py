@@ -102,7 +102,7 @@ def merge_splits(
         o_extra = pair * num_columns + o_c
         b_max = tl.load(p_extra_lse + o_extra, mask=m_c, other=-float("inf"))
         b_sum = tl.where(b_max == -float("inf"), 0.0, 1.0)
-        b_out = tl.load(p_extra + o_extra[:, None] * D + o_d[None, :], mask=m_cd, other=0.0)
+        b_out = tl.load(p_extra + o_extra[:, None] * D + o_d[None, :], mask=m_cd, other=0.0).to(tl.float32)
         b_out = tl.where((b_sum > 0)[:, None], b_out, 0.0)
     for first in range(0, num_splits, S):
         o_s = first + tl.arange(0, S)
