@@ -1,4 +1,4 @@
-"""Compiles the Hopper split kernel for sm_90, without a GPU, and prints what came out: a JSON line a case."""
+"""Compiles the Hopper kernels for sm_90, without a GPU, and prints what came out: a JSON line a case."""
 
 import collections
 import json
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -14,39 +15,76 @@ from triton.compiler import compile as compile_for
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tq_kernels import PageLayout, hopper, preset
+from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
 
-CASES = [("tq4", 128, 128, 1, 4), ("tq3", 64, 64, 1, 7), ("tq2", 128, 64, 1, 4), ("k8v4", 64, 128, 4, 4)]
+SPLITS = [("tq4", 128, 128, 1, 4), ("tq3", 64, 64, 1, 7), ("tq2", 128, 64, 1, 4), ("k8v4", 64, 128, 4, 4)]
+HEAD_DIMS = [64, 128, 256]
 POINTERS = {
-    "p_query": "*fp16",
+    "p_query": "*bf16",
     "p_pages": "*u8",
     "p_table": "*i32",
     "p_lengths": "*i32",
     "p_positions": "*i32",
-    "p_out": "*fp32",
+    "p_given_positions": "*i32",
+    "p_balance": "*fp32",
+    "p_signs": "*fp32",
+    "p_prepared": "*fp16",
+    "p_partial": "*fp32",
+    "p_partial_lse": "*fp32",
+    "p_sink_keys": "*bf16",
+    "p_sink_values": "*bf16",
+    "p_out": "*bf16",
     "p_lse": "*fp32",
 }
-SCALARS = {
-    "table_stride": "i64",
-    "page_stride": "i64",
-    "num_splits": "i32",
-    "num_sinks": "i32",
-    "window": "i32",
-    "cap_log2": "fp32",
-}
-ALIGNED = [*POINTERS, "page_stride"]
+FLOATS = ("cap_log2", "factor", "score_factor")
+STRIDES = ("table_stride", "page_stride")
+COUNTED = ("HMMA", "MOVM", "F2FP", "PRMT", "LDS", "STS", "BAR", "SHFL")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def _report(name: str, head_dim: int, page_tokens: int, rows: int, group: int) -> dict[str, object]:
+def _split(name: str, head_dim: int, page_tokens: int, rows: int, group: int) -> dict[str, object]:
     layout = PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=2, page_tokens=page_tokens)
     padded = max(8, 1 << (rows * group - 1).bit_length())
     fixed = hopper.constants(layout, rows=rows, group=group, padded=padded, window=False, softcap=False)
-    signature = {**POINTERS, **SCALARS, **dict.fromkeys(fixed, "constexpr")}
-    names = list(signature)
-    attributes = {(names.index(each),): [["tt.divisibility", 16]] for each in ALIGNED}
-    options = {"num_warps": 1, "maxnreg": hopper.max_registers(layout, padded)}
-    source = GluonASTSource(attend_split, signature, fixed, attributes)
+    limit = hopper.max_registers(layout, padded)
+    case = f"{name} {head_dim} {page_tokens} {rows}x{group}"
+    types = POINTERS | {"p_query": "*fp16", "p_out": "*fp32"}
+    return _report(case, attend_split, fixed, types, num_warps=1, max_registers=limit)
+
+
+def _columns(head_dim: int) -> list[dict[str, object]]:
+    """Launches before and after the split, with everything optional switched on."""
+    shape = {"GROUP": 4, "COLUMNS": 8, "D": head_dim}
+    before = shape | {"PADDED": 8, "R": 4}
+    after = shape | {"W": 4, "U": 8, "SINKS": 4, "WINDOW": True, "SOFTCAP": True}
+    return [
+        _report(f"prepare {head_dim}", prepare_columns, before, POINTERS, num_warps=4),
+        _report(f"merge {head_dim}", merge_columns, after, POINTERS, num_warps=4),
+    ]
+
+
+def _report(
+    case: str,
+    function: Any,
+    fixed: dict[str, Any],
+    types: dict[str, str],
+    *,
+    num_warps: int,
+    max_registers: int | None = None,
+) -> dict[str, object]:
+    def kind(argument: str) -> str:
+        if argument in fixed:
+            return "constexpr"
+        if argument in FLOATS:
+            return "fp32"
+        return types.get(argument, "i64" if argument in STRIDES else "i32")
+
+    signature = {argument: kind(argument) for argument in function.arg_names}
+    aligned = [name for name, of in signature.items() if of.startswith("*") or name == "page_stride"]
+    attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = GluonASTSource(function, signature, fixed, attributes)
+    options = {"num_warps": num_warps, "maxnreg": max_registers}
     kernel = compile_for(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -56,11 +94,11 @@ def _report(name: str, head_dim: int, page_tokens: int, rows: int, group: int) -
     counts = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", sass))
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", resources)}
     return {
-        "case": f"{name} {head_dim} {page_tokens} {rows}x{group}",
+        "case": case,
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
         "shared_bytes": usage["SHARED"],
-        **{each: counts[each] for each in ("HMMA", "MOVM", "F2FP", "PRMT", "LDS", "STS", "BAR")},
+        **{each: counts[each] for each in COUNTED},
         "LDG.128": len(re.findall(r"LDG\.E\.128", sass)),
     }
 
@@ -71,5 +109,5 @@ def _dump(what: str, path: str) -> str:
 
 
 if __name__ == "__main__":
-    for case in CASES:
-        sys.stdout.write(json.dumps(_report(*case)) + "\n")
+    for report in [*(_split(*case) for case in SPLITS), *(each for d in HEAD_DIMS for each in _columns(d))]:
+        sys.stdout.write(json.dumps(report) + "\n")

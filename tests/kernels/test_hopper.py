@@ -1,4 +1,4 @@
-"""The Hopper split kernel compiles to what its design promises, and serves what it says it serves."""
+"""The Hopper kernels compile to what their design promises, and serve what they say they serve."""
 
 import json
 import os
@@ -47,6 +47,17 @@ def test_the_default_preset_widens_a_word_in_eleven_instructions(compiled: dict[
     assert found["F2FP"] >= 4 * words_a_strip * strips
     assert found["PRMT"] <= 2 * words_a_strip * strips + 24
     assert found["stack_bytes"] <= 32
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_rotation_reads_no_matrix(compiled: dict[str, dict[str, int]], head_dim: int) -> None:
+    """Five exchanges of lanes a channel of a thread and round; the launch before needs nothing else."""
+    before, after = compiled[f"prepare {head_dim}"], compiled[f"merge {head_dim}"]
+
+    assert before["SHFL"] == 2 * 5 * head_dim // 32
+    assert after["SHFL"] >= 2 * 5 * head_dim // 32
+    assert before["HMMA"] == after["HMMA"] == before["shared_bytes"] == 0
+    assert before["stack_bytes"] == after["stack_bytes"] == 0
 
 
 @pytest.mark.parametrize("name", CODED)
