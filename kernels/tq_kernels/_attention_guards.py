@@ -2,12 +2,11 @@
 
 import torch
 
-from tq_kernels._guards import check_pages, check_tensor
+from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import page_shape
 from tq_kernels.decode_plan import MAX_GROUP, MAX_ROWS
 from tq_kernels.layout import PageLayout
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SINKS = 64
 
 

@@ -4,6 +4,9 @@ import torch
 
 from tq_kernels.layout import PageLayout
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""What keys, values and queries may be."""
+
 _PAGE_STRIDE_MULTIPLE = 16
 """Kernels load 16 bytes at once, so every page begins at a multiple of 16 bytes."""
 

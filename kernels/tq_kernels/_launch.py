@@ -5,7 +5,6 @@ from functools import lru_cache
 
 import torch
 
-from tq_kernels import hopper_launch
 from tq_kernels._dispatch import is_interpreted
 from tq_kernels._page_shape import page_shape
 from tq_kernels.decode_plan import DecodePlan
@@ -130,7 +129,10 @@ def launch_split(
     """
     num_seqs, num_kv_heads, padded, _ = prepared.shape
     if plan.variant == "hopper":
+        from tq_kernels import hopper_launch  # Gluon is a part of some Triton releases only
+
         hopper_launch.launch_split(
+            plan,
             prepared=prepared,
             pages=pages,
             block_table=block_table,
@@ -140,7 +142,6 @@ def launch_split(
             partial_lse=partial_lse,
             layout=layout,
             rows=rows,
-            group=plan.columns // rows,
             num_sinks=num_sinks,
             sliding_window=sliding_window,
             softcap=softcap,
@@ -175,7 +176,7 @@ def launch_split(
         PTX=ptx,
         SHAPE=page_shape(layout),
         num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        num_stages=1,
         **({"maxnreg": plan.num_registers} if ptx else {}),
     )
 

@@ -9,7 +9,9 @@ from tq_kernels.spec import KeyCenter
 _SMALLEST_TILE = 64
 """Channels of the smallest tile, so that four groups of four lanes of four words fill it."""
 _LARGEST_HEAD_DIM = 256
-"""Channels up to which the integers of head_dim times the rotation are exact in bfloat16."""
+"""Channels up to which bfloat16 has the integers of head_dim times the rotation; float16 has more of them."""
+_LARGEST_PAGE_TOKENS = 128
+"""Tokens up to which `device/runs.py` can count them in bytes of an integer, the sign left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +45,16 @@ def page_shape(layout: PageLayout) -> PageShape:
     """Compile-time facts of a layout.
 
     Raises:
-        ValueError: page_tokens is not a power of two, which tiles must be, or head_dim is too large.
+        ValueError: page_tokens is not a power of two, which tiles must be, or one of the sizes is too large.
     """
     if layout.head_dim > _LARGEST_HEAD_DIM:
         raise ValueError(f"kernels need head_dim to be at most {_LARGEST_HEAD_DIM}, not {layout.head_dim}")
     if layout.page_tokens & (layout.page_tokens - 1):
         raise ValueError(f"kernels need page_tokens to be a power of two, not {layout.page_tokens}")
+    if layout.page_tokens > _LARGEST_PAGE_TOKENS:
+        raise ValueError(
+            f"kernels need page_tokens to be at most {_LARGEST_PAGE_TOKENS}, not {layout.page_tokens}"
+        )
     used = layout.planes[-1].offset + layout.planes[-1].num_bytes
     key, value = WORD_FORMATS[layout.spec.key], WORD_FORMATS[layout.spec.value]
     return PageShape(

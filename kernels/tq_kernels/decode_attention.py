@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from tq_kernels import reference_attention
-from tq_kernels._attention_guards import FLOATS, check_decode, check_mask, check_sinks
+from tq_kernels._attention_guards import check_decode, check_mask, check_sinks
 from tq_kernels._dispatch import takes_kernel
-from tq_kernels._guards import check_tensor
+from tq_kernels._guards import FLOATS, check_tensor
 from tq_kernels.decode_plan import DecodePlan, machine_of, plan_decode
 from tq_kernels.layout import PageLayout
 
@@ -22,6 +22,7 @@ class DecodeWorkspace:
     """What a decode writes on its way; it may serve any number of decodes that do not overlap.
 
     Args:
+        layout: Of the pages that it is for.
         plan: How the work is cut.
         prepared: ``[num_seqs, num_kv_heads, padded_columns, head_dim]`` float16.
         positions: ``[num_seqs]`` int32.
@@ -29,6 +30,7 @@ class DecodeWorkspace:
         partial_lse: ``[num_seqs, num_kv_heads, num_splits, columns]`` float32.
     """
 
+    layout: PageLayout
     plan: DecodePlan
     prepared: torch.Tensor
     positions: torch.Tensor
@@ -68,6 +70,7 @@ def decode_workspace(
     heads, head_dim = layout.num_kv_heads, layout.head_dim
     partial = (num_seqs, heads, plan.num_splits, plan.columns)
     return DecodeWorkspace(
+        layout=layout,
         plan=plan,
         prepared=torch.empty(
             (num_seqs, heads, plan.padded_columns, head_dim), dtype=torch.float16, device=device
@@ -113,7 +116,7 @@ def decode_attention(
             the end of a sequence.
         lengths: ``[num_seqs]`` int32 tokens to attend to; 0 gives zeros and a log-sum-exp of -inf. The rest
             of the last page may never have been written.
-        layout: Page geometry and codec; page_tokens a power of two, head_dim up to 256.
+        layout: Page geometry and codec; page_tokens a power of two up to 128, head_dim up to 256.
         softmax_scale: Factor on the scores.
         sliding_window: Attend only to the last so many positions up to a row's own, or to all.
         softcap: Scores s become ``softcap * tanh(s / softcap)``, or stay as they are.
@@ -125,7 +128,7 @@ def decode_attention(
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
         out: Written and returned: the query's shape, any of its dtypes, last dimension contiguous.
         lse: Written and returned: float32 of that shape without its last dimension.
-        workspace: From `decode_workspace` for at least as many sequences, and for the same heads and rows.
+        workspace: From `decode_workspace` for this layout, these heads and rows, and no fewer sequences.
 
     Returns:
         Output in the query's dtype, and the natural log-sum-exp of the scores, sinks included, in float32.
@@ -229,6 +232,7 @@ def _launch(
             factor=factor,
         )
         hopper_launch.launch_split(
+            workspace.plan,
             prepared=prepared,
             pages=pages,
             block_table=block_table,
@@ -238,7 +242,6 @@ def _launch(
             partial_lse=partial_lse,
             layout=layout,
             rows=query.shape[1],
-            group=query.shape[2] // layout.num_kv_heads,
             num_sinks=num_sinks,
             sliding_window=sliding_window,
             softcap=softcap,
@@ -305,10 +308,11 @@ def _launch(
 
 def _check_workspace(workspace: DecodeWorkspace, query: torch.Tensor, layout: PageLayout, rows: int) -> None:
     columns = rows * query.shape[-2] // layout.num_kv_heads
-    seqs, *shape = workspace.partial_out.shape
-    wanted = [layout.num_kv_heads, workspace.plan.num_splits, columns, layout.head_dim]
-    if seqs < len(query) or shape != wanted or workspace.partial_out.device != query.device:
+    seqs, device = len(workspace.partial_out), workspace.partial_out.device
+    if workspace.layout != layout or workspace.plan.columns != columns or seqs < len(query):
         raise ValueError(
-            f"the workspace is for {seqs} sequences of {shape} on {workspace.partial_out.device}; needed are "
-            f"{len(query)} of {wanted} on {query.device}"
+            f"the workspace is for {seqs} sequences of {workspace.plan.columns} columns over "
+            f"{workspace.layout}; needed are {len(query)} of {columns} over {layout}"
         )
+    if device != query.device:
+        raise ValueError(f"the workspace is for {device}, the query is on {query.device}")

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from typing import Literal
 
 import torch
@@ -49,8 +48,14 @@ def machine_of(device: torch.device) -> Machine:
     return Machine(
         capability=capability,
         num_processors=properties.multi_processor_count,
-        gluon=hopper.compiles_with(version("triton")),
+        gluon=capability == hopper.CAPABILITY and _gluon_is_known(),
     )
+
+
+def _gluon_is_known() -> bool:
+    import triton  # on a Hopper card it is there
+
+    return hopper.compiles_with(triton.__version__)
 
 
 Variant = Literal["plain", "hopper"]
@@ -68,7 +73,6 @@ class DecodePlan:
         tile_tokens: Tokens that a program holds at once.
         num_splits: Programs over the pages of one sequence, KV head and tile of columns.
         num_warps: Warps of a program.
-        num_stages: Depth of the compiler's load pipeline.
         num_registers: Most registers of a thread.
         merge_columns: Columns of a program that merges splits.
     """
@@ -80,7 +84,6 @@ class DecodePlan:
     tile_tokens: int
     num_splits: int
     num_warps: int
-    num_stages: int
     num_registers: int
     merge_columns: int
 
@@ -104,7 +107,8 @@ def plan_decode(
     pairs = num_seqs * layout.num_kv_heads
     variant = variant or choose_variant(machine, layout)
     if variant == "hopper":
-        tile_columns, tile_tokens, num_warps = hopper.tile_columns(padded), layout.page_tokens, 1
+        tile_columns, num_warps = hopper.columns_of_a_program(padded), 1
+        tile_tokens = hopper.strip_tokens(layout)
         resident = machine.num_processors * hopper.resident_programs(layout, padded)
         num_registers = hopper.max_registers(layout, padded)
     else:
@@ -119,7 +123,6 @@ def plan_decode(
         tile_tokens=tile_tokens,
         num_splits=num_splits(pairs * (padded // tile_columns), resident, max_pages, layout.page_tokens),
         num_warps=num_warps,
-        num_stages=1,
         num_registers=num_registers,
         merge_columns=1 if variant == "hopper" else merge_columns(columns, pairs, machine),
     )

@@ -12,17 +12,13 @@ import torch
 
 from tq_kernels import reference_slots
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted, takes_kernel
-from tq_kernels._guards import check_pages, check_tensor
+from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import PageShape, page_shape
 from tq_kernels.layout import PageLayout
 from tq_kernels.reference import rotation_of
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _PAGES_OF_A_PRODUCT = 4
 """Pages that a program rotates back, so that it reads the rotation once for several pages."""
-_LARGEST_WIDTH = 128
-"""Channels up to which a thread's share of a product leaves room for a limit on registers."""
-_MAX_REGISTERS = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +30,12 @@ class LaunchPlan:
         programs: Programs a KV head and side.
         pages: Pages a program works on, one after the other.
         num_warps: Warps a program.
-        max_registers: Registers a thread, so that enough programs share a multiprocessor; None for no limit.
     """
 
     variant: str
     programs: int
     pages: int
     num_warps: int
-    max_registers: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +54,9 @@ def plan_dequantize(num_pages: int, shape: PageShape, *, rotated: bool) -> Launc
     """The plan for a number of pages; it depends on nothing else that a launch brings."""
     num_warps = 8 if shape.page_tokens * shape.tile_dim > 8192 else 4
     if rotated or not (shape.key_rotated or shape.value_rotated):
-        return LaunchPlan("copy", num_pages, 1, num_warps, None)
+        return LaunchPlan("copy", num_pages, 1, num_warps)
     pages = _PAGES_OF_A_PRODUCT
-    max_registers = _MAX_REGISTERS if shape.tile_dim <= _LARGEST_WIDTH else None
-    return LaunchPlan("product", -(-num_pages // pages), pages, num_warps, max_registers)
+    return LaunchPlan("product", -(-num_pages // pages), pages, num_warps)
 
 
 def dequantize_pages(
@@ -90,20 +83,20 @@ def dequantize_pages(
         value_cache: The same shape and dtype; its strides are its own.
         slot_mapping: ``[n * page_tokens]`` int64, where every token of these pages goes, cache
             page * cache_page_tokens + offset, different for every token, or -1 to skip it.
-        layout: Page geometry and codec; page_tokens a power of two.
+        layout: Page geometry and codec; page_tokens a power of two up to 128.
         key_balance: ``[num_kv_heads, head_dim]`` float32, by which keys that are not left rotated are
             multiplied.
         rotated: Leave keys, centre included, and values in the rotated domain, and keys balanced.
 
     Raises:
-        ValueError: An argument of another shape, dtype or device, or a page size that is no power of two.
+        ValueError: An argument of another shape, dtype or device, or a size that kernels do not serve.
     """
     check_pages(pages, layout)
     device = pages.device
     check_tensor("page_indices", page_indices, (None,), (torch.int32,), device)
     count = page_indices.shape[0]
     cache_shape = (None, None, layout.num_kv_heads, layout.head_dim)
-    check_tensor("key_cache", key_cache, cache_shape, _FLOATS, device)
+    check_tensor("key_cache", key_cache, cache_shape, FLOATS, device)
     check_tensor("value_cache", value_cache, tuple(key_cache.shape), (key_cache.dtype,), device)
     check_tensor("slot_mapping", slot_mapping, (count * layout.page_tokens,), (torch.int64,), device)
     if key_balance is not None:
@@ -172,7 +165,6 @@ def _launch(
         MODE=mode,
         num_warps=plan.num_warps,
         num_stages=1,
-        maxnreg=plan.max_registers,
     )
 
 

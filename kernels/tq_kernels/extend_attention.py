@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from tq_kernels import reference_attention
-from tq_kernels._attention_guards import FLOATS, check_group, check_mask
+from tq_kernels._attention_guards import check_group, check_mask
 from tq_kernels._dispatch import takes_kernel
-from tq_kernels._guards import check_pages, check_tensor
+from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import page_shape
 from tq_kernels.decode_plan import machine_of
 from tq_kernels.extend_plan import WORKSPACE_TOKENS, ExtendPlan, plan_extend
@@ -75,7 +75,7 @@ def extend_attention(
         pages: ``[num_pages, page_bytes]`` uint8.
         block_table: ``[max_pages]`` int32 or int64 page of every run of page_tokens tokens of the prefix.
         prefix_len: Tokens in the prefix.
-        layout: Page geometry and codec; page_tokens a power of two, head_dim up to 256.
+        layout: Page geometry and codec; page_tokens a power of two up to 128, head_dim up to 256.
         softmax_scale: Factor on the scores.
         sliding_window: Attend only to the last so many positions up to the query's own, or to all; sinks have
             positions like all others.
@@ -103,8 +103,10 @@ def extend_attention(
     if lse is None:
         lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     check_tensor("lse", lse, tuple(query.shape[:-1]), (torch.float32,), pages.device, contiguous_dims=0)
-    if plan is not None and workspace is not None and plan.variant == "inflate":
-        _check_workspace(workspace, plan, layout, query.device)
+    if plan is not None:
+        _check_plan(plan, query, layout, masked=sliding_window is not None or softcap is not None)
+        if workspace is not None and plan.variant == "inflate":
+            _check_workspace(workspace, plan, layout, query.device)
     if not takes_kernel(query.device):
         results = reference_attention.extend_attention(
             query,
@@ -304,6 +306,21 @@ def _check(
     num_new, num_raw = len(query), len(keys) - num_sinks
     if not 1 <= num_new <= num_raw:
         raise ValueError(f"{num_new} queries need at least one row and as many raw keys, not {num_raw}")
+
+
+def _check_plan(plan: ExtendPlan, query: torch.Tensor, layout: PageLayout, *, masked: bool) -> None:
+    columns = query.shape[0] * query.shape[1] // layout.num_kv_heads
+    if (
+        plan.columns != columns
+        or layout.page_tokens % plan.tile_tokens
+        or plan.run_tokens % layout.page_tokens
+    ):
+        raise ValueError(
+            f"the plan is for {plan.columns} columns, tiles of {plan.tile_tokens} and runs of "
+            f"{plan.run_tokens} tokens; there are {columns} columns and pages of {layout.page_tokens} tokens"
+        )
+    if plan.variant == "inflate" and masked:
+        raise ValueError("a prefix is not inflated for a sliding window or a soft cap")
 
 
 def _check_workspace(

@@ -24,7 +24,7 @@ def serves(layout: PageLayout) -> bool:
     """Whether the kernel reads such pages: coded values, and sizes whose words fill its fragments."""
     spec, head_dim = layout.spec, layout.head_dim
     power_of_two = head_dim & (head_dim - 1) == 0 and layout.page_tokens & (layout.page_tokens - 1) == 0
-    strips = layout.page_tokens // (_STRIP_ROWS * WORD_FORMATS[spec.value].groups)
+    strips = layout.page_tokens // strip_tokens(layout)
     return (
         spec.key.rotated
         and spec.value in (Code.LM2, Code.LM3, Code.LM4)
@@ -39,8 +39,13 @@ def compiles_with(triton_version: str) -> bool:
     return triton_version.startswith(_GLUON_RELEASES)
 
 
-def tile_columns(padded_columns: int) -> int:
-    """Columns of a program."""
+def strip_tokens(layout: PageLayout) -> int:
+    """Tokens that a program holds at once: those of four rows of value words."""
+    return _STRIP_ROWS * WORD_FORMATS[layout.spec.value].groups
+
+
+def columns_of_a_program(padded_columns: int) -> int:
+    """Columns that share a read of the pages."""
     return min(padded_columns, _BLOCK_COLUMNS)
 
 
@@ -61,7 +66,14 @@ def resident_programs(layout: PageLayout, padded_columns: int) -> int:
 
 
 def constants(
-    layout: PageLayout, *, rows: int, group: int, padded: int, window: bool, softcap: bool
+    layout: PageLayout,
+    *,
+    rows: int,
+    group: int,
+    padded: int,
+    tile_columns: int,
+    window: bool,
+    softcap: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel, thread layouts among them."""
     from triton.experimental.gluon import language as gl
@@ -69,7 +81,6 @@ def constants(
     head_dim, words = layout.head_dim, layout.head_dim // WORD_FORMATS[layout.spec.key].elements
     together = min(4, words // 4)
     """Key words that a thread loads at once."""
-    width = tile_columns(padded)
     return {
         "KEY": int(layout.spec.key),
         "VALUE": int(layout.spec.value),
@@ -78,8 +89,8 @@ def constants(
         "SECTION": layout.section_bytes,
         "COLUMNS": rows * group,
         "PADDED": padded,
-        "N": width,
-        "BLOCKS": -(-padded // width),
+        "N": tile_columns,
+        "BLOCKS": padded // tile_columns,
         "ROWS": rows,
         "GROUP": group,
         "K_WORDS": _offset(layout, "key_words"),

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from tq_kernels import hopper
+from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
 from tq_kernels.layout import PageLayout
@@ -58,6 +59,7 @@ def launch_prepare(
 
 
 def launch_split(
+    plan: DecodePlan,
     *,
     prepared: torch.Tensor,
     pages: torch.Tensor,
@@ -68,7 +70,6 @@ def launch_split(
     partial_lse: torch.Tensor,
     layout: PageLayout,
     rows: int,
-    group: int,
     num_sinks: int,
     sliding_window: int | None,
     softcap: float | None,
@@ -76,17 +77,17 @@ def launch_split(
     early: bool,
 ) -> None:
     """Attend every split of every sequence and KV head; see `decode_attention` for the tensors."""
-    num_seqs, _, padded, _ = prepared.shape
-    num_splits = partial_lse.shape[2]
+    num_seqs = len(prepared)
     fixed = hopper.constants(
         layout,
         rows=rows,
-        group=group,
-        padded=padded,
+        group=plan.columns // rows,
+        padded=plan.padded_columns,
+        tile_columns=plan.tile_columns,
         window=sliding_window is not None,
         softcap=softcap is not None,
     )
-    attend_split[(num_splits, layout.num_kv_heads * fixed["BLOCKS"], num_seqs)](
+    attend_split[(plan.num_splits, layout.num_kv_heads * fixed["BLOCKS"], num_seqs)](
         p_query=prepared,
         p_pages=pages,
         p_table=block_table,
@@ -96,14 +97,14 @@ def launch_split(
         p_lse=partial_lse,
         table_stride=block_table.stride(0),
         page_stride=pages.stride(0),
-        num_splits=num_splits,
+        num_splits=plan.num_splits,
         num_sinks=num_sinks,
         window=sliding_window or 0,
         cap_log2=cap_log2,
         **fixed,
-        num_warps=1,
+        num_warps=plan.num_warps,
         launch_pdl=early,
-        maxnreg=hopper.max_registers(layout, padded),
+        maxnreg=plan.num_registers,
     )
 
 

@@ -12,13 +12,12 @@ import torch
 
 from tq_kernels import reference_slots
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted, takes_kernel
-from tq_kernels._guards import check_pages, check_tensor
+from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import PageShape, page_shape
 from tq_kernels.layout import PageLayout
 from tq_kernels.reference import rotation_of
 from tq_kernels.spec import Rotation
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_APPEND = 512
 """Tokens up to which every token has a program to itself: decode batches, and chunks too short to matter."""
 _SMALLEST_ROWS = 16
@@ -31,9 +30,9 @@ _LARGEST_TILE = 8192
 _LARGEST_WIDTH = 128
 """Channels up to which four warps hold the rotation."""
 _MAX_REGISTERS = 128
-_LARGEST_ROWS = 128
-_APPEND_WARPS = 2
 """With these, four programs of four warps share a multiprocessor and hide each other's loads."""
+_APPEND_WARPS = 2
+"""The fastest of those that were timed; `benchmarks/NOTES.md` has the times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class LaunchPlan:
         window: Tokens in a window, each of which may lead a run.
         rows: Tokens of a page that are rotated and packed at once.
         num_warps: Warps a program.
-        max_registers: Registers a thread, so that enough programs share a multiprocessor; None for no limit.
+        max_registers: Registers a thread on NVIDIA, so that more programs share a multiprocessor, or None.
     """
 
     variant: str
@@ -87,7 +86,7 @@ def plan_quantize(num_tokens: int, shape: PageShape, *, wide: bool = False) -> L
         return LaunchPlan(
             "append", num_tokens, 1, 1, _SMALLEST_ROWS, 8 if is_broad else _APPEND_WARPS, max_registers
         )
-    rows = _SMALLEST_ROWS if wide and is_broad else min(shape.page_tokens, _LARGEST_ROWS)
+    rows = _SMALLEST_ROWS if wide and is_broad else shape.page_tokens
     window = min(_WINDOW, shape.page_tokens)
     return LaunchPlan(
         variant="pages",
@@ -127,18 +126,18 @@ def quantize_slots(
         slot_mapping: ``[num_tokens]`` int64 or int32: page * page_tokens + offset, different for every token,
             or -1 to skip the token.
         pages: ``[num_pages, page_bytes]`` uint8.
-        layout: Page geometry and codec; page_tokens a power of two.
+        layout: Page geometry and codec; page_tokens a power of two up to 128.
         seed_pages: ``[num_tokens]`` int32 page whose centre a page opened by this token takes, or -1. The
             launch must not open that page itself.
         key_balance: ``[num_kv_heads, head_dim]`` float32, by which keys are divided before anything else.
 
     Raises:
-        ValueError: An argument of another shape, dtype or device, or a page size that is no power of two.
+        ValueError: An argument of another shape, dtype or device, or a size that kernels do not serve.
     """
     check_pages(pages, layout)
     num_tokens = keys.shape[0]
     shape_of_tokens = (num_tokens, layout.num_kv_heads, layout.head_dim)
-    check_tensor("keys", keys, shape_of_tokens, _FLOATS, pages.device)
+    check_tensor("keys", keys, shape_of_tokens, FLOATS, pages.device)
     check_tensor("values", values, shape_of_tokens, (keys.dtype,), pages.device)
     check_tensor("slot_mapping", slot_mapping, (num_tokens,), (torch.int64, torch.int32), pages.device)
     if seed_pages is not None:
@@ -161,9 +160,9 @@ def quantize_slots(
             keys, values, slot_mapping, pages, layout, seed_pages=seed_pages, key_balance=key_balance
         )
         return
-    _launch(
-        plan_quantize(num_tokens, shape), keys, values, slot_mapping, pages, layout, seed_pages, key_balance
-    )
+    wide = keys.dtype is torch.float32 or key_balance is not None
+    plan = plan_quantize(num_tokens, shape, wide=wide)
+    _launch(plan, keys, values, slot_mapping, pages, layout, seed_pages, key_balance)
 
 
 def _launch(
@@ -178,6 +177,7 @@ def _launch(
 ) -> None:
     from tq_kernels.device.quantize import quantize_runs
 
+    ptx = has_nvidia_assembly(pages.device)
     key_parts, value_parts, rotation_dtype = _parts(keys.dtype, key_balance is not None)
     mode = Mode(
         rows=plan.rows,
@@ -187,7 +187,7 @@ def _launch(
         balanced=key_balance is not None,
         key_parts=key_parts,
         value_parts=value_parts,
-        ptx=has_nvidia_assembly(pages.device),
+        ptx=ptx,
     )
     quantize_runs[(layout.num_kv_heads, plan.programs)](
         p_keys=keys,
@@ -207,7 +207,7 @@ def _launch(
         MODE=mode,
         num_warps=plan.num_warps,
         num_stages=1,
-        maxnreg=plan.max_registers,
+        **({"maxnreg": plan.max_registers} if ptx else {}),
     )
 
 

@@ -17,7 +17,7 @@ from tq_kernels.spec import Code, KeyCenter
 
 _ITEM_DTYPES = {2: torch.int16, 4: torch.int32}
 _E4M3_MAX = 448.0
-_FP16_MAX = 65504.0
+FP16_MAX = 65504.0
 _SMALLEST_NORM = 1e-30
 """Vectors shorter than this count as zeros; its reciprocal must be far from infinity."""
 
@@ -48,13 +48,13 @@ def quantize(
     if layout.spec.key.rotated:
         key = key @ rotation_of(layout, keys.device).T
     if layout.spec.key_center is KeyCenter.PAGE:
-        center = key.mean(dim=2).clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)
-        _view(pages, layout, "key_center")[..., 0, :] = center.view(torch.int16)
+        center = key.mean(dim=2).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+        plane_view(pages, layout, "key_center")[..., 0, :] = center.view(torch.int16)
         key = key - center.float()[:, :, None]
     if layout.spec.value.rotated:
         value = value @ rotation_of(layout, keys.device).T
-    _write_side(pages, layout, "key", *_indices(key, layout.spec.key))
-    _write_side(pages, layout, "value", *_indices(value, layout.spec.value))
+    _write_side(pages, layout, "key", *nearest_indices(key, layout.spec.key))
+    _write_side(pages, layout, "value", *nearest_indices(value, layout.spec.value))
     return pages
 
 
@@ -103,9 +103,9 @@ def read_side(pages: torch.Tensor, layout: PageLayout, side: str) -> tuple[torch
         ``[num_pages, num_kv_heads, page_tokens]`` float32, or None for a code without scales.
     """
     code = layout.spec.key if side == "key" else layout.spec.value
-    words, signs = _view(pages, layout, f"{side}_words"), None
+    words, signs = plane_view(pages, layout, f"{side}_words"), None
     if layout.plane(f"{side}_signs"):
-        signs = _view(pages, layout, f"{side}_signs")
+        signs = plane_view(pages, layout, f"{side}_signs")
     if side == "value":
         words, signs = words.transpose(-1, -2), None if signs is None else signs.transpose(-1, -2)
     indices = unpack(words, signs, code)
@@ -114,14 +114,14 @@ def read_side(pages: torch.Tensor, layout: PageLayout, side: str) -> tuple[torch
         levels = levels.transpose(-1, -2)
     if not code.rotated:
         return levels, None
-    return levels, _view(pages, layout, f"{side}_scales")[..., 0, :].view(torch.float16).float()
+    return levels, plane_view(pages, layout, f"{side}_scales")[..., 0, :].view(torch.float16).float()
 
 
 def read_key_center(pages: torch.Tensor, layout: PageLayout) -> torch.Tensor | None:
     """Rotated key centres ``[num_pages, num_kv_heads, head_dim]`` float32, or None where there are none."""
     if layout.spec.key_center is KeyCenter.NONE:
         return None
-    return _view(pages, layout, "key_center")[..., 0, :].view(torch.float16).float()
+    return plane_view(pages, layout, "key_center")[..., 0, :].view(torch.float16).float()
 
 
 @lru_cache(maxsize=32)
@@ -144,7 +144,7 @@ def level_table(code: Code, device: torch.device) -> torch.Tensor:
     return torch.cat((positive, -positive)).to(device)
 
 
-def _indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor | None]:
+def nearest_indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Nearest indices of ``[..., head_dim]`` float32, and norm-corrected fp16 scales ``[...]`` or None."""
     if code is Code.BF16:
         return vectors.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF, None
@@ -160,7 +160,7 @@ def _indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Ten
         indices = magnitude | (torch.signbit(unit).to(torch.int32) << (code.bits - 1))
     levels = level_table(code, vectors.device).index_select(0, indices.flatten()).view(indices.shape)
     length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
-    scales = (norm / length).clamp_max(_FP16_MAX)
+    scales = (norm / length).clamp_max(FP16_MAX)
     return indices, scales.squeeze(-1).to(torch.float16)
 
 
@@ -179,14 +179,14 @@ def _write_side(
     words, signs = pack(indices, code)
     if side == "value":
         words, signs = words.transpose(-1, -2), None if signs is None else signs.transpose(-1, -2)
-    _view(pages, layout, f"{side}_words").copy_(words)
+    plane_view(pages, layout, f"{side}_words").copy_(words)
     if signs is not None:
-        _view(pages, layout, f"{side}_signs").copy_(signs)
+        plane_view(pages, layout, f"{side}_signs").copy_(signs)
     if scales is not None:
-        _view(pages, layout, f"{side}_scales")[..., 0, :] = scales.view(torch.int16)
+        plane_view(pages, layout, f"{side}_scales")[..., 0, :] = scales.view(torch.int16)
 
 
-def _view(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tensor:
+def plane_view(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tensor:
     """A plane of all pages and heads, in place: ``[num_pages, num_kv_heads, rows, columns]``."""
     plane = layout.plane(name)
     if plane is None:

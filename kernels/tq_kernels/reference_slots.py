@@ -9,9 +9,9 @@ import torch
 from tq_kernels.layout import PageLayout
 from tq_kernels.packing import pack, unpack
 from tq_kernels.reference import (
-    _FP16_MAX,
-    _indices,
-    _view,
+    FP16_MAX,
+    nearest_indices,
+    plane_view,
     read_key_center,
     read_side,
     rotation_of,
@@ -51,8 +51,8 @@ def quantize_slots(
         center = read_key_center(page, layout)
         if center is not None:
             key = key - center[:, :, None]
-        _write_tokens(page, layout, "key", offsets, *_indices(key, layout.spec.key))
-        _write_tokens(page, layout, "value", offsets, *_indices(value, layout.spec.value))
+        _write_tokens(page, layout, "key", offsets, *nearest_indices(key, layout.spec.key))
+        _write_tokens(page, layout, "value", offsets, *nearest_indices(value, layout.spec.value))
 
 
 def dequantize_pages(
@@ -90,10 +90,10 @@ def _open_page(page: torch.Tensor, layout: PageLayout, keys: torch.Tensor, seed:
     sections[:, last.offset + last.num_bytes :] = 0
     if layout.spec.key_center is KeyCenter.NONE:
         return
-    center = keys.mean(dim=2).clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16).view(torch.int16)
+    center = keys.mean(dim=2).clamp(-FP16_MAX, FP16_MAX).to(torch.float16).view(torch.int16)
     if seed is not None and keys.shape[2] < layout.page_tokens:
-        center = _view(seed, layout, "key_center")[..., 0, :]
-    _view(page, layout, "key_center")[..., 0, :] = center
+        center = plane_view(seed, layout, "key_center")[..., 0, :]
+    plane_view(page, layout, "key_center")[..., 0, :] = center
 
 
 def _write_tokens(
@@ -107,7 +107,7 @@ def _write_tokens(
     """Indices ``[1, num_kv_heads, run, head_dim]`` among those of other tokens: no bit is in two tokens."""
     code = layout.spec.key if side == "key" else layout.spec.value
     names = [f"{side}_words", f"{side}_signs"] if layout.plane(f"{side}_signs") else [f"{side}_words"]
-    planes = [_view(page, layout, name) for name in names]
+    planes = [plane_view(page, layout, name) for name in names]
     if side == "value":
         planes = [plane.transpose(-1, -2) for plane in planes]
     held = unpack(planes[0], planes[1] if len(planes) > 1 else None, code)
@@ -119,7 +119,7 @@ def _write_tokens(
     if signs is not None:
         planes[1].copy_(signs)
     if scales is not None:
-        _view(page, layout, f"{side}_scales")[..., 0, offsets] = scales.view(torch.int16)
+        plane_view(page, layout, f"{side}_scales")[..., 0, offsets] = scales.view(torch.int16)
 
 
 def _vectors(pages: torch.Tensor, layout: PageLayout, side: str, code: Code) -> torch.Tensor:

@@ -56,7 +56,7 @@ def make_pages(
     *,
     heads: int = 2,
     head_dim: int = 64,
-    page_tokens: int = 16,
+    page_tokens: int = 32,
     key_balance: torch.Tensor | None = None,
 ) -> Pages:
     """Pages of random tokens whose keys have something in common."""

@@ -46,7 +46,15 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 def _split(name: str, head_dim: int, page_tokens: int, rows: int, group: int) -> dict[str, object]:
     layout = PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=2, page_tokens=page_tokens)
     padded = max(8, 1 << (rows * group - 1).bit_length())
-    fixed = hopper.constants(layout, rows=rows, group=group, padded=padded, window=False, softcap=False)
+    fixed = hopper.constants(
+        layout,
+        rows=rows,
+        group=group,
+        padded=padded,
+        tile_columns=hopper.columns_of_a_program(padded),
+        window=False,
+        softcap=False,
+    )
     limit = hopper.max_registers(layout, padded)
     case = f"{name} {head_dim} {page_tokens} {rows}x{group}"
     types = POINTERS | {"p_query": "*fp16", "p_out": "*fp32"}

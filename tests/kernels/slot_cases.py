@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tq_kernels import KeyCenter, PageLayout, preset
-from tq_kernels.reference import _view, rotation_of
+from tq_kernels.reference import plane_view, rotation_of
 
 POISON = 0xA5
 """What fills every byte that nobody may touch."""
@@ -77,7 +77,7 @@ def exact_tokens(
     shifts = torch.randint(-1, 2, (num_pages, heads, head_dim), generator=generator).float()
     if layout.spec.key_center is not KeyCenter.NONE:
         centers = (shifts @ rotation_of(layout, CPU).T).to(torch.float16)
-        _view(pages, layout, "key_center")[..., 0, :] = centers.view(torch.int16)
+        plane_view(pages, layout, "key_center")[..., 0, :] = centers.view(torch.int16)
     keys, values = (_signs(len(slots), layout, generator) for _ in range(2))
     by_page: dict[int, list[int]] = {}
     for token, slot in enumerate(slots):

@@ -169,6 +169,8 @@ def test_pages_of_the_usual_size(
     name: str, rows: int, sliding_window: int | None, generator: torch.Generator, device: torch.device
 ) -> None:
     """128 tokens by 128 channels, where a Hopper card has a kernel of its own."""
+    if machine_of(device).gluon:
+        assert "hopper" in _variants(make_pages(name, 1, generator, device, head_dim=128, page_tokens=128))
     lengths = [1, 300, 128]
     pages = make_pages(name, 6, generator, device, heads=1, head_dim=128, page_tokens=128)
     query = _query(len(lengths), rows, 4, 128, generator=generator, device=device, dtype=torch.bfloat16)
@@ -555,9 +557,21 @@ def test_pages_that_are_no_power_of_two_are_refused() -> None:
         decode_attention(**(_arguments() | {"layout": layout, "pages": pages}))
 
 
-@pytest.mark.parametrize(("num_seqs", "num_query_heads", "rows"), [(2, 4, 1), (3, 6, 1), (3, 4, 2)])
-def test_a_workspace_for_something_else_is_refused(num_seqs: int, num_query_heads: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("num_seqs", "num_query_heads", "rows", "change"),
+    [
+        (2, 4, 1, {}),
+        (3, 6, 1, {}),
+        (3, 4, 2, {}),
+        (3, 4, 1, {"page_tokens": 64}),
+        (3, 4, 1, {"spec": preset("fp8")}),
+    ],
+)
+def test_a_workspace_for_something_else_is_refused(
+    num_seqs: int, num_query_heads: int, rows: int, change: dict[str, Any]
+) -> None:
     arguments = _arguments()
-    workspace = decode_workspace(arguments["layout"], num_seqs, num_query_heads, 2, torch.device("cpu"), rows)
+    layout = dataclasses.replace(arguments["layout"], **change)
+    workspace = decode_workspace(layout, num_seqs, num_query_heads, 2, torch.device("cpu"), rows)
     with pytest.raises(ValueError, match="the workspace is for"):
         decode_attention(**arguments, workspace=workspace)

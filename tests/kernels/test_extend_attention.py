@@ -256,6 +256,7 @@ def test_a_workspace_serves_again_and_keeps_its_bound(
 
     assert workspace.keys.shape[1] == 32
     for prefix_len in (100, 20):
+        pages = make_pages("tq4", 8, generator, device)
         _check(pages, query, prefix_len, 8, "inflate", generator, workspace=workspace, workspace_tokens=32)
 
 
@@ -428,6 +429,18 @@ def _arguments() -> dict[str, Any]:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extend_attention(**(_arguments() | changes))
+
+
+def test_a_plan_for_something_else_is_refused() -> None:
+    arguments = _arguments()
+    layout = arguments["layout"]
+    plan = plan_extend(layout, H100, num_new=3, num_query_heads=4, prefix_len=20, variant="inflate")
+    with pytest.raises(ValueError, match="the plan is for 12 columns"):
+        extend_attention(**arguments, plan=dataclasses.replace(plan, columns=12))
+    with pytest.raises(ValueError, match="tiles of 48"):
+        extend_attention(**arguments, plan=dataclasses.replace(plan, tile_tokens=48))
+    with pytest.raises(ValueError, match="not inflated for a sliding window"):
+        extend_attention(**arguments, plan=plan, sliding_window=5)
 
 
 def test_a_workspace_that_is_too_small_is_refused() -> None:

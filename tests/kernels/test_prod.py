@@ -20,7 +20,7 @@ from tq_kernels.prod import (
     quantize_prod,
     sketch_matrix,
 )
-from tq_kernels.reference import _indices, level_table
+from tq_kernels.reference import level_table, nearest_indices
 from tq_kernels.rotation import rotation_matrix
 from tq_kernels.spec import Code
 
@@ -52,7 +52,7 @@ def _pairs(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _norm_corrected(vectors: torch.Tensor, code: Code, seed: int) -> torch.Tensor:
     rotation = rotation_matrix(HEAD_DIM, seed)
-    indices, scales = _indices(vectors @ rotation.T, code)
+    indices, scales = nearest_indices(vectors @ rotation.T, code)
     return level_table(code, torch.device("cpu"))[indices] * scales.float()[:, None] @ rotation
 
 

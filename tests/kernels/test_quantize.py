@@ -9,8 +9,9 @@ import torch
 from tq_kernels import PRESETS, CodecSpec, KeyCenter, PageLayout, quantize, reference, reference_slots
 from tq_kernels._page_shape import page_shape
 from tq_kernels.codebook import LEVELS, TARGETS, midpoints
-from tq_kernels.quantize import plan_quantize, quantize_slots
-from tq_kernels.reference import _view, read_key_center, read_side, rotation_of
+from tq_kernels.device import quantize as device_quantize
+from tq_kernels.quantize import LaunchPlan, plan_quantize, quantize_slots
+from tq_kernels.reference import plane_view, read_key_center, read_side, rotation_of
 from tq_kernels.spec import Code
 
 from .slot_cases import CPU, ExactTokens, GuardedPages, exact_tokens, guarded, layout_of
@@ -76,7 +77,7 @@ def _assert_same(result: GuardedPages, expected: torch.Tensor, layout: PageLayou
     found, expected = result.pages.cpu().clone(), expected.clone()
     for side, code in (("key", layout.spec.key), ("value", layout.spec.value)):
         if code is Code.E4M3_SCALED:
-            scales = [_view(pages, layout, f"{side}_scales") for pages in (found, expected)]
+            scales = [plane_view(pages, layout, f"{side}_scales") for pages in (found, expected)]
             assert (scales[0].int() - scales[1].int()).abs().max() <= SCALE_ULPS
             for view in scales:
                 view.zero_()
@@ -446,6 +447,81 @@ def test_plans_depend_on_the_number_of_tokens_and_the_shape_alone() -> None:
     assert [plan_quantize(4096, wide, wide=is_wide).rows for is_wide in (False, True)] == [128, 16]
 
 
+def _launched_plan(
+    layout: PageLayout, dtype: torch.dtype, device: torch.device, patch: pytest.MonkeyPatch, *, balanced: bool
+) -> LaunchPlan:
+    """The plan with which many tokens to skip are launched."""
+    plans: list[LaunchPlan] = []
+    patch.setattr(quantize, "takes_kernel", lambda _: True)
+    patch.setattr(quantize, "_launch", lambda plan, *_: plans.append(plan))
+    shape = (layout.num_kv_heads, layout.head_dim)
+    tokens = torch.zeros(SMALLEST_PAGES_LAUNCH, *shape, dtype=dtype, device=device)
+    slots = torch.full((SMALLEST_PAGES_LAUNCH,), -1, device=device)
+    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device)
+    balance = torch.ones(shape, device=device) if balanced else None
+    quantize_slots(tokens, tokens, slots, pages, layout, key_balance=balance)
+    return plans[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "balanced", "wide"),
+    [
+        (torch.bfloat16, False, False),
+        (torch.float16, False, False),
+        (torch.float32, False, True),
+        (torch.bfloat16, True, True),
+    ],
+)
+def test_float32_rows_are_launched_with_the_plan_of_wide_rows(
+    dtype: torch.dtype, balanced: bool, wide: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for head_dim, rows in ((128, 64), (256, 16 if wide else 64)):
+        layout = layout_of("tq4", head_dim, 1, 64)
+        plan = _launched_plan(layout, dtype, device, monkeypatch, balanced=balanced)
+
+        assert plan == plan_quantize(SMALLEST_PAGES_LAUNCH, page_shape(layout), wide=wide)
+        assert plan.rows == rows
+        assert plan.max_registers == (None if wide or head_dim == 256 else 128)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_wide_rows_of_a_broad_page_give_the_bytes_of_the_reference(
+    balanced: bool, generator: torch.Generator, device: torch.device
+) -> None:
+    """Pages of several tiles, each of which is rotated for the centre and again to be written."""
+    layout = layout_of("tq4", 256, 1, 64)
+    slots = [*range(64), *range(100, 103), *range(128, 150)]
+    exact = exact_tokens(layout, slots, 3, generator)
+    balance = torch.exp2(torch.randint(-3, 4, (1, 256), generator=generator).float()) if balanced else None
+    keys = exact.keys if balance is None else exact.keys * balance
+    shape = page_shape(layout)
+    assert plan_quantize(SMALLEST_PAGES_LAUNCH, shape, wide=True).rows < layout.page_tokens
+    result = _launch("pages", keys, exact.values, slots, exact.pages, layout, device, key_balance=balance)
+    _assert_same(result, _reference(exact, slots, layout), layout)
+
+
+@pytest.mark.parametrize("ptx", [False, True])
+def test_only_nvidia_is_given_a_limit_on_registers(
+    ptx: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {}
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            return options.update
+
+    monkeypatch.setattr(quantize, "takes_kernel", lambda _: True)
+    monkeypatch.setattr(quantize, "has_nvidia_assembly", lambda _: ptx)
+    monkeypatch.setattr(device_quantize, "quantize_runs", Kernel())
+    layout = layout_of("tq4")
+    tokens = torch.zeros(1, 2, 64, dtype=torch.bfloat16, device=device)
+    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device)
+    quantize_slots(tokens, tokens, torch.zeros(1, dtype=torch.int64, device=device), pages, layout)
+
+    assert options["MODE"].ptx == ptx
+    assert options.get("maxnreg", "not given") == (128 if ptx else "not given")
+
+
 def test_a_cpu_without_the_interpreter_takes_the_reference(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +572,7 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: 
     ("name", "head_dim", "page_tokens", "message"),
     [
         ("tq4", 64, 48, "kernels need page_tokens to be a power of two, not 48"),
+        ("tq4", 64, 256, "kernels need page_tokens to be at most 128, not 256"),
         ("raw", 272, 16, "kernels need head_dim to be at most 256, not 272"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from tq_kernels import PRESETS, KeyCenter, PageLayout, reference
 from tq_kernels.packing import unpack
-from tq_kernels.reference import _view, read_key_center
+from tq_kernels.reference import plane_view, read_key_center
 from tq_kernels.reference_slots import dequantize_pages, quantize_slots
 
 from .slot_cases import layout_of
@@ -23,8 +23,8 @@ def _tokens(
 def _random_pages(layout: PageLayout, num_pages: int, generator: torch.Generator) -> torch.Tensor:
     pages = torch.randint(256, (num_pages, layout.page_bytes), dtype=torch.uint8, generator=generator)
     if layout.spec.key_center is not KeyCenter.NONE:
-        center = torch.randn(_view(pages, layout, "key_center").shape, generator=generator)
-        _view(pages, layout, "key_center").copy_(center.half().view(torch.int16))
+        center = torch.randn(plane_view(pages, layout, "key_center").shape, generator=generator)
+        plane_view(pages, layout, "key_center").copy_(center.half().view(torch.int16))
     return pages
 
 
@@ -32,15 +32,15 @@ def _token_bits(page: torch.Tensor, layout: PageLayout) -> list[torch.Tensor]:
     """Everything that belongs to tokens, one row a token."""
     bits = []
     for side, code in (("key", layout.spec.key), ("value", layout.spec.value)):
-        words, signs = _view(page, layout, f"{side}_words"), None
+        words, signs = plane_view(page, layout, f"{side}_words"), None
         if layout.plane(f"{side}_signs"):
-            signs = _view(page, layout, f"{side}_signs")
+            signs = plane_view(page, layout, f"{side}_signs")
         if side == "value":
             words, signs = words.transpose(-1, -2), None if signs is None else signs.transpose(-1, -2)
         indices = unpack(words, signs, code)[0]
         bits.append((indices if side == "key" else indices.transpose(-1, -2)).transpose(0, 1).flatten(1))
         if code.rotated:
-            bits.append(_view(page, layout, f"{side}_scales")[0, :, 0].transpose(0, 1))
+            bits.append(plane_view(page, layout, f"{side}_scales")[0, :, 0].transpose(0, 1))
     return bits
 
 

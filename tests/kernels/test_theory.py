@@ -8,7 +8,7 @@ import torch
 
 from tq_kernels import PRESETS, Code, CodecSpec, KeyCenter, PageLayout, preset
 from tq_kernels.codebook import TARGETS, distortion, e4m3_levels
-from tq_kernels.reference import _indices, dequantize, level_table, quantize
+from tq_kernels.reference import dequantize, level_table, nearest_indices, quantize
 from tq_kernels.spec import DEFAULT_ROTATION_SEED
 
 from .hard_inputs import HARD_INPUTS, hard_input
@@ -82,7 +82,7 @@ def test_scalar_quantizer_is_the_gaussian_table(code: Code, generator: torch.Gen
     """Plain indices and levels of coordinates at unit scale, without norm correction."""
     # so long a vector has the length sqrt(d) up to 0.1 %: normalising changes nothing
     coordinates = torch.randn(4, 500_000, generator=generator)
-    indices, _ = _indices(coordinates, code)
+    indices, _ = nearest_indices(coordinates, code)
     restored = level_table(code, torch.device("cpu"))[indices] / TARGETS[code]
 
     relative = (coordinates - restored).flatten() ** 2 / distortion(positive_levels(code), TARGETS[code])

@@ -68,11 +68,11 @@ def prepare_columns(
     # pages too are complete from here on, so that the next launch may read them before it waits for this one
     wait_for_launch_before()
     let_next_begin()
-    i_head = gl.program_id(1)
+    i_head = gl.program_id(1).to(gl.int64)
     i_seq = gl.program_id(2).to(gl.int64)
     o_c = gl.program_id(0) * R + gl.arange(0, R, layout=gl.SliceLayout(1, L))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, L))
-    row = o_c // GROUP * query_row_stride + (i_head * GROUP + o_c % GROUP) * query_head_stride
+    row = (o_c // GROUP).to(gl.int64) * query_row_stride + (i_head * GROUP + o_c % GROUP) * query_head_stride
     p_q = p_query + i_seq * query_seq_stride + gl.expand_dims(row, 1) + gl.expand_dims(o_d, 0)
     x = gl.load(p_q, mask=gl.expand_dims(o_c < COLUMNS, 1), other=0.0).to(gl.float32)
     if p_balance is not None:
@@ -135,9 +135,9 @@ def merge_columns(
     L_ROW: gl.constexpr = gl.BlockedLayout([1, VEC], [1, 32], [1, W], [1, 0])
     L: gl.constexpr = gl.SliceLayout(0, L_ROW)
     column = gl.program_id(0)
-    i_head = gl.program_id(1)
+    i_head = gl.program_id(1).to(gl.int64)
     i_seq = gl.program_id(2).to(gl.int64)
-    i_row = column // GROUP
+    i_row = (column // GROUP).to(gl.int64)
     i_query_head = i_head * GROUP + column % GROUP
     o_d = gl.arange(0, D, layout=L)
     o_split = gl.arange(0, W * U, layout=gl.SliceLayout(1, L_SPLITS))
@@ -184,7 +184,8 @@ def merge_columns(
     for i_sink in gl.static_range(SINKS):
         # raw token i_sink of the sequence
         position = gl.load(p_positions + i_seq) - (COLUMNS // GROUP - 1) + i_row
-        o_sink = i_seq * sink_seq_stride + i_sink * sink_token_stride + i_head * sink_head_stride
+        o_sink = i_seq * sink_seq_stride + i_head * sink_head_stride
+        o_sink += gl.to_tensor(i_sink).to(gl.int64) * sink_token_stride
         p_q = p_query + i_seq * query_seq_stride + i_row * query_row_stride + i_query_head * query_head_stride
         b_key = gl.load(p_sink_keys + o_sink + o_d).to(gl.float32)
         score = gl.sum(gl.load(p_q + o_d).to(gl.float32) * b_key, axis=0) * score_factor

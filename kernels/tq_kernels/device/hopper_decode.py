@@ -256,7 +256,8 @@ def attend_split(
                         p_ahead, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
                     )
 
-    b_total = gl.sum(b_sum, axis=0)
+    # a value of zero may weigh more than floats reach, as nothing moves the reference for it
+    b_total = gl.minimum(gl.sum(b_sum, axis=0), 3.0e38)
     m_any = b_total > 0
     b_lse = gl.where(m_any, b_reference + log2(b_total), -float("inf"))
     b_out = b_out / gl.expand_dims(gl.where(m_any, b_total, 1.0), 0)

@@ -1,7 +1,8 @@
 """Device functions that find runs: the tokens that one launch brings to one page.
 
 Tokens of a page stand within page_tokens positions of each other, so whoever looks that far behind a token
-knows whether it leads its run, and whoever looks that far ahead knows all of the run.
+knows whether it leads its run, and whoever looks that far ahead knows all of the run. A page has at most 128
+tokens, as `_page_shape.py` makes sure: counts of them are bytes.
 """
 
 import triton

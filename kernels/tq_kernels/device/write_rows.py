@@ -6,7 +6,7 @@ Words are read once, levels are multiplied by scales, and rows are written: memo
 import triton
 import triton.language as tl
 
-from tq_kernels.device.levels import group_levels
+from tq_kernels.device.levels import group_levels, spread_signs
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def interleaved(x0, x1, x2, x3):
 
 @triton.jit
 def key_words(p_section, SHAPE: tl.constexpr):
-    """Words and sign words ``[page_tokens, words]`` as int32."""
+    """Words and, spread, sign words ``[page_tokens, words]``, int32."""
     WORDS: tl.constexpr = SHAPE.head_dim // (4 * SHAPE.key_groups)
     o_word = tl.arange(0, SHAPE.tile_dim // (4 * SHAPE.key_groups))[None, :]
     offsets = tl.arange(0, SHAPE.page_tokens)[:, None] * WORDS + o_word
@@ -50,13 +50,13 @@ def key_words(p_section, SHAPE: tl.constexpr):
     signs = words
     if SHAPE.key_code == 3:
         p_signs = (p_section + SHAPE.key_signs).to(tl.pointer_type(tl.uint16))
-        signs = tl.load(p_signs + offsets, mask=mask, other=0).to(tl.int32)
+        signs = spread_signs(tl.load(p_signs + offsets, mask=mask, other=0))
     return words, signs
 
 
 @triton.jit
 def value_words(p_section, SHAPE: tl.constexpr):
-    """Words and sign words ``[words, tile_dim]`` as int32."""
+    """Words and, spread, sign words ``[words, tile_dim]``, int32."""
     o_channel = tl.arange(0, SHAPE.tile_dim)[None, :]
     o_word = tl.arange(0, SHAPE.page_tokens // (4 * SHAPE.value_groups))
     offsets = o_word[:, None] * SHAPE.head_dim + o_channel
@@ -67,7 +67,7 @@ def value_words(p_section, SHAPE: tl.constexpr):
     signs = words
     if SHAPE.value_code == 3:
         p_signs = (p_section + SHAPE.value_signs).to(tl.pointer_type(tl.uint16))
-        signs = tl.load(p_signs + offsets, mask=mask, other=0).to(tl.int32)
+        signs = spread_signs(tl.load(p_signs + offsets, mask=mask, other=0))
     return words, signs
 
 
