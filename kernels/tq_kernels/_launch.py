@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from tq_kernels._dispatch import is_interpreted
+from tq_kernels._dispatch import has_nvidia_assembly
 from tq_kernels._page_shape import page_shape
 from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.device.decode import attend_split
@@ -39,11 +39,6 @@ def score_factor(softmax_scale: float, softcap: float | None) -> float:
 def cap_log2(softcap: float | None) -> float:
     """What tanh is multiplied by, in base 2."""
     return (softcap or 0.0) * LOG2_E
-
-
-def has_ptx(device: torch.device) -> bool:
-    """Whether kernels on the device may use NVIDIA's instructions."""
-    return device.type == "cuda" and torch.version.cuda is not None and not is_interpreted()
 
 
 def channels_at_once(layout: PageLayout) -> int:
@@ -149,7 +144,7 @@ def launch_split(
             early=False,
         )
         return
-    ptx = has_ptx(pages.device)
+    ptx = has_nvidia_assembly(pages.device)
     attend_split[(plan.num_splits, num_kv_heads * (padded // plan.tile_columns), num_seqs)](
         p_query=prepared,
         p_pages=pages,

@@ -2,8 +2,8 @@
 
 import torch
 
-from tq_kernels._dispatch import is_interpreted
-from tq_kernels._launch import cap_log2, channels_at_once, has_ptx, score_factor, whole_rotation
+from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted
+from tq_kernels._launch import cap_log2, channels_at_once, score_factor, whole_rotation
 from tq_kernels._page_shape import page_shape
 from tq_kernels.device.extend import attend_prefix, attend_raw
 from tq_kernels.extend_plan import ExtendPlan
@@ -51,7 +51,7 @@ def launch_prefix(
         N=plan.tile_tokens,
         WINDOW=sliding_window is not None,
         SOFTCAP=softcap is not None,
-        PTX=has_ptx(pages.device),
+        PTX=has_nvidia_assembly(pages.device),
         SHAPE=page_shape(layout),
         num_warps=plan.num_warps,
         num_stages=1,

@@ -20,6 +20,8 @@ _SPLIT_TOKENS = 256
 """What starting and ending a split costs, in tokens that could have been read instead."""
 _GOOD_ENOUGH = 1.03
 """Of the numbers of splits that come this close to the best, the smallest leaves least to merge."""
+_PLAIN_OCCUPANCY = {4: (3, 168), 8: (1, 255)}
+"""Plain programs of so many warps on a multiprocessor of 64k registers, and registers of a thread."""
 _PROCESSORS_WITHOUT_A_GPU = 4
 
 
@@ -113,8 +115,8 @@ def plan_decode(
         num_registers = hopper.max_registers(layout, padded)
     else:
         tile_columns, tile_tokens, num_warps = _tile(layout, padded)
-        resident = machine.num_processors * (3 if num_warps == 4 else 1)
-        num_registers = 168 if num_warps == 4 else 255
+        programs, num_registers = _PLAIN_OCCUPANCY[num_warps]
+        resident = machine.num_processors * programs
     return DecodePlan(
         variant=variant,
         columns=columns,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from tq_kernels.device.decode import capped
+from tq_kernels.device.write_rows import rounded
 
 
 @triton.jit
@@ -13,18 +14,6 @@ def _sink_values(p_sink_values, o_sink, o_n, m_s, m_n, m_seen, b_weight):
     b_values = tl.load(p_v, mask=m_s[:, None] & m_n[None, :], other=0.0).to(tl.float32)
     b_values = tl.where(m_seen[:, :, None], b_values[None, :, :], 0.0)
     return tl.sum(b_values * b_weight[:, :, None], axis=1)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """To nearest in the dtype; Triton's interpreter would truncate to bfloat16."""
-    if tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
-        rounded = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        rounded = x.to(DTYPE)
-    return rounded
 
 
 @triton.jit
@@ -171,7 +160,7 @@ def merge_splits(
                 b_back += _sink_values(
                     p_sink_values, o_sink, o_n, m_s, m_n, m_seen, b_weight * b_norm[:, None]
                 )
-            b_back = _rounded(b_back, p_out.dtype.element_ty)
+            b_back = rounded(b_back, p_out.dtype.element_ty, False)
             tl.store(p_o + o_n[None, :], b_back, mask=m_c[:, None] & m_n[None, :])
     else:
-        tl.store(p_o + o_d[None, :], _rounded(b_out, p_out.dtype.element_ty), mask=m_cd)
+        tl.store(p_o + o_d[None, :], rounded(b_out, p_out.dtype.element_ty, False), mask=m_cd)
