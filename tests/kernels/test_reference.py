@@ -7,7 +7,14 @@ import torch
 
 from tq_kernels import PRESETS, Code, CodecSpec, KeyCenter, PageLayout, preset, reference
 from tq_kernels.codebook import LEVELS, midpoints
-from tq_kernels.reference import _indices, dequantize, level_table, quantize, read_key_center, read_side
+from tq_kernels.reference import (
+    dequantize,
+    level_table,
+    nearest_indices,
+    quantize,
+    read_key_center,
+    read_side,
+)
 
 from . import page_document
 from .prediction import norm_corrected_distortion
@@ -139,7 +146,7 @@ def test_zeros_come_back_as_zeros(name: str, generator: torch.Generator) -> None
 
 @pytest.mark.parametrize("code", ROTATED_CODES)
 def test_zero_vectors_have_index_and_scale_zero(code: Code) -> None:
-    indices, scales = _indices(torch.zeros(2, 64), code)
+    indices, scales = nearest_indices(torch.zeros(2, 64), code)
 
     assert scales is not None
     assert not indices.any()
@@ -256,14 +263,14 @@ def test_a_magnitude_on_a_boundary_takes_the_upper_level(code: Code, monkeypatch
     """Equal coordinates are all normalised to the target, exactly: make the boundary the target."""
     for rank, edge in enumerate(midpoints(LEVELS[code]), 1):
         monkeypatch.setitem(reference.TARGETS, code, edge)
-        indices, _ = _indices(torch.ones(1, 64), code)
+        indices, _ = nearest_indices(torch.ones(1, 64), code)
         assert indices.unique().tolist() == [rank]
 
 
 @pytest.mark.parametrize("code", [Code.LM2, Code.LM3, Code.LM4])
 def test_every_coordinate_takes_its_nearest_level(code: Code, generator: torch.Generator) -> None:
     vectors = torch.randn(256, 128, generator=generator)
-    indices, scales = _indices(vectors, code)
+    indices, scales = nearest_indices(vectors, code)
     assert scales is not None
     target = {2: 26.4923, 3: 24.0839, 4: 17.4784}[code]
     unit = vectors * (target * 128**0.5 / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True))
