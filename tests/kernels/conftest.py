@@ -1,13 +1,9 @@
 """One thread, a seeded generator and a device for every test of the kernels."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels then run on the CPU
 
 
 @pytest.fixture(autouse=True, scope="module")
