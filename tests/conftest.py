@@ -1,4 +1,4 @@
-"""Before anything imports Triton: without a GPU, kernels run in its interpreter in every test of a session."""
+"""Before anything imports Triton: without a GPU, kernels run in its interpreter in a whole test session."""
 
 import os
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tq_kernels import PRESETS, PageLayout, hopper, preset
+from tq_kernels.layout import WORD_FORMATS
 
 CODED = [name for name in PRESETS if name not in ("fp8", "raw")]
 COMPILE = Path(__file__).parent / "compile_hopper.py"
@@ -58,6 +59,21 @@ def test_a_rotation_reads_no_matrix(compiled: dict[str, dict[str, int]], head_di
     assert after["SHFL"] >= 2 * 5 * head_dim // 32
     assert before["HMMA"] == after["HMMA"] == before["shared_bytes"] == 0
     assert before["stack_bytes"] == after["stack_bytes"] == 0
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_warp_loads_every_word_of_a_strip_once(name: str, head_dim: int) -> None:
+    layout = _layout(name, head_dim)
+    fixed = hopper.constants(layout, rows=1, group=4, padded=8, tile_columns=8, window=False, softcap=False)
+    words = head_dim // WORD_FORMATS[layout.spec.key].elements
+    for found, shape in ((fixed["L_KEYS"], [16, words]), (fixed["L_VALUES"], [4, head_dim])):
+        bases = [*found.reg_bases, *found.lane_bases]
+        reached = {(0, 0)}
+        for row, column in bases:
+            reached |= {(r ^ row, c ^ column) for r, c in reached}
+        assert list(found.shape) == shape
+        assert len(reached) == 1 << len(bases) == shape[0] * shape[1]
 
 
 @pytest.mark.parametrize("name", CODED)
