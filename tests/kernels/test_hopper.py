@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tq_kernels import PRESETS, PageLayout, hopper, preset
+from tq_kernels.decode_plan import Machine, plan_decode
 from tq_kernels.layout import WORD_FORMATS
 
 CODED = [name for name in PRESETS if name not in ("fp8", "raw")]
@@ -96,3 +97,26 @@ def test_coded_pages_of_powers_of_two_are_served(name: str, head_dim: int, page_
 )
 def test_other_pages_take_the_plain_kernel(name: str, head_dim: int, page_tokens: int) -> None:
     assert not hopper.serves(_layout(name, head_dim, page_tokens))
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "programs"),
+    [("tq4", 128, 12), ("tq3", 128, 8), ("k8v4", 128, 8), ("tq4", 64, 16), ("tq3", 64, 12), ("tq4", 256, 8)],
+)
+def test_a_plan_fills_one_wave_of_warps(name: str, head_dim: int, programs: int) -> None:
+    """Splits for 32 sequences of 8,192 tokens; what is resident follows from registers."""
+    layout = _layout(name, head_dim)
+    machine = Machine(capability=(9, 0), num_processors=132, gluon=True)
+    plan = plan_decode(layout, machine, num_seqs=128, num_query_heads=8, max_pages=64)
+
+    assert plan.variant == "hopper"
+    assert hopper.resident_programs(layout, plan.padded_columns) == programs
+    assert plan.num_splits == 132 * programs // (128 * 2)
+    assert plan.num_warps == 1
+
+
+def test_releases_of_triton_that_no_card_has_run_take_the_plain_kernel() -> None:
+    assert hopper.compiles_with("3.6.0")
+    assert not hopper.compiles_with("3.9.0")
+    machine = Machine(capability=(9, 0), num_processors=132, gluon=False)
+    assert plan_decode(_layout("tq4"), machine, num_seqs=1, num_query_heads=8, max_pages=1).variant == "plain"
