@@ -5,6 +5,7 @@ head; a split of a sequence attends with all columns of a KV head at once, so th
 pages; splits and raw sinks are merged and the output is rotated back, once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -217,20 +218,23 @@ def _launch(
     num_seqs = len(query)
     prepared, positions = workspace.prepared[:num_seqs], workspace.positions[:num_seqs]
     partial_out, partial_lse = workspace.partial_out[:num_seqs], workspace.partial_lse[:num_seqs]
-    factor = plain.score_factor(softmax_scale, softcap)
-    if workspace.plan.variant == "hopper":
-        from tq_kernels import hopper_launch
+    is_hopper = workspace.plan.variant == "hopper"
+    launch_prepare: Callable[..., None] = plain.launch_prepare
+    if is_hopper:
+        from tq_kernels import hopper_launch  # Gluon is a part of some Triton releases only
 
-        hopper_launch.launch_prepare(
-            query=query,
-            lengths=lengths,
-            query_positions=query_positions,
-            key_balance=key_balance,
-            prepared=prepared,
-            positions=positions,
-            layout=layout,
-            factor=factor,
-        )
+        launch_prepare = hopper_launch.launch_prepare
+    launch_prepare(
+        query=query,
+        lengths=lengths,
+        query_positions=query_positions,
+        key_balance=key_balance,
+        prepared=prepared,
+        positions=positions,
+        layout=layout,
+        factor=plain.score_factor(softmax_scale, softcap),
+    )
+    if is_hopper:
         hopper_launch.launch_split(
             workspace.plan,
             prepared=prepared,
@@ -263,16 +267,6 @@ def _launch(
             softcap=softcap,
         )
         return
-    plain.launch_prepare(
-        query=query,
-        lengths=lengths,
-        query_positions=query_positions,
-        key_balance=key_balance,
-        prepared=prepared,
-        positions=positions,
-        layout=layout,
-        factor=factor,
-    )
     plain.launch_split(
         workspace.plan,
         prepared=prepared,
