@@ -12,6 +12,7 @@ from tq_store.errors import (
     NotABlock,
     UnsupportedVersion,
 )
+from tq_store.results import largest_namespaces
 from tq_store.rpc.convert import ServerStats, TierCopy
 from tq_store.settings import format_size
 
@@ -23,6 +24,7 @@ _CHECKS: dict[type[BlockFormatError], str] = {
     InvalidHeader: "header",
     IdentityMismatch: "identity",
 }
+_MAX_NAMESPACES = 10
 _CODEC_FIELDS = (
     "codec_id",
     "packing_id",
@@ -82,6 +84,25 @@ def _describe_copy(copy: TierCopy) -> str:
     return f"{copy.tier}: here, {copy.block_bytes} bytes, {verdict}"
 
 
+def _describe_shards(stats: ServerStats) -> Iterator[str]:
+    if stats.shards:
+        yield ""
+        yield f"{'shard of':<10}{'state':>8}{'failed calls':>14}{'lost keys':>12}  where"
+    for tier, shards in stats.shards.items():
+        for shard in shards:
+            state = "open" if shard.is_open else "closed"
+            yield f"{tier:<10}{state:>8}{shard.failed_calls:>14}{shard.lost_keys:>12}  {shard.name}"
+
+
+def _describe_namespaces(stats: ServerStats) -> Iterator[str]:
+    if any(tier.namespaces for tier in stats.tiers.values()):
+        yield ""
+        yield f"{'largest in':<10}{'blocks':>12}{'used':>14}  namespace"
+    for name, tier in stats.tiers.items():
+        for namespace, usage in largest_namespaces(tier, _MAX_NAMESPACES):
+            yield f"{name:<10}{usage.num_blocks:>12}{format_size(usage.used_bytes):>14}  {namespace}"
+
+
 def describe_stats(stats: ServerStats) -> Iterator[str]:
     """Lines of a table of tiers, then of what was counted."""
     yield f"tq-store {stats.version}, up {stats.uptime_s:.0f} s"
@@ -91,6 +112,8 @@ def describe_stats(stats: ServerStats) -> Iterator[str]:
         budget = "-" if tier.budget_bytes is None else format_size(tier.budget_bytes)
         used = format_size(tier.used_bytes)
         yield f"{name:<10}{tier.num_blocks:>12}{used:>14}{budget:>14}{tier.evicted_blocks:>12}"
+    yield from _describe_shards(stats)
+    yield from _describe_namespaces(stats)
     yield ""
     for name, value in stats.counters.items():
         yield f"{name:<24}{value:>12}"

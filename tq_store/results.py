@@ -1,6 +1,7 @@
 """What storing answers: what became of a put, and what a medium holds."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -18,6 +19,36 @@ class PutOutcome(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceUsage:
+    """What one namespace takes up in a medium.
+
+    Args:
+        num_blocks: Its blocks.
+        used_bytes: Bytes of those blocks, headers included.
+    """
+
+    num_blocks: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStats:
+    """How one server of a medium that has several, or one, has behaved since the medium was opened.
+
+    Args:
+        name: Where it is.
+        is_open: Whether its circuit breaker is open: it failed too often and is left alone.
+        failed_calls: Calls that it did not answer, or refused to.
+        lost_keys: Keys that were misses, and blocks that were refused, because it failed or was left alone.
+    """
+
+    name: str
+    is_open: bool
+    failed_calls: int
+    lost_keys: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackendStats:
     """What a medium holds at this moment.
 
@@ -26,9 +57,18 @@ class BackendStats:
         used_bytes: Bytes of those blocks, headers included.
         budget_bytes: The limit it keeps, or None where the medium keeps its own.
         evicted_blocks: Blocks dropped to make room since it was opened.
+        namespaces: What each namespace takes up, by its digest in hex, where the medium keeps count; a count
+            may be some minutes old.
     """
 
     num_blocks: int
     used_bytes: int
     budget_bytes: int | None
     evicted_blocks: int
+    namespaces: Mapping[str, NamespaceUsage] = field(default_factory=dict)
+
+
+def largest_namespaces(stats: BackendStats, count: int) -> list[tuple[str, NamespaceUsage]]:
+    """The namespaces that take up most, the largest first."""
+    by_size = sorted(stats.namespaces.items(), key=lambda item: item[1].used_bytes, reverse=True)
+    return by_size[:count]

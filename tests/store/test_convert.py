@@ -15,7 +15,7 @@ from tq_store.errors import (
     RpcUnavailable,
     TQStoreError,
 )
-from tq_store.results import BackendStats, PutOutcome
+from tq_store.results import BackendStats, NamespaceUsage, PutOutcome, ShardStats
 from tq_store.rpc import convert
 from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.status import error_of, status_of
@@ -52,6 +52,19 @@ def test_stats_keep_the_order_of_tiers_and_tell_no_budget_from_zero(budget_bytes
     parsed = convert.parse_stats(convert.pack_stats(stats))
     assert parsed == stats
     assert list(parsed.tiers) == ["memory", "disk"]
+
+
+def test_stats_carry_shards_and_the_largest_namespaces() -> None:
+    usage = {f"{number:064x}": NamespaceUsage(num_blocks=number, used_bytes=number) for number in range(300)}
+    tier = BackendStats(num_blocks=1, used_bytes=2, budget_bytes=None, evicted_blocks=3, namespaces=usage)
+    shards = [ShardStats(name="host:1", is_open=True, failed_calls=3, lost_keys=9)]
+    stats = convert.ServerStats(
+        version="1", uptime_s=1.5, tiers={"redis": tier}, counters={}, shards={"redis": shards}
+    )
+    parsed = convert.parse_stats(convert.pack_stats(stats))
+    assert parsed.shards == stats.shards
+    kept = {f"{number:064x}": usage[f"{number:064x}"] for number in range(44, 300)}
+    assert parsed.tiers["redis"].namespaces == kept
 
 
 def test_a_header_is_not_taken_for_longer_than_it_is() -> None:

@@ -3,7 +3,7 @@ from store.sample_blocks import sample_block
 
 from tq_store.block import HEADER_LAYOUT, verify_block
 from tq_store.describe import describe_block, describe_copies, describe_header, describe_stats
-from tq_store.results import BackendStats
+from tq_store.results import BackendStats, NamespaceUsage, ShardStats
 from tq_store.rpc.convert import ServerStats, TierCopy
 
 KEY, BLOCK = sample_block(5)
@@ -80,9 +80,21 @@ def test_copies_are_told_by_tier() -> None:
 
 def test_stats_are_a_table() -> None:
     memory = BackendStats(num_blocks=2, used_bytes=3 << 20, budget_bytes=1 << 30, evicted_blocks=4)
-    redis = BackendStats(num_blocks=5, used_bytes=6, budget_bytes=None, evicted_blocks=0)
+    usage = {
+        "ab": NamespaceUsage(num_blocks=1, used_bytes=2),
+        "cd": NamespaceUsage(num_blocks=4, used_bytes=4),
+    }
+    redis = BackendStats(num_blocks=5, used_bytes=6, budget_bytes=None, evicted_blocks=0, namespaces=usage)
+    shards = [
+        ShardStats(name="h:1", is_open=True, failed_calls=3, lost_keys=8),
+        ShardStats(name="h:2", is_open=False, failed_calls=0, lost_keys=0),
+    ]
     stats = ServerStats(
-        version="1.0", uptime_s=61.6, tiers={"memory": memory, "redis": redis}, counters={"misses": 7}
+        version="1.0",
+        uptime_s=61.6,
+        tiers={"memory": memory, "redis": redis},
+        counters={"misses": 7},
+        shards={"redis": shards},
     )
     lines = [line.split() for line in describe_stats(stats)]
     assert lines == [
@@ -91,6 +103,14 @@ def test_stats_are_a_table() -> None:
         ["tier", "blocks", "used", "budget", "evicted"],
         ["memory", "2", "3", "MiB", "1", "GiB", "4"],
         ["redis", "5", "6", "B", "-", "0"],
+        [],
+        ["shard", "of", "state", "failed", "calls", "lost", "keys", "where"],
+        ["redis", "open", "3", "8", "h:1"],
+        ["redis", "closed", "0", "0", "h:2"],
+        [],
+        ["largest", "in", "blocks", "used", "namespace"],
+        ["redis", "4", "4", "B", "cd"],
+        ["redis", "1", "2", "B", "ab"],
         [],
         ["misses", "7"],
     ]

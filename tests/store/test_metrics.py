@@ -12,7 +12,7 @@ from store.sample_blocks import keys_of, sample_block, sample_blocks, sample_key
 
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError, RpcError
-from tq_store.results import BackendStats
+from tq_store.results import BackendStats, NamespaceUsage, ShardStats
 from tq_store.rpc.convert import METHODS, ServerStats
 from tq_store.server import metrics as metrics_module
 from tq_store.server.app import Server
@@ -70,8 +70,8 @@ def test_each_name_carries_our_prefix_and_its_unit(server: Server) -> None:
     text = urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode()
     names = {family.name for family in text_string_to_metric_families(text)}
     names = {name for name in names if not name.endswith("_created")}
-    assert len(names) == 12
-    known = re.compile(r"tq_store_\w*(bytes|seconds|blocks|requests|events|info)")
+    assert len(names) == 17
+    known = re.compile(r"tq_store_\w*(bytes|seconds|blocks|requests|events|info|open|calls|keys)")
     assert [name for name in names if not known.fullmatch(name)] == []
 
 
@@ -87,6 +87,43 @@ def test_a_tier_without_a_budget_shows_none() -> None:
         return [sample.name for family in families for sample in family.samples]
 
     assert "tq_store_tier_budget_bytes" not in asyncio.run(collect())
+
+
+def test_shards_and_namespaces_are_shown_and_the_labels_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics_module, "_MAX_NAMESPACES", 1)
+    usage = {
+        "aa": NamespaceUsage(num_blocks=1, used_bytes=9),
+        "bb": NamespaceUsage(num_blocks=3, used_bytes=20),
+    }
+    usage["cc"] = NamespaceUsage(num_blocks=2, used_bytes=5)
+    tier = BackendStats(num_blocks=6, used_bytes=34, budget_bytes=None, evicted_blocks=0, namespaces=usage)
+    shards = [ShardStats(name="h:1", is_open=True, failed_calls=3, lost_keys=7)]
+
+    async def read_stats() -> ServerStats:
+        return ServerStats(
+            version="1", uptime_s=1, tiers={"redis": tier}, counters={}, shards={"redis": shards}
+        )
+
+    async def collect() -> dict[tuple[str, ...], float]:
+        collector = StoreCollector(read_stats, asyncio.get_running_loop())
+        families = await asyncio.to_thread(lambda: list(collector.collect()))
+        return {
+            (sample.name.removeprefix("tq_store_"), *sample.labels.values()): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    samples = asyncio.run(collect())
+    assert samples["namespace_blocks", "redis", "bb"] == 3
+    assert samples["namespace_used_bytes", "redis", "bb"] == 20
+    assert samples["namespace_blocks", "redis", "other"] == 3
+    assert samples["namespace_used_bytes", "redis", "other"] == 14
+    assert not [labels for labels in samples if "aa" in labels or "cc" in labels]
+    assert samples["shard_open", "redis", "h:1"] == 1
+    assert samples["shard_failed_calls_total", "redis", "h:1"] == 3
+    assert samples["shard_lost_keys_total", "redis", "h:1"] == 7
 
 
 def test_a_store_that_does_not_answer_does_not_hide_the_rest(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from tq_store.keys import BlockKey
-from tq_store.results import BackendStats, PutOutcome
+from tq_store.results import BackendStats, PutOutcome, ShardStats
 
 
 @runtime_checkable
@@ -46,3 +46,11 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Release everything; later calls raise BackendUnavailable, a second close does nothing."""
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A backend made of servers that fail one by one."""
+
+    def shards(self) -> list[ShardStats]:
+        """How each server has behaved; known without asking any."""

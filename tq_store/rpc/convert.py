@@ -5,20 +5,21 @@ ValueError for what breaks the contract. Frames, which carry the payload, are in
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from tq_store.block import HEADER_BYTES
 from tq_store.keys import BLOCK_KEY_BYTES, DIGEST_BYTES, BlockKey
-from tq_store.results import BackendStats, PutOutcome
+from tq_store.results import BackendStats, NamespaceUsage, PutOutcome, ShardStats, largest_namespaces
 from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["BlockStore"]
 SERVICE_NAME: str = _SERVICE.full_name
 METHODS = frozenset(method.name for method in _SERVICE.methods)
+_MAX_NAMESPACES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +29,14 @@ class ServerStats:
     Args:
         tiers: By name, from the fastest to the slowest.
         counters: Events since the start, by the names that the store gives them.
+        shards: By tier name, the servers of those tiers that are made of servers.
     """
 
     version: str
     uptime_s: float
     tiers: Mapping[str, BackendStats]
     counters: Mapping[str, int]
+    shards: Mapping[str, Sequence[ShardStats]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,11 +166,34 @@ def pack_stats(stats: ServerStats) -> bytes:
             used_bytes=tier.used_bytes,
             budget_bytes=tier.budget_bytes,
             evicted_blocks=tier.evicted_blocks,
+            namespaces=[
+                pb.NamespaceUsage(
+                    namespace=bytes.fromhex(digest),
+                    num_blocks=usage.num_blocks,
+                    used_bytes=usage.used_bytes,
+                )
+                for digest, usage in largest_namespaces(tier, _MAX_NAMESPACES)
+            ],
         )
         for name, tier in stats.tiers.items()
     ]
+    shards = [
+        pb.ShardStats(
+            tier=name,
+            name=shard.name,
+            is_open=shard.is_open,
+            failed_calls=shard.failed_calls,
+            lost_keys=shard.lost_keys,
+        )
+        for name, tier_shards in stats.shards.items()
+        for shard in tier_shards
+    ]
     return pb.StatsResponse(
-        tiers=tiers, counters=stats.counters, version=stats.version, uptime_s=stats.uptime_s
+        tiers=tiers,
+        counters=stats.counters,
+        version=stats.version,
+        uptime_s=stats.uptime_s,
+        shards=shards,
     ).SerializeToString()
 
 
@@ -180,11 +206,29 @@ def parse_stats(raw: bytes) -> ServerStats:
             used_bytes=tier.used_bytes,
             budget_bytes=tier.budget_bytes if tier.HasField("budget_bytes") else None,
             evicted_blocks=tier.evicted_blocks,
+            namespaces={
+                usage.namespace.hex(): NamespaceUsage(
+                    num_blocks=usage.num_blocks, used_bytes=usage.used_bytes
+                )
+                for usage in tier.namespaces
+            },
         )
         for tier in message.tiers
     }
+    shards: dict[str, list[ShardStats]] = {}
+    for shard in message.shards:
+        shards.setdefault(shard.tier, []).append(
+            ShardStats(
+                name=shard.name,
+                is_open=shard.is_open,
+                failed_calls=shard.failed_calls,
+                lost_keys=shard.lost_keys,
+            )
+        )
     counters = dict(sorted(message.counters.items()))
-    return ServerStats(version=message.version, uptime_s=message.uptime_s, tiers=tiers, counters=counters)
+    return ServerStats(
+        version=message.version, uptime_s=message.uptime_s, tiers=tiers, counters=counters, shards=shards
+    )
 
 
 def pack_inspect(key: BlockKey) -> bytes:

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tq_store.errors import ConfigError
+from tq_store.results import NamespaceUsage, largest_namespaces
 from tq_store.rpc.convert import ServerStats
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ _SECONDS_BUCKETS = (
     120.0,
 )
 _SCRAPE_TIMEOUT_S = 2.0
+_MAX_NAMESPACES = 32
+OTHER_NAMESPACES = "other"
+"""Label of all namespaces of a tier but the largest."""
 
 COUNTERS = {
     "requests": ("tq_store_requests_total", "Calls by method and gRPC status.", ("method", "status")),
@@ -53,6 +57,17 @@ STORE_GAUGES = {
 }
 STORE_COUNTERS = {
     "evicted_blocks": ("tq_store_tier_evicted_blocks_total", "Blocks that a tier dropped to make room."),
+}
+NAMESPACE_GAUGES = {
+    "num_blocks": ("tq_store_namespace_blocks", "Blocks of a namespace in a tier, as last counted."),
+    "used_bytes": ("tq_store_namespace_used_bytes", "Bytes of those blocks."),
+}
+SHARD_GAUGES = {
+    "is_open": ("tq_store_shard_open", "1 while a server of a tier is left alone because it failed."),
+}
+SHARD_COUNTERS = {
+    "failed_calls": ("tq_store_shard_failed_calls_total", "Calls that a server of a tier did not answer."),
+    "lost_keys": ("tq_store_shard_lost_keys_total", "Misses and refused blocks for want of that server."),
 }
 STORE_EVENTS = ("tq_store_events_total", "Events counted by the store, by name.", ("event",))
 BUILD_INFO = ("tq_store_build_info", "Always 1; the label says which version runs.", ("version",))
@@ -135,6 +150,12 @@ def _families(stats: ServerStats) -> Iterator[Metric]:
         yield _tier_family(GaugeMetricFamily(name, text, labels=("tier",)), attribute, stats)
     for attribute, (name, text) in STORE_COUNTERS.items():
         yield _tier_family(CounterMetricFamily(name, text, labels=("tier",)), attribute, stats)
+    for attribute, (name, text) in NAMESPACE_GAUGES.items():
+        yield _namespace_family(GaugeMetricFamily(name, text, labels=("tier", "namespace")), attribute, stats)
+    for attribute, (name, text) in SHARD_GAUGES.items():
+        yield _shard_family(GaugeMetricFamily(name, text, labels=("tier", "shard")), attribute, stats)
+    for attribute, (name, text) in SHARD_COUNTERS.items():
+        yield _shard_family(CounterMetricFamily(name, text, labels=("tier", "shard")), attribute, stats)
     build = GaugeMetricFamily(BUILD_INFO[0], BUILD_INFO[1], labels=BUILD_INFO[2])
     build.add_metric((stats.version,), 1)
     yield build
@@ -147,6 +168,28 @@ def _tier_family(
         value = getattr(tier_stats, attribute)
         if value is not None:
             family.add_metric((tier,), value)
+    return family
+
+
+def _namespace_family(family: GaugeMetricFamily, attribute: str, stats: ServerStats) -> Metric:
+    for tier, tier_stats in stats.tiers.items():
+        shown = dict(largest_namespaces(tier_stats, _MAX_NAMESPACES))
+        for namespace, usage in shown.items():
+            family.add_metric((tier, namespace), getattr(usage, attribute))
+        hidden: list[NamespaceUsage] = [
+            usage for namespace, usage in tier_stats.namespaces.items() if namespace not in shown
+        ]
+        if hidden:
+            family.add_metric((tier, OTHER_NAMESPACES), sum(getattr(usage, attribute) for usage in hidden))
+    return family
+
+
+def _shard_family(
+    family: GaugeMetricFamily | CounterMetricFamily, attribute: str, stats: ServerStats
+) -> Metric:
+    for tier, shards in stats.shards.items():
+        for shard in shards:
+            family.add_metric((tier, shard.name), getattr(shard, attribute))
     return family
 
 

@@ -86,6 +86,7 @@ class BlockStoreService:
             uptime_s=time.monotonic() - self._started,
             tiers=stats.tiers,
             counters=stats.counters,
+            shards=stats.shards,
         )
 
     def _gated(self, name: str, method: Method) -> Callable[[Any, Context], Awaitable[Any]]:

@@ -4,13 +4,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tq_store.backends.base import Backend
 from tq_store.errors import BackendError, ConfigError
 from tq_store.keys import DIGEST_BYTES, BlockKey
-from tq_store.results import BackendStats, PutOutcome
+from tq_store.results import BackendStats, PutOutcome, ShardStats
 from tq_store.tiering.tier import Tier, check_all
 
 _T = TypeVar("_T")
@@ -27,10 +27,12 @@ class StoreStats:
             version or with features that only newer servers know), ``dropped_writes`` (lower tiers: queue
             full, tier failing or refusing), ``refused`` and ``invalid`` (blocks of a put),
             ``tier_errors_<tier>`` (calls that failed).
+        shards: By tier name, the servers of those tiers that are made of servers, whether they answer or not.
     """
 
     tiers: Mapping[str, BackendStats]
     counters: Mapping[str, int]
+    shards: Mapping[str, Sequence[ShardStats]] = field(default_factory=dict)
 
 
 class TieredStore:
@@ -161,6 +163,7 @@ class TieredStore:
         return StoreStats(
             tiers={name: held for name, held in stats.items() if held is not None},
             counters=dict(self._counters),
+            shards={tier.name: shards for tier in self._tiers if (shards := tier.shards())},
         )
 
     async def flush(self) -> None:

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
-from tq_store.backends.base import Backend
+from tq_store.backends.base import Backend, Sharded
 from tq_store.backends.memory import MemoryBackend
 from tq_store.block import verify_block
 from tq_store.errors import BackendError, BackendFull, BlockFormatError, UnsupportedVersion
 from tq_store.keys import BlockKey
-from tq_store.results import BackendStats, PutOutcome
+from tq_store.results import BackendStats, PutOutcome, ShardStats
 
 _T = TypeVar("_T")
 
@@ -123,6 +123,10 @@ class Tier:
         if self._rests():
             return None
         return await self._attempt(self._backend.stats(), None)
+
+    def shards(self) -> list[ShardStats]:
+        """How the servers of the medium behave; none where it is not made of servers."""
+        return self._backend.shards() if isinstance(self._backend, Sharded) else []
 
     async def flush(self) -> None:
         """Wait until nothing waits to be written."""

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tq_store/rpc/v1/block_store.proto\x12\x0ftq_store.rpc.v1\"\x14\n\x04Keys\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"\x16\n\x05\x46lags\x12\r\n\x05\x66lags\x18\x01 \x03(\x08\"*\n\x0eLookupResponse\x12\x18\n\x10num_leading_hits\x18\x01 \x01(\r\"[\n\nBlockFrame\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x03 \x01(\x04\x12\x0b\n\x03key\x18\x04 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"<\n\x0bPutResponse\x12-\n\x08outcomes\x18\x01 \x03(\x0e\x32\x1b.tq_store.rpc.v1.PutOutcome\";\n\x0cPurgeRequest\x12\x13\n\tnamespace\x18\x01 \x01(\x0cH\x00\x12\r\n\x03\x61ll\x18\x02 \x01(\x08H\x00\x42\x07\n\x05scope\"#\n\rPurgeResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\"\x0e\n\x0cStatsRequest\"\x85\x01\n\tTierStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x19\n\x0c\x62udget_bytes\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x65victed_blocks\x18\x05 \x01(\x04\x42\x0f\n\r_budget_bytes\"\xce\x01\n\rStatsResponse\x12)\n\x05tiers\x18\x01 \x03(\x0b\x32\x1a.tq_store.rpc.v1.TierStats\x12>\n\x08\x63ounters\x18\x02 \x03(\x0b\x32,.tq_store.rpc.v1.StatsResponse.CountersEntry\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1d\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"N\n\x08TierCopy\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0f\n\x07problem\x18\x04 \x01(\t\"<\n\x0fInspectResponse\x12)\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x19.tq_store.rpc.v1.TierCopy\"\r\n\x0bPingRequest\"\x1f\n\x0cPingResponse\x12\x0f\n\x07version\x18\x01 \x01(\t*\x8c\x01\n\nPutOutcome\x12\x1b\n\x17PUT_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12PUT_OUTCOME_STORED\x10\x01\x12\x17\n\x13PUT_OUTCOME_PRESENT\x10\x02\x12\x17\n\x13PUT_OUTCOME_REFUSED\x10\x03\x12\x17\n\x13PUT_OUTCOME_INVALID\x10\x04\x32\xe6\x04\n\nBlockStore\x12@\n\x06Lookup\x12\x15.tq_store.rpc.v1.Keys\x1a\x1f.tq_store.rpc.v1.LookupResponse\x12\x39\n\x08\x43ontains\x12\x15.tq_store.rpc.v1.Keys\x1a\x16.tq_store.rpc.v1.Flags\x12;\n\x03Get\x12\x15.tq_store.rpc.v1.Keys\x1a\x1b.tq_store.rpc.v1.BlockFrame0\x01\x12\x42\n\x03Put\x12\x1b.tq_store.rpc.v1.BlockFrame\x1a\x1c.tq_store.rpc.v1.PutResponse(\x01\x12\x37\n\x06\x44\x65lete\x12\x15.tq_store.rpc.v1.Keys\x1a\x16.tq_store.rpc.v1.Flags\x12\x46\n\x05Purge\x12\x1d.tq_store.rpc.v1.PurgeRequest\x1a\x1e.tq_store.rpc.v1.PurgeResponse\x12\x46\n\x05Stats\x12\x1d.tq_store.rpc.v1.StatsRequest\x1a\x1e.tq_store.rpc.v1.StatsResponse\x12L\n\x07Inspect\x12\x1f.tq_store.rpc.v1.InspectRequest\x1a .tq_store.rpc.v1.InspectResponse\x12\x43\n\x04Ping\x12\x1c.tq_store.rpc.v1.PingRequest\x1a\x1d.tq_store.rpc.v1.PingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tq_store/rpc/v1/block_store.proto\x12\x0ftq_store.rpc.v1\"\x14\n\x04Keys\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"\x16\n\x05\x46lags\x12\r\n\x05\x66lags\x18\x01 \x03(\x08\"*\n\x0eLookupResponse\x12\x18\n\x10num_leading_hits\x18\x01 \x01(\r\"[\n\nBlockFrame\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x03 \x01(\x04\x12\x0b\n\x03key\x18\x04 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"<\n\x0bPutResponse\x12-\n\x08outcomes\x18\x01 \x03(\x0e\x32\x1b.tq_store.rpc.v1.PutOutcome\";\n\x0cPurgeRequest\x12\x13\n\tnamespace\x18\x01 \x01(\x0cH\x00\x12\r\n\x03\x61ll\x18\x02 \x01(\x08H\x00\x42\x07\n\x05scope\"#\n\rPurgeResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\"\x0e\n\x0cStatsRequest\"\xba\x01\n\tTierStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x19\n\x0c\x62udget_bytes\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x65victed_blocks\x18\x05 \x01(\x04\x12\x33\n\nnamespaces\x18\x06 \x03(\x0b\x32\x1f.tq_store.rpc.v1.NamespaceUsageB\x0f\n\r_budget_bytes\"K\n\x0eNamespaceUsage\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\"b\n\nShardStats\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07is_open\x18\x03 \x01(\x08\x12\x14\n\x0c\x66\x61iled_calls\x18\x04 \x01(\x04\x12\x11\n\tlost_keys\x18\x05 \x01(\x04\"\xfb\x01\n\rStatsResponse\x12)\n\x05tiers\x18\x01 \x03(\x0b\x32\x1a.tq_store.rpc.v1.TierStats\x12>\n\x08\x63ounters\x18\x02 \x03(\x0b\x32,.tq_store.rpc.v1.StatsResponse.CountersEntry\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12+\n\x06shards\x18\x05 \x03(\x0b\x32\x1b.tq_store.rpc.v1.ShardStats\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1d\n\x0eInspectRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"N\n\x08TierCopy\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0f\n\x07problem\x18\x04 \x01(\t\"<\n\x0fInspectResponse\x12)\n\x06\x63opies\x18\x01 \x03(\x0b\x32\x19.tq_store.rpc.v1.TierCopy\"\r\n\x0bPingRequest\"\x1f\n\x0cPingResponse\x12\x0f\n\x07version\x18\x01 \x01(\t*\x8c\x01\n\nPutOutcome\x12\x1b\n\x17PUT_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12PUT_OUTCOME_STORED\x10\x01\x12\x17\n\x13PUT_OUTCOME_PRESENT\x10\x02\x12\x17\n\x13PUT_OUTCOME_REFUSED\x10\x03\x12\x17\n\x13PUT_OUTCOME_INVALID\x10\x04\x32\xe6\x04\n\nBlockStore\x12@\n\x06Lookup\x12\x15.tq_store.rpc.v1.Keys\x1a\x1f.tq_store.rpc.v1.LookupResponse\x12\x39\n\x08\x43ontains\x12\x15.tq_store.rpc.v1.Keys\x1a\x16.tq_store.rpc.v1.Flags\x12;\n\x03Get\x12\x15.tq_store.rpc.v1.Keys\x1a\x1b.tq_store.rpc.v1.BlockFrame0\x01\x12\x42\n\x03Put\x12\x1b.tq_store.rpc.v1.BlockFrame\x1a\x1c.tq_store.rpc.v1.PutResponse(\x01\x12\x37\n\x06\x44\x65lete\x12\x15.tq_store.rpc.v1.Keys\x1a\x16.tq_store.rpc.v1.Flags\x12\x46\n\x05Purge\x12\x1d.tq_store.rpc.v1.PurgeRequest\x1a\x1e.tq_store.rpc.v1.PurgeResponse\x12\x46\n\x05Stats\x12\x1d.tq_store.rpc.v1.StatsRequest\x1a\x1e.tq_store.rpc.v1.StatsResponse\x12L\n\x07Inspect\x12\x1f.tq_store.rpc.v1.InspectRequest\x1a .tq_store.rpc.v1.InspectResponse\x12\x43\n\x04Ping\x12\x1c.tq_store.rpc.v1.PingRequest\x1a\x1d.tq_store.rpc.v1.PingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATSRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_PUTOUTCOME']._serialized_start=980
-  _globals['_PUTOUTCOME']._serialized_end=1120
+  _globals['_PUTOUTCOME']._serialized_start=1255
+  _globals['_PUTOUTCOME']._serialized_end=1395
   _globals['_KEYS']._serialized_start=54
   _globals['_KEYS']._serialized_end=74
   _globals['_FLAGS']._serialized_start=76
@@ -52,21 +52,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATSREQUEST']._serialized_start=397
   _globals['_STATSREQUEST']._serialized_end=411
   _globals['_TIERSTATS']._serialized_start=414
-  _globals['_TIERSTATS']._serialized_end=547
-  _globals['_STATSRESPONSE']._serialized_start=550
-  _globals['_STATSRESPONSE']._serialized_end=756
-  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_start=709
-  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_end=756
-  _globals['_INSPECTREQUEST']._serialized_start=758
-  _globals['_INSPECTREQUEST']._serialized_end=787
-  _globals['_TIERCOPY']._serialized_start=789
-  _globals['_TIERCOPY']._serialized_end=867
-  _globals['_INSPECTRESPONSE']._serialized_start=869
-  _globals['_INSPECTRESPONSE']._serialized_end=929
-  _globals['_PINGREQUEST']._serialized_start=931
-  _globals['_PINGREQUEST']._serialized_end=944
-  _globals['_PINGRESPONSE']._serialized_start=946
-  _globals['_PINGRESPONSE']._serialized_end=977
-  _globals['_BLOCKSTORE']._serialized_start=1123
-  _globals['_BLOCKSTORE']._serialized_end=1737
+  _globals['_TIERSTATS']._serialized_end=600
+  _globals['_NAMESPACEUSAGE']._serialized_start=602
+  _globals['_NAMESPACEUSAGE']._serialized_end=677
+  _globals['_SHARDSTATS']._serialized_start=679
+  _globals['_SHARDSTATS']._serialized_end=777
+  _globals['_STATSRESPONSE']._serialized_start=780
+  _globals['_STATSRESPONSE']._serialized_end=1031
+  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_start=984
+  _globals['_STATSRESPONSE_COUNTERSENTRY']._serialized_end=1031
+  _globals['_INSPECTREQUEST']._serialized_start=1033
+  _globals['_INSPECTREQUEST']._serialized_end=1062
+  _globals['_TIERCOPY']._serialized_start=1064
+  _globals['_TIERCOPY']._serialized_end=1142
+  _globals['_INSPECTRESPONSE']._serialized_start=1144
+  _globals['_INSPECTRESPONSE']._serialized_end=1204
+  _globals['_PINGREQUEST']._serialized_start=1206
+  _globals['_PINGREQUEST']._serialized_end=1219
+  _globals['_PINGRESPONSE']._serialized_start=1221
+  _globals['_PINGRESPONSE']._serialized_end=1252
+  _globals['_BLOCKSTORE']._serialized_start=1398
+  _globals['_BLOCKSTORE']._serialized_end=2012
 # @@protoc_insertion_point(module_scope)

@@ -76,21 +76,47 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("name", "num_blocks", "used_bytes", "budget_bytes", "evicted_blocks")
+    __slots__ = ("name", "num_blocks", "used_bytes", "budget_bytes", "evicted_blocks", "namespaces")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     name: str
     num_blocks: int
     used_bytes: int
     budget_bytes: int
     evicted_blocks: int
-    def __init__(self, name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., evicted_blocks: _Optional[int] = ...) -> None: ...
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceUsage]
+    def __init__(self, name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., evicted_blocks: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceUsage, _Mapping]]] = ...) -> None: ...
+
+class NamespaceUsage(_message.Message):
+    __slots__ = ("namespace", "num_blocks", "used_bytes")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    num_blocks: int
+    used_bytes: int
+    def __init__(self, namespace: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
+
+class ShardStats(_message.Message):
+    __slots__ = ("tier", "name", "is_open", "failed_calls", "lost_keys")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IS_OPEN_FIELD_NUMBER: _ClassVar[int]
+    FAILED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    LOST_KEYS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    name: str
+    is_open: bool
+    failed_calls: int
+    lost_keys: int
+    def __init__(self, tier: _Optional[str] = ..., name: _Optional[str] = ..., is_open: bool = ..., failed_calls: _Optional[int] = ..., lost_keys: _Optional[int] = ...) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("tiers", "counters", "version", "uptime_s")
+    __slots__ = ("tiers", "counters", "version", "uptime_s", "shards")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -102,11 +128,13 @@ class StatsResponse(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
     counters: _containers.ScalarMap[str, int]
     version: str
     uptime_s: float
-    def __init__(self, tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    shards: _containers.RepeatedCompositeFieldContainer[ShardStats]
+    def __init__(self, tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[ShardStats, _Mapping]]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("key",)
