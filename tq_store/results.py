@@ -72,3 +72,18 @@ def largest_namespaces(stats: BackendStats, count: int) -> list[tuple[str, Names
     """The namespaces that take up most, the largest first."""
     by_size = sorted(stats.namespaces.items(), key=lambda item: item[1].used_bytes, reverse=True)
     return by_size[:count]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueStats:
+    """What waits to be written to a tier at this moment.
+
+    Args:
+        num_blocks: Blocks that wait.
+        used_bytes: Bytes of those and of the blocks being written.
+        limit_bytes: Beyond it blocks are dropped.
+    """
+
+    num_blocks: int
+    used_bytes: int
+    limit_bytes: int

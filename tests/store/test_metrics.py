@@ -1,11 +1,12 @@
 import asyncio
 import logging
-import re
 import threading
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from project.metrics_document import DOCUMENT, document
 from prometheus_client.parser import text_string_to_metric_families
 from store.running_server import WAIT_S, running_server
 from store.sample_blocks import keys_of, sample_block, sample_blocks, sample_key
@@ -13,10 +14,14 @@ from store.sample_blocks import keys_of, sample_block, sample_blocks, sample_key
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError, RpcError
 from tq_store.results import BackendStats, NamespaceUsage, ShardStats
-from tq_store.rpc.convert import METHODS, ServerStats
-from tq_store.server import metrics as metrics_module
+from tq_store.rpc.convert import METHODS
+from tq_store.server import metric_table as table
+from tq_store.server import scrape as scrape_module
 from tq_store.server.app import Server
-from tq_store.server.metrics import Metrics, MetricsEndpoint, StoreCollector
+from tq_store.server.metric_table import DEFINITIONS, MAX_TENANT_LABELS, Type
+from tq_store.server.metrics import Metrics
+from tq_store.server.scrape import MetricsEndpoint, StoreCollector
+from tq_store.tiering.store import StoreStats
 
 
 @pytest.fixture
@@ -60,84 +65,112 @@ def test_calls_bytes_and_the_store_are_shown(server: Server) -> None:
     assert samples["tq_store_tier_used_bytes tier=memory"] == num_bytes
     assert samples["tq_store_tier_budget_bytes tier=memory"] == 1 << 30
     assert samples["tq_store_tier_evicted_blocks_total tier=memory"] == 0
-    assert samples["tq_store_events_total event=misses"] == 1
+    assert samples["tq_store_tier_seconds_count operation=get tier=memory"] >= 1
+    assert samples["tq_store_hits_total tier=memory"] == 4
+    assert samples["tq_store_misses_total"] == 1
+    assert samples["tq_store_max_requests"] == 256
+    assert samples["tq_store_max_inflight_bytes"] == 1 << 30
     with StoreClient(server.address) as client:
         assert samples[f"tq_store_build_info version={client.ping().version}"] == 1
 
 
-def test_each_name_carries_our_prefix_and_its_unit(server: Server) -> None:
-    assert server.metrics_url is not None
-    text = urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode()
-    names = {family.name for family in text_string_to_metric_families(text)}
-    names = {name for name in names if not name.endswith("_created")}
-    assert len(names) == 17
-    known = re.compile(r"tq_store_\w*(bytes|seconds|blocks|requests|events|info|open|calls|keys)")
-    assert [name for name in names if not known.fullmatch(name)] == []
+def test_the_table_is_what_a_server_really_shows(tmp_path: Path) -> None:
+    with running_server(metrics_port=0, disk_path=tmp_path, disk_budget_bytes=1 << 20) as server:
+        assert server.metrics_url is not None
+        text = urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode()
+    shown = {
+        family.name + ("_total" if family.type == "counter" else ""): (family.type, family.documentation)
+        for family in text_string_to_metric_families(text)
+        if not family.name.startswith("process_") and not family.name.endswith("_created")
+    }
+    assert shown == {metric.name: (metric.type.value, metric.meaning) for metric in DEFINITIONS}
+    for metric in DEFINITIONS:
+        assert metric.name.startswith("tq_store_")
+        assert metric.name.endswith("_total") == (metric.type is Type.COUNTER)
+        assert ("seconds" in metric.name) == (metric.type is Type.HISTOGRAM)
 
 
-def test_a_tier_without_a_budget_shows_none() -> None:
-    tier = BackendStats(num_blocks=1, used_bytes=2, budget_bytes=None, evicted_blocks=0)
+def test_the_document_is_made_from_the_table() -> None:
+    remedy = "run `python -m tests.project.metrics_document`"
+    assert DOCUMENT.read_text(encoding="utf-8") == document(), remedy
 
-    async def read_stats() -> ServerStats:
-        return ServerStats(version="1", uptime_s=1, tiers={"redis": tier}, counters={})
 
-    async def collect() -> list[str]:
-        collector = StoreCollector(read_stats, asyncio.get_running_loop())
-        families = await asyncio.to_thread(lambda: list(collector.collect()))
-        return [sample.name for family in families for sample in family.samples]
+def test_labels_of_tenants_are_bounded() -> None:
+    metrics = Metrics(METHODS)
+    for number in range(3 * MAX_TENANT_LABELS):
+        metrics.limited(f"tenant{number % (2 * MAX_TENANT_LABELS)}", "rate")
+    value = metrics.registry.get_sample_value
+    assert value("tq_store_tenant_limited_total", {"tenant": "tenant0", "limit": "rate"}) == 2
+    others = value("tq_store_tenant_limited_total", {"tenant": "other", "limit": "rate"})
+    assert others == MAX_TENANT_LABELS
 
-    assert "tq_store_tier_budget_bytes" not in asyncio.run(collect())
+
+def test_events_without_a_metric_keep_their_name_and_tiers_are_labels() -> None:
+    counters = {"hits_disk": 3, "tier_errors_redis": 2, "misses": 5, "breaker_opened": 7}
+    stats = StoreStats(tiers={}, counters=counters)
+    values = asyncio.run(collect(stats))
+    assert values["tq_store_hits_total", "disk"] == 3
+    assert values["tq_store_tier_errors_total", "redis"] == 2
+    assert values["tq_store_misses_total",] == 5
+    assert values["tq_store_events_total", "breaker_opened"] == 7
 
 
 def test_shards_and_namespaces_are_shown_and_the_labels_are_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(metrics_module, "_MAX_NAMESPACES", 1)
+    monkeypatch.setattr(table, "MAX_NAMESPACE_LABELS", 1)
     usage = {
         "aa": NamespaceUsage(num_blocks=1, used_bytes=9),
         "bb": NamespaceUsage(num_blocks=3, used_bytes=20),
+        "cc": NamespaceUsage(num_blocks=2, used_bytes=5),
     }
-    usage["cc"] = NamespaceUsage(num_blocks=2, used_bytes=5)
     tier = BackendStats(num_blocks=6, used_bytes=34, budget_bytes=None, evicted_blocks=0, namespaces=usage)
     shards = [ShardStats(name="h:1", is_open=True, failed_calls=3, lost_keys=7)]
+    values = asyncio.run(collect(StoreStats(tiers={"redis": tier}, counters={}, shards={"redis": shards})))
+    assert values["tq_store_namespace_blocks", "redis", "bb"] == 3
+    assert values["tq_store_namespace_used_bytes", "redis", "bb"] == 20
+    assert values["tq_store_namespace_blocks", "redis", "other"] == 3
+    assert values["tq_store_namespace_used_bytes", "redis", "other"] == 14
+    assert not [labels for labels in values if "aa" in labels or "cc" in labels]
+    assert values["tq_store_shard_open", "redis", "h:1"] == 1
+    assert values["tq_store_shard_failed_calls_total", "redis", "h:1"] == 3
+    assert values["tq_store_shard_lost_keys_total", "redis", "h:1"] == 7
 
-    async def read_stats() -> ServerStats:
-        return ServerStats(
-            version="1", uptime_s=1, tiers={"redis": tier}, counters={}, shards={"redis": shards}
-        )
 
-    async def collect() -> dict[tuple[str, ...], float]:
-        collector = StoreCollector(read_stats, asyncio.get_running_loop())
-        families = await asyncio.to_thread(lambda: list(collector.collect()))
-        return {
-            (sample.name.removeprefix("tq_store_"), *sample.labels.values()): sample.value
-            for family in families
-            for sample in family.samples
-        }
+async def collect(stats: StoreStats) -> dict[tuple[str, ...], float]:
+    async def read_stats() -> StoreStats:
+        return stats
 
-    samples = asyncio.run(collect())
-    assert samples["namespace_blocks", "redis", "bb"] == 3
-    assert samples["namespace_used_bytes", "redis", "bb"] == 20
-    assert samples["namespace_blocks", "redis", "other"] == 3
-    assert samples["namespace_used_bytes", "redis", "other"] == 14
-    assert not [labels for labels in samples if "aa" in labels or "cc" in labels]
-    assert samples["shard_open", "redis", "h:1"] == 1
-    assert samples["shard_failed_calls_total", "redis", "h:1"] == 3
-    assert samples["shard_lost_keys_total", "redis", "h:1"] == 7
+    collector = StoreCollector(read_stats, tuple, asyncio.get_running_loop(), version="1")
+    families = await asyncio.to_thread(lambda: list(collector.collect()))
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_a_tier_without_a_budget_shows_none() -> None:
+    tier = BackendStats(num_blocks=1, used_bytes=2, budget_bytes=None, evicted_blocks=0)
+
+    values = asyncio.run(collect(StoreStats(tiers={"redis": tier}, counters={})))
+    assert ("tq_store_tier_used_bytes", "redis") in values
+    assert ("tq_store_tier_budget_bytes", "redis") not in values
 
 
 def test_a_store_that_does_not_answer_does_not_hide_the_rest(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(metrics_module, "_SCRAPE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(scrape_module, "_SCRAPE_TIMEOUT_S", 0.01)
 
-    async def read_stats() -> ServerStats:
+    async def read_stats() -> StoreStats:
         await asyncio.Event().wait()
         raise AssertionError
 
     async def scrape_it() -> dict[str, float]:
         metrics = Metrics(METHODS)
-        metrics.registry.register(StoreCollector(read_stats, asyncio.get_running_loop()))
+        loop = asyncio.get_running_loop()
+        metrics.registry.register(StoreCollector(read_stats, tuple, loop, version="1"))
         endpoint = MetricsEndpoint(metrics.registry, host="127.0.0.1", port=0)
         try:
             return await asyncio.to_thread(scrape, endpoint.url)

@@ -1,6 +1,7 @@
 """The server process: built from a config, watched by health checks, drained before it ends."""
 
 import asyncio
+import importlib.metadata
 import logging
 import signal
 import socket
@@ -24,7 +25,8 @@ from tq_store.rpc.limits import MAX_MESSAGE_BYTES
 from tq_store.rpc.token import load_tokens
 from tq_store.server.auth import TokenInterceptor
 from tq_store.server.gate import ByteBudget, CallGate
-from tq_store.server.metrics import Metrics, MetricsEndpoint, StoreCollector
+from tq_store.server.metrics import Metrics
+from tq_store.server.scrape import MetricsEndpoint, StoreCollector
 from tq_store.server.service import BlockStoreService
 from tq_store.tiering.store import TieredStore
 
@@ -73,15 +75,17 @@ class Server:
     async def _start(self, config: ServerConfig) -> None:
         """Open one thing after the other; what is opened first is closed last."""
         tiers = await self._open_tiers(config)
-        store = TieredStore(tiers, write_queue_bytes=config.write_queue_bytes)
+        metrics = Metrics(METHODS)
+        metrics.limits(max_requests=config.max_concurrent_calls, max_inflight_bytes=config.max_inflight_bytes)
+        store = TieredStore(tiers, write_queue_bytes=config.write_queue_bytes, watch=metrics.watch_tier)
         self._resources.pop_all()  # the tiers are the store's now
         self._resources.push_async_callback(store.close)
-        metrics = Metrics(METHODS)
         gate = CallGate(metrics, call_timeout_s=config.call_timeout_s, max_calls=config.max_concurrent_calls)
         budget = ByteBudget(metrics, limit_bytes=config.max_inflight_bytes)
         service = BlockStoreService(store, tiers, gate=gate, budget=budget, metrics=metrics)
         if config.metrics_port is not None:
-            metrics.registry.register(StoreCollector(service.read_stats, asyncio.get_running_loop()))
+            loop, version = asyncio.get_running_loop(), importlib.metadata.version("tq-store")
+            metrics.registry.register(StoreCollector(store.stats, tuple, loop, version=version))
             endpoint = MetricsEndpoint(metrics.registry, host=config.metrics_host, port=config.metrics_port)
             self._resources.push_async_callback(asyncio.to_thread, endpoint.close)
             self.metrics_url = endpoint.url

@@ -1,80 +1,18 @@
-"""Prometheus metrics: one table of definitions, and the HTTP endpoint that shows them."""
+"""What a server counts while it works: calls, bytes, tiers and tenants, in a registry of its own."""
 
-import asyncio
-import logging
-from collections.abc import Callable, Coroutine, Iterator
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from tq_store.errors import ConfigError
-from tq_store.results import NamespaceUsage, largest_namespaces
-from tq_store.rpc.convert import ServerStats
-
-logger = logging.getLogger(__name__)
-
-OTHER_METHOD = "other"
-_SECONDS_BUCKETS = (
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    10.0,
-    30.0,
-    120.0,
-)
-_SCRAPE_TIMEOUT_S = 2.0
-_MAX_NAMESPACES = 32
-OTHER_NAMESPACES = "other"
-"""Label of all namespaces of a tier but the largest."""
-
-COUNTERS = {
-    "requests": ("tq_store_requests_total", "Calls by method and gRPC status.", ("method", "status")),
-    "received": ("tq_store_received_bytes_total", "Block bytes received in puts.", ()),
-    "sent": ("tq_store_sent_bytes_total", "Block bytes sent in gets.", ()),
-}
-HISTOGRAMS = {
-    "seconds": ("tq_store_request_seconds", "Time from the start of a call to its end.", ("method",)),
-}
-GAUGES = {
-    "active": ("tq_store_active_requests", "Calls in flight.", ()),
-    "inflight": ("tq_store_inflight_bytes", "Declared bytes of blocks being received.", ()),
-}
-STORE_GAUGES = {
-    "num_blocks": ("tq_store_tier_blocks", "Blocks in a tier."),
-    "used_bytes": ("tq_store_tier_used_bytes", "Bytes of the blocks in a tier."),
-    "budget_bytes": ("tq_store_tier_budget_bytes", "Limit of a tier that keeps one."),
-}
-STORE_COUNTERS = {
-    "evicted_blocks": ("tq_store_tier_evicted_blocks_total", "Blocks that a tier dropped to make room."),
-}
-NAMESPACE_GAUGES = {
-    "num_blocks": ("tq_store_namespace_blocks", "Blocks of a namespace in a tier, as last counted."),
-    "used_bytes": ("tq_store_namespace_used_bytes", "Bytes of those blocks."),
-}
-SHARD_GAUGES = {
-    "is_open": ("tq_store_shard_open", "1 while a server of a tier is left alone because it failed."),
-}
-SHARD_COUNTERS = {
-    "failed_calls": ("tq_store_shard_failed_calls_total", "Calls that a server of a tier did not answer."),
-    "lost_keys": ("tq_store_shard_lost_keys_total", "Misses and refused blocks for want of that server."),
-}
-STORE_EVENTS = ("tq_store_events_total", "Events counted by the store, by name.", ("event",))
-BUILD_INFO = ("tq_store_build_info", "Always 1; the label says which version runs.", ("version",))
+from tq_store.server import metric_table as table
+from tq_store.server.metric_table import Definition, Type
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own.
+    """The metrics of one server. Safe to use from any thread.
 
     Args:
         methods: Method names that may become labels; every other name is counted as ``other``.
@@ -82,133 +20,138 @@ class Metrics:
 
     def __init__(self, methods: frozenset[str]) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, processor time, open files
         self._methods = methods
-        self._counters = {key: Counter(*spec, registry=self.registry) for key, spec in COUNTERS.items()}
-        self._seconds = Histogram(*HISTOGRAMS["seconds"], buckets=_SECONDS_BUCKETS, registry=self.registry)
-        self._gauges = {key: Gauge(*spec, registry=self.registry) for key, spec in GAUGES.items()}
+        self._tenants: set[str] = set()
+        self._requests = _counter(table.REQUESTS, self.registry)
+        self._request_seconds = _histogram(table.REQUEST_SECONDS, self.registry)
+        self._active = _gauge(table.ACTIVE_REQUESTS, self.registry)
+        self._max_active = _gauge(table.MAX_REQUESTS, self.registry)
+        self._inflight = _gauge(table.INFLIGHT_BYTES, self.registry)
+        self._max_inflight = _gauge(table.MAX_INFLIGHT_BYTES, self.registry)
+        self._received = _counter(table.RECEIVED_BYTES, self.registry)
+        self._sent = _counter(table.SENT_BYTES, self.registry)
+        self._saved = _counter(table.SAVED_BYTES, self.registry)
+        self._lookup_keys = _counter(table.LOOKUP_KEYS, self.registry)
+        self._tier_seconds = _histogram(table.TIER_SECONDS, self.registry)
+        self._tenant_requests = _counter(table.TENANT_REQUESTS, self.registry)
+        self._tenant_hits = _counter(table.TENANT_HITS, self.registry)
+        self._tenant_misses = _counter(table.TENANT_MISSES, self.registry)
+        self._tenant_read = _counter(table.TENANT_READ_BYTES, self.registry)
+        self._tenant_written = _counter(table.TENANT_WRITTEN_BYTES, self.registry)
+        self._tenant_limited = _counter(table.TENANT_LIMITED, self.registry)
+        self._denied = _counter(table.DENIED, self.registry)
+        self._reloads = _counter(table.CREDENTIAL_RELOADS, self.registry)
+        self._audit_dropped = _counter(table.AUDIT_DROPPED, self.registry)
+
+    def limits(self, *, max_requests: int, max_inflight_bytes: int) -> None:
+        """What the server allows, to set the gauges beside it in proportion."""
+        self._max_active.set(max_requests)
+        self._max_inflight.set(max_inflight_bytes)
 
     def started(self) -> None:
         """A call began."""
-        self._gauges["active"].inc()
+        self._active.inc()
 
-    def finished(self, method: str, status: str, elapsed_s: float) -> None:
+    def finished(self, method: str, status: str, elapsed_s: float, *, tenant: str = "") -> None:
         """A call that began has ended."""
-        self._gauges["active"].dec()
-        self._counters["requests"].labels(method, status).inc()
-        self._seconds.labels(method).observe(elapsed_s)
+        self._active.dec()
+        self._requests.labels(method, status).inc()
+        self._request_seconds.labels(method).observe(elapsed_s)
+        if tenant:
+            self._tenant_requests.labels(self.tenant_label(tenant), status).inc()
 
     def denied(self, method_path: str) -> None:
-        """A call was turned away before it began."""
+        """A call without a valid token was turned away before it began."""
         method = method_path.rpartition("/")[2]
-        label = method if method in self._methods else OTHER_METHOD
-        self._counters["requests"].labels(label, "UNAUTHENTICATED").inc()
+        label = method if method in self._methods else table.OTHER
+        self._requests.labels(label, "UNAUTHENTICATED").inc()
+        self._denied.labels("unauthenticated").inc()
+
+    def forbidden(self) -> None:
+        """A caller asked for what it is not permitted."""
+        self._denied.labels("not_permitted").inc()
 
     def received(self, num_bytes: int) -> None:
-        """A block arrived."""
-        self._counters["received"].inc(num_bytes)
+        """A part of a block arrived."""
+        self._received.inc(num_bytes)
 
     def sent(self, num_bytes: int) -> None:
-        """A block left."""
-        self._counters["sent"].inc(num_bytes)
+        """A part of a block left."""
+        self._sent.inc(num_bytes)
 
     def inflight(self, num_bytes: int) -> None:
         """So many bytes are being received now."""
-        self._gauges["inflight"].set(num_bytes)
+        self._inflight.set(num_bytes)
 
+    def looked_up(self, num_keys: int, num_hits: int) -> None:
+        """A lookup was answered."""
+        self._lookup_keys.labels("hit").inc(num_hits)
+        self._lookup_keys.labels("miss").inc(num_keys - num_hits)
 
-class StoreCollector(Collector):
-    """Asks the store for its statistics whenever somebody scrapes.
+    def got(self, tenant: str, *, num_hits: int, num_misses: int, num_bytes: int, saved_bytes: int) -> None:
+        """A get found blocks, or did not."""
+        self._saved.labels("got").inc(max(0, saved_bytes))
+        if tenant:
+            label = self.tenant_label(tenant)
+            self._tenant_hits.labels(label).inc(num_hits)
+            self._tenant_misses.labels(label).inc(num_misses)
+            self._tenant_read.labels(label).inc(num_bytes)
 
-    Called from the HTTP server's threads; the question runs on the server's event loop. A store that does not
-    answer in two seconds is left out of the scrape, so that the rest is still seen.
-    """
+    def put(self, tenant: str, *, num_bytes: int, saved_bytes: int) -> None:
+        """A put stored blocks."""
+        self._saved.labels("put").inc(max(0, saved_bytes))
+        if tenant:
+            self._tenant_written.labels(self.tenant_label(tenant)).inc(num_bytes)
 
-    def __init__(
-        self, read_stats: Callable[[], Coroutine[Any, Any, ServerStats]], loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self._read_stats = read_stats
-        self._loop = loop
+    def limited(self, tenant: str, limit: str) -> None:
+        """A limit of a tenant (``bytes``, ``keys`` or ``rate``) refused a call."""
+        self._tenant_limited.labels(self.tenant_label(tenant), limit).inc()
 
-    def collect(self) -> Iterator[Metric]:
-        """The store's metrics at this moment."""
-        reading = asyncio.run_coroutine_threadsafe(self._read_stats(), self._loop)
+    def reloaded(self, result: str) -> None:
+        """A file of credentials was read again, ``ok`` or ``failed``."""
+        self._reloads.labels(result).inc()
+
+    def audit_dropped(self) -> None:
+        """A record of the audit log was lost."""
+        self._audit_dropped.inc()
+
+    @contextmanager
+    def watch_tier(self, tier: str, operation: str, num_keys: int) -> Iterator[None]:
+        """Time one call to a tier's medium."""
+        started = time.perf_counter()
         try:
-            stats = reading.result(_SCRAPE_TIMEOUT_S)
-        except TimeoutError:
-            reading.cancel()
-            logger.warning("the store did not tell its statistics within %s s", _SCRAPE_TIMEOUT_S)
-            return
-        yield from _families(stats)
+            yield
+        finally:
+            self._tier_seconds.labels(tier, operation).observe(time.perf_counter() - started)
+
+    def tenant_label(self, tenant: str) -> str:
+        """The label of a tenant: its name, or ``other`` once there are too many."""
+        if tenant in self._tenants:
+            return tenant
+        if len(self._tenants) >= table.MAX_TENANT_LABELS:
+            return table.OTHER
+        self._tenants.add(tenant)
+        return tenant
 
 
-def _families(stats: ServerStats) -> Iterator[Metric]:
-    events = CounterMetricFamily(STORE_EVENTS[0], STORE_EVENTS[1], labels=STORE_EVENTS[2])
-    for event, value in stats.counters.items():
-        events.add_metric((event,), value)
-    yield events
-    for attribute, (name, text) in STORE_GAUGES.items():
-        yield _tier_family(GaugeMetricFamily(name, text, labels=("tier",)), attribute, stats)
-    for attribute, (name, text) in STORE_COUNTERS.items():
-        yield _tier_family(CounterMetricFamily(name, text, labels=("tier",)), attribute, stats)
-    for attribute, (name, text) in NAMESPACE_GAUGES.items():
-        yield _namespace_family(GaugeMetricFamily(name, text, labels=("tier", "namespace")), attribute, stats)
-    for attribute, (name, text) in SHARD_GAUGES.items():
-        yield _shard_family(GaugeMetricFamily(name, text, labels=("tier", "shard")), attribute, stats)
-    for attribute, (name, text) in SHARD_COUNTERS.items():
-        yield _shard_family(CounterMetricFamily(name, text, labels=("tier", "shard")), attribute, stats)
-    build = GaugeMetricFamily(BUILD_INFO[0], BUILD_INFO[1], labels=BUILD_INFO[2])
-    build.add_metric((stats.version,), 1)
-    yield build
+def _described(definition: Definition, expected: Type, registry: CollectorRegistry) -> dict[str, Any]:
+    assert definition.type is expected, definition.name
+    return {
+        "name": definition.name,
+        "documentation": definition.meaning,
+        "labelnames": definition.labels,
+        "registry": registry,
+    }
 
 
-def _tier_family(
-    family: GaugeMetricFamily | CounterMetricFamily, attribute: str, stats: ServerStats
-) -> Metric:
-    for tier, tier_stats in stats.tiers.items():
-        value = getattr(tier_stats, attribute)
-        if value is not None:
-            family.add_metric((tier,), value)
-    return family
+def _counter(definition: Definition, registry: CollectorRegistry) -> Counter:
+    return Counter(**_described(definition, Type.COUNTER, registry))
 
 
-def _namespace_family(family: GaugeMetricFamily, attribute: str, stats: ServerStats) -> Metric:
-    for tier, tier_stats in stats.tiers.items():
-        shown = dict(largest_namespaces(tier_stats, _MAX_NAMESPACES))
-        for namespace, usage in shown.items():
-            family.add_metric((tier, namespace), getattr(usage, attribute))
-        hidden: list[NamespaceUsage] = [
-            usage for namespace, usage in tier_stats.namespaces.items() if namespace not in shown
-        ]
-        if hidden:
-            family.add_metric((tier, OTHER_NAMESPACES), sum(getattr(usage, attribute) for usage in hidden))
-    return family
+def _gauge(definition: Definition, registry: CollectorRegistry) -> Gauge:
+    return Gauge(**_described(definition, Type.GAUGE, registry))
 
 
-def _shard_family(
-    family: GaugeMetricFamily | CounterMetricFamily, attribute: str, stats: ServerStats
-) -> Metric:
-    for tier, shards in stats.shards.items():
-        for shard in shards:
-            family.add_metric((tier, shard.name), getattr(shard, attribute))
-    return family
-
-
-class MetricsEndpoint:
-    """HTTP server for the metrics, on a thread of its own until `close()`.
-
-    Raises:
-        ConfigError: The port cannot be had.
-    """
-
-    def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
-        try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
-        except OSError as error:
-            raise ConfigError(f"cannot show metrics on {host}:{port}: {error.strerror}") from error
-        self.url = f"http://{host}:{self._server.server_port}/metrics"
-
-    def close(self) -> None:
-        """Stop listening and wait for the thread."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+def _histogram(definition: Definition, registry: CollectorRegistry) -> Histogram:
+    return Histogram(**_described(definition, Type.HISTOGRAM, registry), buckets=table.SECONDS_BUCKETS)

@@ -10,8 +10,8 @@ from typing import TypeVar
 from tq_store.backends.base import Backend
 from tq_store.errors import BackendError, ConfigError
 from tq_store.keys import DIGEST_BYTES, BlockKey
-from tq_store.results import BackendStats, PutOutcome, ShardStats
-from tq_store.tiering.tier import Tier, check_all
+from tq_store.results import BackendStats, PutOutcome, QueueStats, ShardStats
+from tq_store.tiering.tier import Tier, Watch, check_all, unwatched
 
 _T = TypeVar("_T")
 
@@ -28,11 +28,13 @@ class StoreStats:
             full, tier failing or refusing), ``refused`` and ``invalid`` (blocks of a put),
             ``tier_errors_<tier>`` (calls that failed).
         shards: By tier name, the servers of those tiers that are made of servers, whether they answer or not.
+        queues: By lower tier's name, what waits to be written there.
     """
 
     tiers: Mapping[str, BackendStats]
     counters: Mapping[str, int]
     shards: Mapping[str, Sequence[ShardStats]] = field(default_factory=dict)
+    queues: Mapping[str, QueueStats] = field(default_factory=dict)
 
 
 class TieredStore:
@@ -46,6 +48,7 @@ class TieredStore:
         tiers: Backends with distinct names, from the top; the store owns and closes them.
         write_queue_bytes: Per lower tier, the blocks that may wait to be written; more are dropped.
         clock: Seconds, monotonic; decides when a failing tier is tried again.
+        watch: Wraps each call to a tier's medium, to measure and to trace it.
 
     Raises:
         ConfigError: No tier, or two of one name.
@@ -57,6 +60,7 @@ class TieredStore:
         *,
         write_queue_bytes: int = 256 << 20,
         clock: Callable[[], float] = time.monotonic,
+        watch: Watch = unwatched,
     ) -> None:
         names = [tier.name for tier in tiers]
         if not names or len(set(names)) < len(names):
@@ -71,7 +75,8 @@ class TieredStore:
             )
         )
         self._tiers = [
-            Tier(tier, queue_bytes=write_queue_bytes, counters=self._counters, clock=clock) for tier in tiers
+            Tier(tier, queue_bytes=write_queue_bytes, counters=self._counters, clock=clock, watch=watch)
+            for tier in tiers
         ]
         self._loads: dict[BlockKey, asyncio.Future[bytes | None]] = {}
         self._load_tasks: set[asyncio.Task[None]] = set()
@@ -164,6 +169,7 @@ class TieredStore:
             tiers={name: held for name, held in stats.items() if held is not None},
             counters=dict(self._counters),
             shards={tier.name: shards for tier in self._tiers if (shards := tier.shards())},
+            queues={tier.name: tier.queue for tier in self._tiers[1:]},
         )
 
     async def flush(self) -> None:

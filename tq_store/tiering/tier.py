@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context
 from typing import TypeVar
 
 from tq_store.backends.base import Backend, Sharded
@@ -11,9 +13,18 @@ from tq_store.backends.memory import MemoryBackend
 from tq_store.block import verify_block
 from tq_store.errors import BackendError, BackendFull, BlockFormatError, UnsupportedVersion
 from tq_store.keys import BlockKey
-from tq_store.results import BackendStats, PutOutcome, ShardStats
+from tq_store.results import BackendStats, PutOutcome, QueueStats, ShardStats
 
 _T = TypeVar("_T")
+
+Watch = Callable[[str, str, int], AbstractContextManager[None]]
+"""Given a tier's name, an operation and a number of keys: the context in which the medium does it."""
+
+
+def unwatched(_tier: str, _operation: str, _num_keys: int) -> AbstractContextManager[None]:
+    """Nobody measures or traces."""
+    return nullcontext()
+
 
 _REST_S = 1.0
 """How long a failing tier is left alone; then one call tries it, and only that one waits for its timeout."""
@@ -35,12 +46,20 @@ class Tier:
         queue_bytes: Blocks that may wait to be written; what does not fit is dropped and counted.
         counters: Where to count; shared with the store.
         clock: Seconds, monotonic.
+        watch: Wraps each call to the medium.
     """
 
     def __init__(
-        self, backend: Backend, *, queue_bytes: int, counters: Counter[str], clock: Callable[[], float]
+        self,
+        backend: Backend,
+        *,
+        queue_bytes: int,
+        counters: Counter[str],
+        clock: Callable[[], float],
+        watch: Watch = unwatched,
     ) -> None:
         self.name = backend.name
+        self._watch = watch
         self._backend = backend
         self._counters = counters
         self._clock = clock
@@ -53,12 +72,19 @@ class Tier:
         self._writer: asyncio.Task[None] | None = None
         self._closed = False
 
+    @property
+    def queue(self) -> QueueStats:
+        """What waits to be written, and what is being written."""
+        return QueueStats(
+            num_blocks=len(self._queue), used_bytes=self._queue_bytes, limit_bytes=self._max_queue_bytes
+        )
+
     async def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which blocks are there."""
         missing = [False] * len(keys)
         if not keys or self._rests():
             return missing
-        return await self._attempt(self._backend.contains(keys), missing)
+        return await self._attempt("contains", len(keys), self._backend.contains(keys), missing)
 
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Blocks that are sound, or None; one that is not goes to quarantine.
@@ -69,7 +95,7 @@ class Tier:
         missing: list[bytes | None] = [None] * len(keys)
         if not keys or self._rests():
             return missing
-        blocks = await self._attempt(self._backend.get(keys), missing)
+        blocks = await self._attempt("get", len(keys), self._backend.get(keys), missing)
         if isinstance(self._backend, MemoryBackend):
             return blocks
         found = [(key, block) for key, block in zip(keys, blocks, strict=True) if block is not None]
@@ -80,7 +106,7 @@ class Tier:
                 continue
             self._counters["quarantined"] += 1
             _log.warning("corrupt block %s in the %s tier: %s", key.hex()[64:80], self.name, error)
-            await self._attempt(self._backend.quarantine(key), None)
+            await self._attempt("quarantine", 1, self._backend.quarantine(key), None)
         return [None if key in unfit else block for key, block in zip(keys, blocks, strict=True)]
 
     async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
@@ -88,7 +114,7 @@ class Tier:
         refused = [PutOutcome.REFUSED] * len(blocks)
         if not blocks or self._rests():
             return refused
-        outcomes = await self._attempt(self._backend.put(blocks), refused)
+        outcomes = await self._attempt("put", len(blocks), self._backend.put(blocks), refused)
         if PutOutcome.STORED in outcomes:
             self._end_trouble("full")
         return outcomes
@@ -104,25 +130,27 @@ class Tier:
             self._queue[key] = block
             self._queue_bytes += len(block)
         if self._queue and (self._writer is None or self._writer.done()):
-            self._writer = asyncio.create_task(self._write_queue())
+            # in a context of its own: what is written later belongs to no one call
+            self._writer = asyncio.create_task(self._write_queue(), context=Context())
 
     async def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Remove blocks, waiting ones included; waits for the batch being written."""
         async with self._writing:
             self._unqueue(self._queue.keys() & set(keys))
-            return await self._attempt(self._backend.delete(keys), [False] * len(keys))
+            deletion = self._backend.delete(keys)
+            return await self._attempt("delete", len(keys), deletion, [False] * len(keys))
 
     async def purge(self, namespace: bytes | None) -> int | None:
         """Remove the blocks of a namespace digest, or all; as `delete`, but None where the medium failed."""
         async with self._writing:
             self._unqueue([key for key in self._queue if namespace is None or key.startswith(namespace)])
-            return await self._attempt(self._backend.purge(namespace), None)
+            return await self._attempt("purge", 0, self._backend.purge(namespace), None)
 
     async def stats(self) -> BackendStats | None:
         """What the medium holds, or None while it fails."""
         if self._rests():
             return None
-        return await self._attempt(self._backend.stats(), None)
+        return await self._attempt("stats", 0, self._backend.stats(), None)
 
     def shards(self) -> list[ShardStats]:
         """How the servers of the medium behave; none where it is not made of servers."""
@@ -177,9 +205,10 @@ class Tier:
             self._rests_until = self._clock() + _REST_S
         return False
 
-    async def _attempt(self, call: Awaitable[_T], otherwise: _T) -> _T:
+    async def _attempt(self, operation: str, num_keys: int, call: Awaitable[_T], otherwise: _T) -> _T:
         try:
-            result = await call
+            with self._watch(self.name, operation, num_keys):
+                result = await call
         except BackendError as error:
             self._counters[f"tier_errors_{self.name}"] += 1
             trouble = "full" if isinstance(error, BackendFull) else "failing"
