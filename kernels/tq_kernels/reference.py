@@ -16,9 +16,9 @@ from tq_kernels.rotation import rotation_matrix
 from tq_kernels.spec import Code, KeyCenter
 
 _ITEM_DTYPES = {2: torch.int16, 4: torch.int32}
-_E4M3_MAX = 448.0
+E4M3_MAX = 448.0
 FP16_MAX = 65504.0
-_SMALLEST_NORM = 1e-30
+SMALLEST_NORM = 1e-30
 """Vectors shorter than this count as zeros; its reciprocal must be far from infinity."""
 
 
@@ -39,7 +39,7 @@ def quantize(
     Raises:
         ValueError: A shape that does not fit the layout.
     """
-    _check_tokens(keys, values, layout)
+    check_tokens(keys, values, layout)
     num_pages = keys.shape[0] // layout.page_tokens
     pages = torch.zeros(num_pages, layout.page_bytes, dtype=torch.uint8, device=keys.device)
     key, value = (_by_page(tensor, layout) for tensor in (keys, values))
@@ -151,7 +151,7 @@ def nearest_indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, to
     if code is Code.E4M3:
         return _e4m3(vectors), None
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    unit = vectors * (TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(_SMALLEST_NORM))
+    unit = vectors * (TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
     if code is Code.E4M3_SCALED:
         indices = _e4m3(unit)
     else:
@@ -159,14 +159,14 @@ def nearest_indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, to
         magnitude = torch.bucketize(unit.abs(), boundaries, right=True, out_int32=True)
         indices = magnitude | (torch.signbit(unit).to(torch.int32) << (code.bits - 1))
     levels = level_table(code, vectors.device).index_select(0, indices.flatten()).view(indices.shape)
-    length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
     scales = (norm / length).clamp_max(FP16_MAX)
     return indices, scales.squeeze(-1).to(torch.float16)
 
 
 def _e4m3(vectors: torch.Tensor) -> torch.Tensor:
     """Bytes of the saturating e4m3 cast, as int32."""
-    cast = vectors.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    cast = vectors.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return cast.view(torch.uint8).to(torch.int32)
 
 
@@ -205,7 +205,12 @@ def _by_page(tensor: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     return tensor.float().reshape(-1, layout.page_tokens, *tensor.shape[1:]).transpose(1, 2)
 
 
-def _check_tokens(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> None:
+def check_tokens(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> None:
+    """Keys and values are whole pages of the layout.
+
+    Raises:
+        ValueError: A shape that does not fit; the message says how.
+    """
     expected = (layout.num_kv_heads, layout.head_dim)
     if keys.shape != values.shape or keys.dim() != 3 or tuple(keys.shape[1:]) != expected:
         raise ValueError(
