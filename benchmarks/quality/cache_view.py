@@ -1,0 +1,58 @@
+"""What attention sees of a cache that some method keeps, with the first tokens raw."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.quality.methods.base import Method, Place
+
+
+class CacheView:
+    """Reads layers through a method; one object for one sequence.
+
+    Args:
+        method: How keys and values are kept.
+        num_layers: Of the model.
+        num_sinks: First tokens that stay raw.
+        states: State of every layer, or None to estimate each from the sequence's own first tokens.
+        state_tokens: How many of them, sinks included.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        num_layers: int,
+        num_sinks: int,
+        *,
+        states: Sequence[Any] | None = None,
+        state_tokens: int = 256,
+    ) -> None:
+        self._method = method
+        self._num_layers = num_layers
+        self._num_sinks = num_sinks
+        self._states: dict[int, Any] = dict(enumerate(states or ()))
+        self._state_tokens = state_tokens
+
+    def __call__(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[num_tokens, num_kv_heads, head_dim]`` as attention sees them."""
+        if keys.shape[0] <= self._num_sinks:
+            return keys, values
+        if layer not in self._states:
+            self._states[layer] = state_of(self._method, keys, values, self._num_sinks, self._state_tokens)
+        place = Place(layer=layer, num_layers=self._num_layers, num_sinks=self._num_sinks)
+        seen_keys, seen_values = self._method.read(keys.float(), values.float(), self._states[layer], place)
+        return self._with_sinks(keys, seen_keys), self._with_sinks(values, seen_values)
+
+    def _with_sinks(self, raw: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return torch.cat((raw[: self._num_sinks], seen[self._num_sinks :].to(raw)))
+
+
+def state_of(
+    method: Method, keys: torch.Tensor, values: torch.Tensor, num_sinks: int, state_tokens: int
+) -> Any:
+    """State of one layer from the first tokens of a sequence, sinks left out."""
+    part = slice(num_sinks, state_tokens)
+    return method.estimate(keys[part].float(), values[part].float())

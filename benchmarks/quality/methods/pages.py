@@ -1,0 +1,72 @@
+"""Our presets: keys and values through real page bytes and back."""
+
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.quality.methods.base import Geometry, Place, Sides
+from tq_kernels import PRESETS, CodecSpec, PageLayout
+from tq_kernels.reference import dequantize, quantize
+from tq_store.block import HEADER_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """A codec of `tq_kernels`.
+
+    Args:
+        name: What rows call it.
+        spec: The codec.
+        page_tokens: Tokens in a page.
+        balance: Exponent of the channel scale by which keys are divided, 0 for none.
+    """
+
+    name: str
+    spec: CodecSpec
+    page_tokens: int = 64
+    balance: float = 0.0
+
+    @property
+    def group_tokens(self) -> int:
+        """See `Method`."""
+        return self.page_tokens
+
+    def total_bytes(self, geometry: Geometry, num_tokens: int, num_sinks: int) -> float:
+        """Pages of all layers with scales, centres and padding, a header a block, and the sinks besides."""
+        layout = self._layout(geometry.num_kv_heads, geometry.head_dim)
+        block_bytes = HEADER_BYTES + layout.page_bytes * geometry.num_layers
+        return num_tokens / self.page_tokens * block_bytes + geometry.raw_bytes_per_token * num_sinks
+
+    def estimate(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+        """Balance ``[num_kv_heads, head_dim]``: spread of channels to the power `balance`, mean log 0."""
+        if not self.balance:
+            return None
+        logs = keys.std(dim=0).clamp_min(1e-6).log() * self.balance
+        return (logs - logs.mean(-1, keepdim=True)).exp()
+
+    def read(
+        self, keys: torch.Tensor, values: torch.Tensor, state: torch.Tensor | None, place: Place
+    ) -> Sides:
+        """See `Method`; a page that is not full is filled up with its mean key, which moves no centre."""
+        num_tokens = keys.shape[0]
+        layout = self._layout(*keys.shape[1:])
+        missing = -num_tokens % self.page_tokens
+        if missing:
+            mean = keys[num_tokens + missing - self.page_tokens :].mean(0, keepdim=True)
+            keys = torch.cat((keys, mean.expand(missing, -1, -1)))
+            values = torch.cat((values, torch.zeros_like(values[:1]).expand(missing, -1, -1)))
+        pages = quantize(keys, values, layout, key_balance=state)
+        read_keys, read_values = dequantize(pages, layout, key_balance=state)
+        return read_keys[:num_tokens], read_values[:num_tokens]
+
+    def _layout(self, num_kv_heads: int, head_dim: int) -> PageLayout:
+        return PageLayout(
+            spec=self.spec, head_dim=head_dim, num_kv_heads=num_kv_heads, page_tokens=self.page_tokens
+        )
+
+
+def page_methods(page_tokens: int) -> list[Pages]:
+    """Every quantizing preset, plain and balanced."""
+    presets = {name: spec for name, spec in PRESETS.items() if name not in ("fp8", "raw")}
+    plain = [Pages(name, spec, page_tokens) for name, spec in presets.items()]
+    return plain + [Pages(f"{name}-balanced", spec, page_tokens, 0.75) for name, spec in presets.items()]

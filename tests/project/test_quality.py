@@ -1,0 +1,147 @@
+"""The quality harness: its methods, texts, metrics and rows."""
+
+import pytest
+import torch
+
+from benchmarks.quality.articles import plain_text
+from benchmarks.quality.cache_view import CacheView
+from benchmarks.quality.logits import compare, summary
+from benchmarks.quality.methods.base import Geometry, Place
+from benchmarks.quality.methods.catalogue import catalogue, selected
+from benchmarks.quality.rows import KEYS, merged, read_rows, write_rows
+
+GEOMETRY = Geometry(num_layers=6, num_kv_heads=2, head_dim=64)
+METHODS = {method.name: method for method in catalogue(page_tokens=64)}
+MIDDLE = Place(layer=3, num_layers=6, num_sinks=4)
+
+
+def sides(num_tokens: int = 150, head_dim: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    keys, values = torch.randn(2, num_tokens, 2, head_dim, generator=generator)
+    return keys, values
+
+
+def error(side: torch.Tensor, read: torch.Tensor) -> float:
+    return float((side - read).square().sum() / side.square().sum())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_reads_back_about_what_it_was_given(name):
+    keys, values = sides()
+    method = METHODS[name]
+    read_keys, read_values = method.read(keys, values, method.estimate(keys[4:100], values[4:100]), MIDDLE)
+    assert read_keys.shape == keys.shape
+    for side, read in ((keys[4:], read_keys[4:]), (values[4:], read_values[4:])):
+        assert error(side, read) < 0.25
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_token_depends_on_no_token_after_its_group(name):
+    keys, values = sides(400)
+    method = METHODS[name]
+    state = method.estimate(keys[4:100], values[4:100])
+    whole = method.read(keys, values, state, MIDDLE)
+    num_tokens = 256 if method.group_tokens > 1 else 100
+    assert num_tokens % method.group_tokens == 0
+    part = method.read(keys[:num_tokens], values[:num_tokens], state, MIDDLE)
+    for long, short in zip(whole, part, strict=True):
+        torch.testing.assert_close(long[4:num_tokens], short[4:])
+
+
+@pytest.mark.parametrize(
+    ("name", "key_error", "value_error"),
+    [
+        ("vllm-4bit_nc", 0.0092, 0.00996),
+        ("vllm-3bit_nc", 0.034, 0.0458),
+        ("tq4", 0.0092, 0.0093),
+        ("tq3", 0.034, 0.034),
+        ("paper-2.5", 0.096, 0.096),
+    ],
+)
+def test_errors_on_gaussian_vectors_are_those_of_the_codes(name, key_error, value_error):
+    keys, values = sides(1024, head_dim=128)
+    method = METHODS[name]
+    read_keys, read_values = method.read(keys, values, method.estimate(keys, values), MIDDLE)
+    assert error(keys[4:], read_keys[4:]) == pytest.approx(key_error, rel=0.06)
+    assert error(values, read_values) == pytest.approx(value_error, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_head"),
+    [
+        *(("bf16", 256), ("fp8", 128)),
+        # slots of 70 and 54 bytes; stock keeps 4 of 6 layers at 256
+        *(("vllm-4bit_nc-all", 70), ("vllm-3bit_nc-all", 54), ("vllm-4bit_nc", (2 * 70 + 4 * 256) / 6)),
+        *(("kivi4", 64 + 8 + 2), ("kivi2", 32 + 8 + 2), ("kivi2-g32", 32 + 8 + 8)),
+        ("paper-2.5", 2 * (18 + 4)),
+        ("tq4", 70 + (256 / 64) / 12),
+    ],
+)
+def test_sizes_are_real_bytes(name, bytes_per_head):
+    total = METHODS[name].total_bytes(GEOMETRY, 1280, 0)
+    assert total / 1280 / 12 == pytest.approx(bytes_per_head)
+    more = METHODS[name].total_bytes(GEOMETRY, 1280, 4) - total
+    assert 0 <= more <= 4 * GEOMETRY.raw_bytes_per_token
+
+
+def test_stock_vllm_leaves_boundary_layers_raw():
+    keys, values = sides()
+    for layer, raw in ((0, True), (1, True), (2, False), (3, False), (4, True), (5, True)):
+        place = Place(layer=layer, num_layers=6, num_sinks=0)
+        read, _ = METHODS["vllm-3bit_nc"].read(keys, values, None, place)
+        assert (error(keys, read) < 1e-4) is raw
+
+
+def test_a_view_leaves_sinks_raw_and_learns_from_first_tokens():
+    keys, values = sides()
+    view = CacheView(METHODS["tq2-balanced"], 6, 4, state_tokens=64)
+    seen_keys, seen_values = view(0, keys, values)
+    for raw, seen in ((keys, seen_keys), (values, seen_values)):
+        assert torch.equal(raw[:4], seen[:4])
+        assert not torch.equal(raw[4:8], seen[4:8])
+    again, _ = view(0, keys * 2, values)
+    same_state = CacheView(
+        METHODS["tq2-balanced"], 6, 4, states=[METHODS["tq2-balanced"].estimate(keys[4:64], values)]
+    )
+    torch.testing.assert_close(same_state(0, keys * 2, values)[0], again)
+
+
+def test_losses_of_equal_logits_are_none():
+    logits = torch.randn(100, 50, generator=torch.Generator().manual_seed(2))
+    same = summary([compare(logits, logits, list(range(50)) * 2)])
+    assert (same["kl_mean"], same["kl_max"], same["top1"], same["ppl_ratio"]) == (0, 0, 1, 1)
+    other = logits.clone()
+    other[7] = other[7].roll(1)
+    loss = compare(logits, other, list(range(50)) * 2)
+    expected = torch.nn.functional.kl_div(
+        other[7].log_softmax(-1), logits[7].log_softmax(-1), log_target=True, reduction="sum"
+    )
+    torch.testing.assert_close(loss.kl[7], expected)
+    assert summary([loss])["top1"] == pytest.approx(0.99)
+
+
+def test_markup_becomes_prose():
+    markup = (
+        "{{Infobox|a={{nested}}}}'''Bold''' is [[link|a label]] or [[plain]].&lt;ref name=x&gt;gone&lt;/ref&gt;"
+        "\n== Heading ==\n{| class=wikitable\n| cell\n|}\n"
+        "* [[File:a.png|thumb|a [[nested]] link]]item [http://x y]"
+    )
+    assert plain_text(markup) == "Bold is a label or plain.\nHeading\nitem y"
+
+
+def test_patterns_pick_methods_and_wrong_ones_are_named():
+    assert [m.name for m in selected(list(METHODS.values()), ["fp8", "kivi?"])] == ["fp8", "kivi4", "kivi2"]
+    with pytest.raises(ValueError, match="'tq9'; there are none, bf16"):
+        selected(list(METHODS.values()), ["tq9"])
+
+
+def test_rows_have_the_agreed_keys_first_and_replace_each_other(tmp_path):
+    old = [{"preset": "tq4", "model": "m", "kl_mean": 1.0}, {"preset": "tq3", "model": "m"}]
+    new = [{"preset": "tq4", "model": "m", "kl_mean": 2.0}]
+    write_rows(merged(old, new), tmp_path / "rows.jsonl")
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [tuple(row) for row in rows] == [KEYS, KEYS]
+    assert [(row["preset"], row["kl_mean"]) for row in rows] == [("tq3", None), ("tq4", 2.0)]
+    (tmp_path / "rows.jsonl").write_text('{"preset": "tq4"}\n')
+    with pytest.raises(ValueError, match="does not begin with"):
+        read_rows(tmp_path / "rows.jsonl")
