@@ -122,7 +122,7 @@ def test_losses_of_equal_logits_are_none():
 
 def test_markup_becomes_prose():
     markup = (
-        "{{Infobox|a={{nested}}}}'''Bold''' is [[link|a label]] or [[plain]].&lt;ref name=x&gt;gone&lt;/ref&gt;"
+        "{{Infobox|a={{nested}}}}'''Bold''' is [[link|a label]] or [[plain]].&lt;ref&gt;gone&lt;/ref&gt;"
         "\n== Heading ==\n{| class=wikitable\n| cell\n|}\n"
         "* [[File:a.png|thumb|a [[nested]] link]]item [http://x y]"
     )
