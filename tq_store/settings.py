@@ -25,6 +25,27 @@ def format_size(num_bytes: int) -> str:
     return f"{size:.4g} {units[0]}"
 
 
+def format_rate(bytes_per_s: float) -> str:
+    """A throughput, in the units of sizes."""
+    return f"{format_size(round(bytes_per_s))}/s"
+
+
+def format_ratio(ratio: float | None) -> str:
+    """A share as a percentage; a dash where it is not known."""
+    return "-" if ratio is None else f"{ratio:.1%}"
+
+
+def format_duration(seconds: float) -> str:
+    """A time in its two largest units."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    left, parts = int(seconds), []
+    for unit, size in units:
+        count, left = divmod(left, size)
+        if count or (parts and len(parts) < 2):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """What a setting's value looks like in text, and how it is read.
