@@ -1,4 +1,4 @@
-"""`tq-store serve | ping | stats | inspect | purge`.
+"""`tq-store serve | ping | stats | top | inspect | purge`.
 
 Exit codes: 0 done, 1 a negative answer, 2 wrong usage or settings, 3 the server cannot be reached.
 """
@@ -98,6 +98,25 @@ def _stats(options: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
+def _top(options: argparse.Namespace) -> Exit:
+    try:
+        from tq_store import top
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing; run: pip install 'tq-store[server]'") from error
+    try:
+        if options.json:
+            _say(top.fetch_status(options.url).to_json())
+        elif options.once:
+            top.show(options.url)
+        else:
+            top.watch(options.url, every_s=options.every)
+    except RpcUnavailable as error:
+        return Exit(
+            _fail(f"{error}; was it started with --metrics-port, and is --url right?", Exit.UNREACHABLE)
+        )
+    return Exit.OK
+
+
 def _inspect(options: argparse.Namespace) -> Exit:
     target: str = options.target
     try:
@@ -159,6 +178,13 @@ def _namespace(text: str) -> bytes:
     return digest
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("a pause lies in 0.1 to 3600 seconds")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tq-store",
@@ -197,6 +223,25 @@ examples:
         "example:\n  tq-store stats --json | jq .counters.misses\n",
     )
     stats.add_argument("--json", action="store_true", help="for programs, with sizes in bytes")
+    top = _add_command(
+        commands,
+        "top",
+        _top,
+        "Watch a server: hit ratios, throughput, evictions, queues, busiest namespaces.",
+        """\
+examples:
+  tq-store top                                   the server on this machine, until Ctrl-C
+  tq-store top --url http://127.0.0.1:9465 --once
+  tq-store top --json | jq .hit_ratio
+""",
+    )
+    top.add_argument("--url", default="http://127.0.0.1:9464", help="its metrics port (default: %(default)s)")
+    top.add_argument(
+        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="pause (default: %(default)g)"
+    )
+    how = top.add_mutually_exclusive_group()
+    how.add_argument("--once", action="store_true", help="show it once, in colour only on a terminal")
+    how.add_argument("--json", action="store_true", help="for programs, with sizes in bytes")
     inspect = _add_command(
         commands,
         "inspect",

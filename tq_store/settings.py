@@ -38,7 +38,8 @@ def format_ratio(ratio: float | None) -> str:
 def format_duration(seconds: float) -> str:
     """A time in its two largest units."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    left, parts = int(seconds), []
+    left = int(seconds)
+    parts: list[str] = []
     for unit, size in units:
         count, left = divmod(left, size)
         if count or (parts and len(parts) < 2):

@@ -1,4 +1,4 @@
-"""What a server shows of itself to people: the numbers of its status page, its status.json and `tq-store top`."""
+"""What a server shows people of itself: the numbers of its status page and of `tq-store top`."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ class Status:
         total_hit_ratio: The same since the start.
         sent_bytes_per_s: Blocks sent, over the window.
         received_bytes_per_s: Blocks received, over the window.
-        saved_bytes: What bf16 would have taken on top of what the blocks that gets read took, since the start.
+        saved_bytes: What bf16 would have taken on top of the blocks that gets read, since the start.
         active_requests: Calls in flight.
         max_requests: Calls that may be.
         inflight_bytes: Declared bytes of blocks being received.
@@ -149,7 +149,7 @@ class Status:
             for name, kind in parts.items():
                 values[name] = [_build(kind, item) for item in values[name]]
             return _build(cls, values)
-        except (TypeError, KeyError, AttributeError, RecursionError, UnicodeDecodeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError("not the status of a tq-store server") from error
 
 

@@ -1,10 +1,11 @@
 """A server in the terminal: its status, fetched from the metrics port and drawn again and again."""
 
 import http.client
-import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,6 +20,7 @@ _TIMEOUT_S = 5.0
 _MAX_STATUS_BYTES = 1 << 20
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 60
+_PIPE_COLUMNS = 100
 
 
 def fetch_status(url: str) -> Status:
@@ -29,7 +31,9 @@ def fetch_status(url: str) -> Status:
         RpcUnavailable: Nobody answers.
     """
     if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{url!r} is not the URL of a metrics port; write for example http://127.0.0.1:9464")
+        raise ConfigError(
+            f"{url!r} is not the URL of a metrics port; write for example http://127.0.0.1:9464"
+        )
     address = f"{url.rstrip('/')}/status.json"
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:  # noqa: S310  # the scheme is checked
@@ -40,15 +44,28 @@ def fetch_status(url: str) -> Status:
         raise RpcUnavailable(f"{address} does not answer: {getattr(error, 'reason', error)}") from error
 
 
-def watch(url: str, *, every_s: float, console: Console, stop: threading.Event) -> None:
-    """Draw the status until told to stop. A server that goes away leaves its last numbers, marked as old.
+def show(url: str) -> None:
+    """Draw the status once.
+
+    Raises:
+        ConfigError, RpcUnavailable: As `fetch_status`.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPE_COLUMNS)
+    console.print(draw(fetch_status(url)))
+
+
+def watch(url: str, *, every_s: float) -> None:
+    """Draw the status until Ctrl-C. A server that goes away leaves its last numbers, marked as old.
 
     Raises:
         ConfigError, RpcUnavailable: At the first try, as `fetch_status`.
     """
     shown = draw(fetch_status(url))
-    with Live(shown, console=console, screen=True, auto_refresh=False) as live:
-        while not stop.wait(every_s):
+    with suppress(KeyboardInterrupt), Live(shown, screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(every_s)
             try:
                 shown = draw(fetch_status(url))
                 live.update(shown, refresh=True)
@@ -64,8 +81,11 @@ def draw(status: Status) -> RenderableType:
         _sparks("received", [moment.received_bytes_per_s for moment in status.history]),
         Text(),
         _tiers(status),
+        Text(),
         _calls(status),
+        Text(),
         _namespaces(status),
+        Text(),
         _troubles(status),
     )
 
@@ -74,7 +94,8 @@ def _summary(status: Status) -> Text:
     numbers = (
         f"tq-store {status.version}",
         f"up {format_duration(status.uptime_s)}",
-        f"hit ratio {format_ratio(status.hit_ratio)} ({format_ratio(status.total_hit_ratio)} since the start)",
+        f"hit ratio {format_ratio(status.hit_ratio)}",
+        f"({format_ratio(status.total_hit_ratio)} since the start)",
         f"saved {format_size(status.saved_bytes)}",
     )
     return Text("  ".join(numbers), style="bold")
@@ -111,16 +132,16 @@ def _tiers(status: Status) -> Table:
     return table
 
 
-def _calls(status: Status) -> Table:
+def _calls(status: Status) -> Group:
     table = _table("method", "calls", "p50 below", "p99 below")
     for call in status.calls:
         bounds = ("-" if bound is None else f"{bound * 1000:g} ms" for bound in (call.p50_s, call.p99_s))
         table.add_row(call.method, f"{call.calls_per_s:.1f}/s", *bounds)
-    table.caption = (
+    busy = (
         f"{status.active_requests} of {status.max_requests} calls in flight, receiving "
         f"{format_size(status.inflight_bytes)} of {format_size(status.max_inflight_bytes)}"
     )
-    return table
+    return Group(table, Text(busy, style="dim"))
 
 
 def _namespaces(status: Status) -> Table:

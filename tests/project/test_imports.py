@@ -39,7 +39,7 @@ def test_the_client_needs_no_server_package():
 
 def test_every_extra_that_is_promised_is_declared():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(extras) == {"kernels", "hf", "vllm", "sglang", "lmcache", "server", "dev"}
+    assert set(extras) == {"kernels", "hf", "vllm", "sglang", "lmcache", "server", "otel", "dev"}
 
 
 def test_make_help_names_every_target():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from project.metrics_document import DOCUMENT, document
+from prometheus_client import make_wsgi_app
 from prometheus_client.parser import text_string_to_metric_families
 from store.running_server import WAIT_S, running_server
 from store.sample_blocks import keys_of, sample_block, sample_blocks, sample_key
@@ -18,9 +19,10 @@ from tq_store.rpc.convert import METHODS
 from tq_store.server import metric_table as table
 from tq_store.server import scrape as scrape_module
 from tq_store.server.app import Server
+from tq_store.server.endpoint import MetricsEndpoint
 from tq_store.server.metric_table import DEFINITIONS, MAX_TENANT_LABELS, Type
 from tq_store.server.metrics import Metrics
-from tq_store.server.scrape import MetricsEndpoint, StoreCollector
+from tq_store.server.scrape import StoreCollector
 from tq_store.tiering.store import StoreStats
 
 
@@ -171,7 +173,7 @@ def test_a_store_that_does_not_answer_does_not_hide_the_rest(
         metrics = Metrics(METHODS)
         loop = asyncio.get_running_loop()
         metrics.registry.register(StoreCollector(read_stats, tuple, loop, version="1"))
-        endpoint = MetricsEndpoint(metrics.registry, host="127.0.0.1", port=0)
+        endpoint = MetricsEndpoint(make_wsgi_app(metrics.registry), host="127.0.0.1", port=0)
         try:
             return await asyncio.to_thread(scrape, endpoint.url)
         finally:

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import make_wsgi_app
 
 from tq_store.backends.base import Backend
 from tq_store.backends.disk import DiskBackend
@@ -23,16 +24,22 @@ from tq_store.errors import ConfigError
 from tq_store.rpc.convert import METHODS, SERVICE_NAME
 from tq_store.rpc.limits import MAX_MESSAGE_BYTES
 from tq_store.rpc.token import load_tokens
+from tq_store.server.activity import Activity
 from tq_store.server.auth import TokenInterceptor
+from tq_store.server.endpoint import MetricsEndpoint
 from tq_store.server.gate import ByteBudget, CallGate
 from tq_store.server.metrics import Metrics
-from tq_store.server.scrape import MetricsEndpoint, StoreCollector
+from tq_store.server.pages import Pages
+from tq_store.server.readings import Sampler
+from tq_store.server.scrape import StoreCollector
 from tq_store.server.service import BlockStoreService
+from tq_store.server.status_view import StatusView
 from tq_store.tiering.store import TieredStore
 
 logger = logging.getLogger(__name__)
 
 _LAST_BYTES_S = 1.0
+_ALIVE_S = 2.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -51,6 +58,7 @@ class Server:
         self.metrics_url: str | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
         self._resources = AsyncExitStack()
+        self._is_serving = False
 
     @classmethod
     async def start(cls, config: ServerConfig) -> "Server":
@@ -82,11 +90,22 @@ class Server:
         self._resources.push_async_callback(store.close)
         gate = CallGate(metrics, call_timeout_s=config.call_timeout_s, max_calls=config.max_concurrent_calls)
         budget = ByteBudget(metrics, limit_bytes=config.max_inflight_bytes)
-        service = BlockStoreService(store, tiers, gate=gate, budget=budget, metrics=metrics)
+        activity = Activity()
+        service = BlockStoreService(
+            store, tiers, gate=gate, budget=budget, metrics=metrics, activity=activity
+        )
         if config.metrics_port is not None:
             loop, version = asyncio.get_running_loop(), importlib.metadata.version("tq-store")
             metrics.registry.register(StoreCollector(store.stats, tuple, loop, version=version))
-            endpoint = MetricsEndpoint(metrics.registry, host=config.metrics_host, port=config.metrics_port)
+            sampler = Sampler(metrics.registry)
+            self._resources.push_async_callback(asyncio.to_thread, sampler.close)
+            pages = Pages(
+                make_wsgi_app(metrics.registry),
+                read_status=StatusView(sampler, activity).status,
+                is_alive=lambda: _answers(loop),
+                is_serving=lambda: self._is_serving,
+            )
+            endpoint = MetricsEndpoint(pages, host=config.metrics_host, port=config.metrics_port)
             self._resources.push_async_callback(asyncio.to_thread, endpoint.close)
             self.metrics_url = endpoint.url
         interceptors = []
@@ -103,6 +122,7 @@ class Server:
         self._resources.push_async_callback(self._drain, gate, config.grace_s)
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._is_serving = True
 
     async def _open_tiers(self, config: ServerConfig) -> list[Backend]:
         tiers: list[Backend] = [MemoryBackend(budget_bytes=config.memory_budget_bytes)]
@@ -115,6 +135,7 @@ class Server:
         return tiers
 
     async def _drain(self, gate: CallGate, grace_s: float) -> None:
+        self._is_serving = False
         await self._health.enter_graceful_shutdown()
         num_cut = await gate.drain(grace_s)
         if num_cut:
@@ -163,6 +184,15 @@ def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:
             f"or the TLS files may not fit together"
         ) from error
     return config.listen if port_number is None else f"{config.listen.rpartition(':')[0]}:{port}"
+
+
+def _answers(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the event loop gets round to its work; asked from another thread."""
+    try:
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(_ALIVE_S)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _check_unused(path: Path) -> None:

@@ -25,7 +25,7 @@ Answer = tuple[str, str, bytes]
 
 
 class Pages:
-    """A WSGI application. It reads only: every method but GET and HEAD is refused, and so is every other path.
+    """A WSGI application. It changes nothing: only GET and HEAD are answered, on few paths.
 
     Called from the HTTP server's threads.
 

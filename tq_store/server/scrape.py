@@ -1,4 +1,4 @@
-"""What is asked only when somebody scrapes: the store's statistics as metrics, and the HTTP endpoint."""
+"""What is asked only when somebody scrapes: the store's statistics as metrics."""
 
 import asyncio
 import logging
@@ -6,11 +6,9 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tq_store.errors import ConfigError
 from tq_store.results import BackendStats, NamespaceUsage, largest_namespaces
 from tq_store.server import metric_table as table
 from tq_store.server.metric_table import Definition, Type
@@ -174,24 +172,3 @@ def _by_namespace(tiers: Mapping[str, BackendStats]) -> dict[tuple[str, str], Na
                 used_bytes=sum(usage.used_bytes for usage in rest),
             )
     return shown
-
-
-class MetricsEndpoint:
-    """HTTP server for the metrics, on a thread of its own until `close()`.
-
-    Raises:
-        ConfigError: The port cannot be had.
-    """
-
-    def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
-        try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
-        except OSError as error:
-            raise ConfigError(f"cannot show metrics on {host}:{port}: {error.strerror}") from error
-        self.url = f"http://{host}:{self._server.server_port}/metrics"
-
-    def close(self) -> None:
-        """Stop listening and wait for the thread."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

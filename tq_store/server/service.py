@@ -17,6 +17,7 @@ from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+from tq_store.server.activity import Activity
 from tq_store.server.gate import ByteBudget, CallGate, Context
 from tq_store.server.metrics import Metrics
 from tq_store.tiering.store import TieredStore
@@ -40,6 +41,7 @@ class BlockStoreService:
         gate: Every call passes it.
         budget: Bounds the blocks being received.
         metrics: Told about block bytes.
+        activity: Told which namespaces are used.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class BlockStoreService:
         gate: CallGate,
         budget: ByteBudget,
         metrics: Metrics,
+        activity: Activity,
     ) -> None:
         self._store = store
         self._tiers = tuple(tiers)
         self._gate = gate
         self._budget = budget
         self._metrics = metrics
+        self._activity = activity
         self._started = time.monotonic()
         self._version = importlib.metadata.version("tq-store")
 
@@ -96,7 +100,11 @@ class BlockStoreService:
         return call
 
     async def _lookup(self, request: bytes, _: Context) -> bytes:
-        return convert.pack_hits(await self._store.lookup(convert.parse_keys(request)))
+        keys = convert.parse_keys(request)
+        num_hits = await self._store.lookup(keys)
+        self._metrics.looked_up(len(keys), num_hits)
+        self._activity.looked_up(keys, num_hits)
+        return convert.pack_hits(num_hits)
 
     async def _contains(self, request: bytes, _: Context) -> bytes:
         return convert.pack_flags(await self._store.contains(convert.parse_keys(request)))
@@ -130,6 +138,7 @@ class BlockStoreService:
                 for frame in cut_block(index, block or b""):
                     await context.write(pack_frame(frame))
                     self._metrics.sent(len(frame.data))
+                self._activity.sent(keys[index], len(block or b""))
             start += len(blocks)
             largest_bytes = max(largest_bytes, *(len(block or b"") for block in blocks))
             affordable_blocks = _READ_AHEAD_BYTES // largest_bytes
@@ -152,7 +161,9 @@ class BlockStoreService:
                     reserved_bytes = frame.block_bytes
                 self._metrics.received(len(frame.data))
                 if block is not None and block.data is not None:
-                    outcomes += await self._store.put([(BlockKey(block.key), block.data)])
+                    key = BlockKey(block.key)
+                    outcomes += await self._store.put([(key, block.data)])
+                    self._activity.received(key, len(block.data))
                     self._budget.release(reserved_bytes)
                     reserved_bytes = 0
         finally:

@@ -1,4 +1,4 @@
-"""The status page: HTML drawn from a status, complete without scripts; its numbers are escaped on the way in."""
+"""The status page: HTML drawn from a status, complete without scripts."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -11,9 +11,11 @@ _BAR_WIDTH, _BAR_HEIGHT = 90, 8
 
 
 def render_page(status: Status) -> str:
-    """The whole page. Style and script come from files beside it, so that nothing inline has to be allowed."""
+    """The whole page. Style and script are files beside it, so that nothing inline has to be allowed."""
     troubles = _table(
-        ("since the start", "count"), ((name, f"{count:,}") for name, count in status.troubles.items()), bad=True
+        ("since the start", "count"),
+        ((name, f"{count:,}") for name, count in status.troubles.items()),
+        bad=True,
     )
     parts = (
         _number("prefix hit ratio", format_ratio(status.hit_ratio), _since_start(status)),
@@ -39,7 +41,8 @@ def render_page(status: Status) -> str:
 <noscript><meta http-equiv="refresh" content="5"></noscript>
 </head>
 <body data-step-seconds="{status.step_s:g}">
-<header><h1>tq-store</h1><p id="stale" role="status">the server does not answer; these numbers are old</p></header>
+<header><h1>tq-store</h1>
+<p id="stale" role="status">the server does not answer; these numbers are old</p></header>
 <main>
 <p>version {escape(status.version)}, up {format_duration(status.uptime_s)}, {window}</p>
 {"".join(parts)}</main>

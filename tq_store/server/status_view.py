@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from tq_store.server import metric_table as table
 from tq_store.server.activity import Activity
@@ -66,7 +67,7 @@ class StatusView:
             tiers=_tiers(change),
             calls=[_call(change, method) for method in _METHODS],
             namespaces=self._namespaces(),
-            history=[_moment(_Change(*pair)) for pair in zip(readings, readings[1:], strict=False)],
+            history=[_moment(_Change(*pair)) for pair in pairwise(readings)],
         )
 
     def _namespaces(self) -> list[NamespaceStatus]:
