@@ -73,7 +73,14 @@ class ServerConfig:
         default=None, metadata=about(PATH, "demand one of the tokens in this file, one a line")
     )
     max_inflight_bytes: int = field(
-        default=1 << 30, metadata=about(SIZE, "blocks being received at once; a put beyond it is refused")
+        default=32 << 20,
+        metadata=about(
+            SIZE, "blocks being received at once; a put beyond it waits, and is refused after 15 s"
+        ),
+    )
+    max_outflight_bytes: int = field(
+        default=32 << 20,
+        metadata=about(SIZE, "blocks being sent at once; a get beyond it waits, and is refused after 15 s"),
     )
     max_concurrent_calls: int = field(
         default=256, metadata=about(COUNT, "calls at once; a call beyond it is refused")
@@ -87,8 +94,9 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         split_address(self.listen)
-        positive = ("memory_budget_bytes", "disk_budget_bytes", "write_queue_bytes", "max_inflight_bytes")
-        _check_positive(self, *positive, "max_concurrent_calls", "call_timeout_s")
+        sizes = ("memory_budget_bytes", "disk_budget_bytes", "write_queue_bytes")
+        flights = ("max_inflight_bytes", "max_outflight_bytes")
+        _check_positive(self, *sizes, *flights, "max_concurrent_calls", "call_timeout_s")
         if (self.disk_path is None) != (self.disk_budget_bytes is None):
             raise ConfigError("disk_path and disk_budget go together: set both, or neither")
         if (self.tls_cert is None) != (self.tls_key is None):

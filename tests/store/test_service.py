@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,18 +22,17 @@ from store.sample_blocks import NAMESPACE, OTHER_NAMESPACE, keys_of, sample_bloc
 from tq_store.client import StoreClient
 from tq_store.config import ServerConfig
 from tq_store.errors import BackendError, ConfigError, RpcError
-from tq_store.keys import BlockKey
 from tq_store.rpc import convert
 from tq_store.rpc.convert import METHODS
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
+from tq_store.server import app as app_module
 from tq_store.server import gate as gate_module
 from tq_store.server import service as service_module
 from tq_store.server.app import Server
 from tq_store.server.gate import CallGate
 from tq_store.server.metrics import Metrics
-from tq_store.tiering.store import TieredStore
 
 
 def frames_of(
@@ -90,37 +89,6 @@ def test_blocks_come_back_as_they_were_put(stub: stubs.BlockStoreStub) -> None:
     asked = [sample_key(99), *keys_of(blocks), sample_key(98), blocks[0][0]]
     got = blocks_of(stub.Get(pb.Keys(keys=asked), timeout=WAIT_S))
     assert got == [None, *(data for _, data in blocks), None, blocks[0][1]]
-
-
-def test_more_blocks_than_are_read_ahead_come_in_order(
-    stub: stubs.BlockStoreStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocks = sample_blocks(40, 1000)
-    stub.Put(frames_of(blocks), timeout=WAIT_S)
-    for limit in (1, 3000, 1 << 20):
-        monkeypatch.setattr(service_module, "_READ_AHEAD_BYTES", limit)
-        got = blocks_of(stub.Get(pb.Keys(keys=keys_of(blocks)), timeout=WAIT_S))
-        assert got == [data for _, data in blocks]
-
-
-def test_how_much_is_read_ahead_follows_the_largest_block_so_far(
-    stub: stubs.BlockStoreStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    groups: list[int] = []
-    get = TieredStore.get
-
-    async def recording_get(store: TieredStore, keys: Sequence[BlockKey]) -> list[bytes | None]:
-        groups.append(len(keys))
-        return await get(store, keys)
-
-    large, small = sample_blocks(4, 1000), sample_blocks(20, 10, first=10)
-    stub.Put(frames_of(large + small), timeout=WAIT_S)
-    monkeypatch.setattr(TieredStore, "get", recording_get)
-    monkeypatch.setattr(service_module, "_READ_AHEAD_BYTES", 4000)
-    absent = [sample_key(number) for number in range(100, 103)]
-    asked = [*absent, *keys_of(large), *keys_of(small)]
-    assert len(blocks_of(stub.Get(pb.Keys(keys=asked), timeout=WAIT_S))) == len(asked)
-    assert groups == [1, 2, 4, 3, 3, 3, 3, 3, 3, 2]
 
 
 def test_frames_may_be_small(stub: stubs.BlockStoreStub) -> None:
@@ -264,7 +232,8 @@ def metric(server: Server, name: str, default: float | None = None) -> float:
     return values[0] if values or default is None else default
 
 
-def test_blocks_being_received_are_bounded_over_all_calls() -> None:
+def test_blocks_being_received_are_bounded_over_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "_PATIENCE_S", 0.05)
     big, small = sample_block(1, MAX_FRAME_BYTES), sample_block(2, 1000)
     limits = {"max_inflight_bytes": MAX_FRAME_BYTES + 1000, "metrics_port": 0}
     with running_server(**limits) as server, grpc.insecure_channel(server.address) as channel:
@@ -282,6 +251,51 @@ def test_blocks_being_received_are_bounded_over_all_calls() -> None:
         wait_until(lambda: metric(server, "tq_store_inflight_bytes") == 0)
         assert stub.Put(frames_of([small]), timeout=WAIT_S).outcomes == [pb.PUT_OUTCOME_STORED]
         assert stub.Contains(pb.Keys(keys=[sample_key(3)]), timeout=WAIT_S).flags == [False]
+
+
+def test_blocks_being_sent_are_bounded_over_all_calls(tmp_path: Path) -> None:
+    """Slow readers hold no more than the window, and the one that takes its blocks still gets them."""
+    limits = {"max_outflight_bytes": 24 << 20, "memory_budget_bytes": 1 << 20, "metrics_port": 0}
+    disk = {"disk_path": tmp_path, "disk_budget_bytes": 1 << 30, "write_queue_bytes": 1 << 30}
+    blocks = sample_blocks(6, 4 << 20)
+    with running_server(**limits, **disk) as server, ExitStack() as stack:
+
+        def connect() -> stubs.BlockStoreStub:
+            return stubs.BlockStoreStub(stack.enter_context(grpc.insecure_channel(server.address)))
+
+        stub = connect()
+        stub.Put(frames_of(blocks), timeout=WAIT_S)
+        asked = pb.Keys(keys=keys_of(blocks))
+        wait_until(lambda: all(stub.Contains(asked, timeout=WAIT_S).flags))
+        assert blocks_of(stub.Get(asked, timeout=WAIT_S)) == [data for _, data in blocks]  # tells sizes
+        slow = [connect().Get(asked, timeout=WAIT_S) for _ in range(8)]
+        for call in slow:
+            stack.callback(call.cancel)
+        wait_until(lambda: metric(server, "tq_store_outflight_bytes") > 16 << 20)
+        assert metric(server, "tq_store_outflight_bytes") <= metric(server, "tq_store_max_outflight_bytes")
+        for call in slow[1:]:
+            call.cancel()
+        assert blocks_of(slow[0]) == [data for _, data in blocks]
+        wait_until(lambda: metric(server, "tq_store_outflight_bytes") == 0)
+
+
+def test_a_peer_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "_STALL_S", 0.1)
+    with running_server() as server, grpc.insecure_channel(server.address) as channel:
+        stub = stubs.BlockStoreStub(channel)
+        slow = SlowPut(stub, sample_block(1, MAX_FRAME_BYTES))
+        with pytest.raises(grpc.RpcError) as call:
+            slow.call.result(WAIT_S)
+        assert code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
+        slow.cancel()
+        blocks = sample_blocks(2, 8 << 20)
+        stub.Put(frames_of(blocks), timeout=WAIT_S)
+        reader = stub.Get(pb.Keys(keys=keys_of(blocks)), timeout=WAIT_S)
+        next(reader)
+        threading.Event().wait(0.5)
+        with pytest.raises(grpc.RpcError) as call:
+            list(reader)
+        assert code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_calls_at_once_are_bounded() -> None:

@@ -13,9 +13,9 @@ import grpc
 from tq_store.config import ClientConfig, is_local
 from tq_store.errors import ConfigError, RpcError, RpcUnavailable
 from tq_store.rpc.convert import SERVICE_NAME
-from tq_store.rpc.limits import MAX_MESSAGE_BYTES
 from tq_store.rpc.status import error_of
 from tq_store.rpc.token import METADATA_KEY, bearer, load_tokens
+from tq_store.rpc.transport import TRANSPORT_OPTIONS, keep_freed_memory
 
 _KEEPALIVE_MS = 30_000
 _MAX_RECONNECT_PAUSE_MS = 2_000
@@ -41,6 +41,7 @@ class Connection:
         self.address = address
         self._config = config
         self._metadata = _token_metadata(address, config)
+        keep_freed_memory()
         self._channel = _open_channel(address, config)
         self._closed = threading.Event()
         self._counters: Counter[str] = Counter(retries=0, failed_calls=0)
@@ -192,8 +193,7 @@ def _token_metadata(address: str, config: ClientConfig) -> tuple[tuple[str, str]
 def _open_channel(address: str, config: ClientConfig) -> grpc.Channel:
     connect_ms = max(1, round(config.connect_timeout_s * 1000))
     options = (
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        *TRANSPORT_OPTIONS,
         ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", connect_ms),
         ("grpc.min_reconnect_backoff_ms", connect_ms),  # grpc's name for the time a connection may take

@@ -22,27 +22,30 @@ from tq_store.backends.redis import RedisBackend
 from tq_store.config import ServerConfig, split_address
 from tq_store.errors import ConfigError
 from tq_store.rpc.convert import METHODS, SERVICE_NAME
-from tq_store.rpc.limits import MAX_MESSAGE_BYTES
 from tq_store.rpc.token import load_tokens
+from tq_store.rpc.transport import TRANSPORT_OPTIONS
 from tq_store.server.activity import Activity
 from tq_store.server.auth import TokenInterceptor
 from tq_store.server.endpoint import MetricsEndpoint
-from tq_store.server.gate import ByteBudget, CallGate
+from tq_store.server.gate import CallGate
+from tq_store.server.heap import settle_heap
 from tq_store.server.metrics import Metrics
 from tq_store.server.pages import Pages
 from tq_store.server.readings import Sampler
 from tq_store.server.scrape import StoreCollector
 from tq_store.server.service import BlockStoreService
 from tq_store.server.status_view import StatusView
+from tq_store.server.window import ByteWindow
 from tq_store.tiering.store import TieredStore
 
 logger = logging.getLogger(__name__)
 
 _LAST_BYTES_S = 1.0
 _ALIVE_S = 2.0
+_PATIENCE_S = 15.0
+"""How long a call waits for its share of a window: longer than a stalled peer may keep its own."""
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    *TRANSPORT_OPTIONS,
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.so_reuseport", 0),  # a second server on the port fails to start, it does not steal calls
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -84,15 +87,24 @@ class Server:
         """Open one thing after the other; what is opened first is closed last."""
         tiers = await self._open_tiers(config)
         metrics = Metrics(METHODS)
-        metrics.limits(max_requests=config.max_concurrent_calls, max_inflight_bytes=config.max_inflight_bytes)
+        metrics.limits(
+            max_requests=config.max_concurrent_calls,
+            max_inflight_bytes=config.max_inflight_bytes,
+            max_outflight_bytes=config.max_outflight_bytes,
+        )
         store = TieredStore(tiers, write_queue_bytes=config.write_queue_bytes, watch=metrics.watch_tier)
         self._resources.pop_all()  # the tiers are the store's now
         self._resources.push_async_callback(store.close)
         gate = CallGate(metrics, call_timeout_s=config.call_timeout_s, max_calls=config.max_concurrent_calls)
-        budget = ByteBudget(metrics, limit_bytes=config.max_inflight_bytes)
         activity = Activity()
         service = BlockStoreService(
-            store, tiers, gate=gate, budget=budget, metrics=metrics, activity=activity
+            store,
+            tiers,
+            gate=gate,
+            inward=_window("max_inflight", config.max_inflight_bytes, metrics.inflight),
+            outward=_window("max_outflight", config.max_outflight_bytes, metrics.outflight),
+            metrics=metrics,
+            activity=activity,
         )
         if config.metrics_port is not None:
             loop, version = asyncio.get_running_loop(), importlib.metadata.version("tq-store")
@@ -148,6 +160,7 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> Non
     Raises:
         ConfigError, BackendError: It could not start.
     """
+    settle_heap()
     loop, asked_to_stop = asyncio.get_running_loop(), asyncio.Event()
     server = await Server.start(config)
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -160,6 +173,10 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> Non
         signal.signal(number, signal.SIG_DFL)
     logger.info("stopping; calls in flight have %g s", config.grace_s)
     await server.stop()
+
+
+def _window(name: str, limit_bytes: int, on_change: Callable[[int], None]) -> ByteWindow:
+    return ByteWindow(name, limit_bytes=limit_bytes, patience_s=_PATIENCE_S, on_change=on_change)
 
 
 def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:

@@ -1,4 +1,4 @@
-"""The gate that every store call passes: counted, limited in time and bytes, its errors made statuses."""
+"""The gate that every store call passes: counted, limited in number and time, its errors made statuses."""
 
 import asyncio
 import logging
@@ -87,34 +87,3 @@ class CallGate:
         except TimeoutError:
             return self._num_active
         return 0
-
-
-class ByteBudget:
-    """Bounds the bytes of blocks that are being received, over all calls together.
-
-    Overflow is refused at once, not queued: a client whose put is refused has lost nothing but a future hit.
-    """
-
-    def __init__(self, metrics: Metrics, *, limit_bytes: int) -> None:
-        self._metrics = metrics
-        self._limit_bytes = limit_bytes
-        self._used_bytes = 0
-
-    def reserve(self, num_bytes: int) -> None:
-        """Take a share of the budget.
-
-        Raises:
-            BackendFull: It is not there.
-        """
-        if self._used_bytes + num_bytes > self._limit_bytes:
-            raise BackendFull(
-                f"{self._used_bytes} bytes are being received; {num_bytes} more would exceed "
-                f"max_inflight of {self._limit_bytes}"
-            )
-        self._used_bytes += num_bytes
-        self._metrics.inflight(self._used_bytes)
-
-    def release(self, num_bytes: int) -> None:
-        """Give a share back."""
-        self._used_bytes -= num_bytes
-        self._metrics.inflight(self._used_bytes)

@@ -29,6 +29,8 @@ class Metrics:
         self._max_active = _gauge(table.MAX_REQUESTS, self.registry)
         self._inflight = _gauge(table.INFLIGHT_BYTES, self.registry)
         self._max_inflight = _gauge(table.MAX_INFLIGHT_BYTES, self.registry)
+        self._outflight = _gauge(table.OUTFLIGHT_BYTES, self.registry)
+        self._max_outflight = _gauge(table.MAX_OUTFLIGHT_BYTES, self.registry)
         self._received = _counter(table.RECEIVED_BYTES, self.registry)
         self._sent = _counter(table.SENT_BYTES, self.registry)
         self._saved = _counter(table.SAVED_BYTES, self.registry)
@@ -44,10 +46,11 @@ class Metrics:
         self._reloads = _counter(table.CREDENTIAL_RELOADS, self.registry)
         self._audit_dropped = _counter(table.AUDIT_DROPPED, self.registry)
 
-    def limits(self, *, max_requests: int, max_inflight_bytes: int) -> None:
+    def limits(self, *, max_requests: int, max_inflight_bytes: int, max_outflight_bytes: int) -> None:
         """What the server allows, to set the gauges beside it in proportion."""
         self._max_active.set(max_requests)
         self._max_inflight.set(max_inflight_bytes)
+        self._max_outflight.set(max_outflight_bytes)
 
     def started(self) -> None:
         """A call began."""
@@ -83,6 +86,10 @@ class Metrics:
     def inflight(self, num_bytes: int) -> None:
         """So many bytes are being received now."""
         self._inflight.set(num_bytes)
+
+    def outflight(self, num_bytes: int) -> None:
+        """So many bytes are read for gets or being sent now."""
+        self._outflight.set(num_bytes)
 
     def looked_up(self, num_keys: int, num_hits: int) -> None:
         """A lookup was answered."""

@@ -1,8 +1,10 @@
 """The block store's methods: take the request apart, ask the store, put the answer together."""
 
+import asyncio
 import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -18,13 +20,15 @@ from tq_store.rpc import convert
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
 from tq_store.server.activity import Activity
-from tq_store.server.gate import ByteBudget, CallGate, Context
+from tq_store.server.gate import CallGate, Context
 from tq_store.server.metrics import Metrics
+from tq_store.server.read_ahead import ReadAhead
+from tq_store.server.window import ByteWindow
 from tq_store.tiering.store import TieredStore
 from tq_store.tiering.tier import check_all
 
-_READ_AHEAD_BYTES = 32 << 20
-_MAX_READ_AHEAD_BLOCKS = 64
+_STALL_S = 10.0
+"""How long a peer may take to send or to accept one frame, a mebibyte at most."""
 
 Method = Callable[[Any, Context], Awaitable[bytes | None]]
 
@@ -39,7 +43,8 @@ class BlockStoreService:
         store: Owned by the caller, like all others.
         tiers: The store's tiers, from the fastest to the slowest, for Inspect.
         gate: Every call passes it.
-        budget: Bounds the blocks being received.
+        inward: Bounds the blocks being received.
+        outward: Bounds the blocks being sent.
         metrics: Told about block bytes.
         activity: Told which namespaces are used.
     """
@@ -50,14 +55,16 @@ class BlockStoreService:
         tiers: Sequence[Backend],
         *,
         gate: CallGate,
-        budget: ByteBudget,
+        inward: ByteWindow,
+        outward: ByteWindow,
         metrics: Metrics,
         activity: Activity,
     ) -> None:
         self._store = store
         self._tiers = tuple(tiers)
         self._gate = gate
-        self._budget = budget
+        self._inward = inward
+        self._reader = ReadAhead(store, outward)
         self._metrics = metrics
         self._activity = activity
         self._started = time.monotonic()
@@ -126,51 +133,56 @@ class BlockStoreService:
         return convert.pack_copies([await _inspect_tier(tier, key) for tier in self._tiers])
 
     async def _get(self, request: bytes, context: Context) -> None:
-        """Send the blocks, reading ahead no more than about `_READ_AHEAD_BYTES` of them.
-
-        Block sizes are known only once some were read: the first is read alone, then groups that grow.
-        """
+        """Send the blocks. A client that accepts nothing for `_STALL_S` is given up."""
         keys = convert.parse_keys(request)
-        start, group_blocks, largest_bytes = 0, 1, 1
-        while start < len(keys):
-            blocks = await self._store.get(keys[start : start + group_blocks])
-            for index, block in enumerate(blocks, start):
+        async with aclosing(self._reader.blocks(keys)) as blocks:
+            index = 0
+            async for block in blocks:
                 for frame in cut_block(index, block or b""):
-                    await context.write(pack_frame(frame))
+                    async with asyncio.timeout(_STALL_S):
+                        await context.write(pack_frame(frame))
                     self._metrics.sent(len(frame.data))
                 self._activity.sent(keys[index], len(block or b""))
-            start += len(blocks)
-            largest_bytes = max(largest_bytes, *(len(block or b"") for block in blocks))
-            affordable_blocks = _READ_AHEAD_BYTES // largest_bytes
-            group_blocks = max(1, min(2 * group_blocks, _MAX_READ_AHEAD_BLOCKS, affordable_blocks))
+                index += 1
 
     async def _put(self, frames: AsyncIterator[bytes], _: Context) -> bytes:
         """Store each block when its last byte has arrived; hold one at a time."""
         assembler = Assembler(num_blocks=MAX_KEYS, keyed=True)
         outcomes: list[PutOutcome] = []
-        total_bytes = reserved_bytes = 0
+        total_bytes = held_bytes = 0
         try:
-            async for raw in frames:
+            async for raw in _unstalled(frames):
                 frame = parse_frame(raw)
                 block = assembler.add(frame)
                 if not frame.offset:
                     total_bytes += frame.block_bytes
                     if total_bytes > MAX_PUT_BYTES:
                         raise ValueError(f"the blocks of one put come to more than {MAX_PUT_BYTES} bytes")
-                    self._budget.reserve(frame.block_bytes)
-                    reserved_bytes = frame.block_bytes
+                    await self._inward.take(frame.block_bytes)
+                    held_bytes = frame.block_bytes
                 self._metrics.received(len(frame.data))
                 if block is not None and block.data is not None:
                     key = BlockKey(block.key)
                     outcomes += await self._store.put([(key, block.data)])
                     self._activity.received(key, len(block.data))
-                    self._budget.release(reserved_bytes)
-                    reserved_bytes = 0
+                    self._inward.give(held_bytes)
+                    held_bytes = 0
         finally:
-            self._budget.release(reserved_bytes)
+            self._inward.give(held_bytes)
         if assembler.is_inside_block:
             raise ValueError(f"the call ended inside block {len(outcomes)}")
         return convert.pack_outcomes(outcomes)
+
+
+async def _unstalled(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The frames of a put, until its client has sent nothing for `_STALL_S`."""
+    while True:
+        async with asyncio.timeout(_STALL_S):
+            try:
+                frame = await anext(frames)
+            except StopAsyncIteration:
+                return
+        yield frame
 
 
 async def _inspect_tier(tier: Backend, key: BlockKey) -> convert.TierCopy:

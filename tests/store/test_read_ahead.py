@@ -1,0 +1,110 @@
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+
+import pytest
+from store.sample_blocks import bytes_of, keys_of, sample_blocks, sample_key
+
+from tq_store.backends.memory import MemoryBackend
+from tq_store.errors import BackendFull
+from tq_store.keys import BlockKey
+from tq_store.server.read_ahead import ReadAhead
+from tq_store.server.window import ByteWindow
+from tq_store.tiering.store import TieredStore
+
+MIB = 1 << 20
+
+
+class RecordingStore(TieredStore):
+    """Notes how many keys each get asks for; holds gets back while its gate is closed."""
+
+    def __init__(self) -> None:
+        super().__init__([MemoryBackend(budget_bytes=64 * MIB)])
+        self.groups: list[int] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
+        self.groups.append(len(keys))
+        await self.gate.wait()
+        return await super().get(keys)
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[RecordingStore]:
+    opened = RecordingStore()
+    yield opened
+    await opened.close()
+
+
+def window(limit_bytes: int, used: list[int], patience_s: float = 20.0) -> ByteWindow:
+    return ByteWindow("max_outflight", limit_bytes=limit_bytes, patience_s=patience_s, on_change=used.append)
+
+
+async def blocks_of(store: TieredStore, keys: Sequence[BlockKey], within: ByteWindow) -> list[bytes | None]:
+    async with aclosing(ReadAhead(store, within).blocks(keys)) as blocks:
+        return [block async for block in blocks]
+
+
+@pytest.mark.parametrize("limit_bytes", [1, 3000, 100 * MIB])
+async def test_blocks_come_in_order_whatever_the_window(store: RecordingStore, limit_bytes: int) -> None:
+    blocks, used = sample_blocks(40, 1000), [0]
+    await store.put(blocks)
+    keys = [*keys_of(blocks), sample_key(99)]
+    assert await blocks_of(store, keys, window(limit_bytes, used)) == [*bytes_of(blocks), None]
+    assert await blocks_of(store, [], window(limit_bytes, used)) == []
+    assert used[-1] == 0
+    assert max(used) > 0
+
+
+async def test_groups_grow_as_far_as_the_largest_block_so_far_allows(store: RecordingStore) -> None:
+    large, small = sample_blocks(4, 1000), sample_blocks(20, 10, first=10)
+    await store.put(large + small)
+    absent = [sample_key(number) for number in range(100, 103)]
+    asked = [*absent, *keys_of(large), *keys_of(small)]
+    # a group is an eighth of the window
+    assert len(await blocks_of(store, asked, window(8 * 4000, []))) == len(asked)
+    assert store.groups == [1, 2, 4, 3, 3, 3, 3, 3, 3, 2]
+
+
+async def test_the_next_group_is_read_while_one_is_sent(store: RecordingStore) -> None:
+    blocks = sample_blocks(7, 1000)
+    await store.put(blocks)
+    async with aclosing(ReadAhead(store, window(MIB, [])).blocks(keys_of(blocks))) as reading:
+        assert await anext(reading) == blocks[0][1]
+        await asyncio.sleep(0)
+        assert store.groups == [1, 2]
+        assert await anext(reading) == blocks[1][1]
+        await asyncio.sleep(0)
+        assert store.groups == [1, 2, 4]
+
+
+async def test_a_reader_that_stops_holds_nothing(store: RecordingStore) -> None:
+    blocks, used = sample_blocks(30, 1000), [0]
+    await store.put(blocks)
+    async with aclosing(ReadAhead(store, window(MIB, used)).blocks(keys_of(blocks))) as reading:
+        for _ in range(4):
+            await anext(reading)
+        store.gate.clear()
+        assert used[-1] > 0
+    assert used[-1] == 0
+
+
+async def test_a_window_that_stays_full_ends_the_reading(store: RecordingStore) -> None:
+    blocks, used = sample_blocks(3, 1000), [0]
+    await store.put(blocks)
+    full = window(MIB, used, patience_s=0.01)
+    await full.take(MIB)
+    with pytest.raises(BackendFull):
+        await blocks_of(store, keys_of(blocks), full)
+    assert used[-1] == MIB
+
+
+async def test_a_failure_ahead_is_nobodys_business_once_the_reader_has_left(store: RecordingStore) -> None:
+    blocks, used = sample_blocks(3, 1000), [0]
+    await store.put(blocks)
+    full = window(4000, used, patience_s=0.01)
+    async with aclosing(ReadAhead(store, full).blocks(keys_of(blocks))) as reading:
+        await anext(reading)
+        await asyncio.sleep(0.05)  # the group ahead has given up by now
+    assert used[-1] == 0

@@ -1,0 +1,23 @@
+"""The C allocator of a server process, set so that its memory stays near what it holds."""
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
+_SETTINGS = (
+    # blocks get a mapping of their own, which goes back to the kernel whole; frames are reused
+    (_MMAP_THRESHOLD, 2 << 20),
+    (_TRIM_THRESHOLD, 64 << 20),
+    # an arena a thread would keep the frames of every thread
+    (_ARENA_MAX, 2),
+)
+
+
+def settle_heap() -> None:
+    """Set the allocator of this process, before it has threads. Does nothing where there is no glibc."""
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in _SETTINGS:
+            mallopt(parameter, value)
