@@ -27,6 +27,7 @@ from tq_store.settings import (
     settings,
 )
 
+_REDIS_LOGIN = ("user", "password_file", "sentinel_user", "sentinel_password_file")
 DEFAULT_ADDRESS = "127.0.0.1:7437"
 _KUBERNETES_NAME = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP)(_.+)?)")
 _KUBERNETES_VALUE = re.compile(r"(tcp|udp)://.*")
@@ -52,7 +53,45 @@ class ServerConfig:
     redis_url: str | None = field(
         default=None,
         repr=False,  # may hold a password
-        metadata=about(TEXT, "shared tier, e.g. redis://host:6379/0, rediss:// or unix://", "URL"),
+        metadata=about(
+            TEXT,
+            "shared tier: redis://host:6379/0, redis+sentinel://host,host/service, redis+cluster://host,host,"
+            " with rediss for TLS, or unix:///path",
+            "URL",
+        ),
+    )
+    redis_user: str | None = field(
+        default=None, metadata=about(TEXT, "ACL user of the shared tier, where its URL names none", "NAME")
+    )
+    redis_password_file: Path | None = field(
+        default=None,
+        metadata=about(PATH, "password of the shared tier, on the first line; read at each new connection"),
+    )
+    redis_sentinel_user: str | None = field(
+        default=None, metadata=about(TEXT, "ACL user at the sentinels, where they ask for one", "NAME")
+    )
+    redis_sentinel_password_file: Path | None = field(
+        default=None, metadata=about(PATH, "password at the sentinels, on the first line")
+    )
+    redis_tls_ca: Path | None = field(
+        default=None,
+        metadata=about(PATH, "CA of the shared tier's certificates, PEM; without it the system's"),
+    )
+    redis_tls_cert: Path | None = field(
+        default=None, metadata=about(PATH, "certificate to show the shared tier, PEM")
+    )
+    redis_tls_key: Path | None = field(
+        default=None, metadata=about(PATH, "private key of that certificate, PEM")
+    )
+    redis_ttl_s: float | None = field(
+        default=None,
+        metadata=about(DURATION, "shared tier: forget blocks neither put nor got for so long; a get counts"),
+    )
+    redis_timeout_s: float = field(
+        default=2.0, metadata=about(DURATION, "shared tier: deadline of a round trip that moves blocks")
+    )
+    redis_lookup_timeout_s: float = field(
+        default=0.5, metadata=about(DURATION, "shared tier: deadline of a round trip that moves none")
     )
     write_queue_bytes: int = field(
         default=256 << 20,
@@ -101,6 +140,16 @@ class ServerConfig:
             raise ConfigError("disk_path and disk_budget go together: set both, or neither")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together: set both, or neither")
+        _check_positive(self, "redis_timeout_s", "redis_lookup_timeout_s")
+        given = [
+            name
+            for name in (*_REDIS_LOGIN, "tls_ca", "tls_cert", "tls_key", "ttl_s")
+            if getattr(self, f"redis_{name}") is not None
+        ]
+        if given and self.redis_url is None:
+            raise ConfigError(f"redis_{given[0].removesuffix('_s')} is for a shared tier; set redis_url too")
+        if self.redis_ttl_s is not None and self.redis_ttl_s < 1:
+            raise ConfigError(f"redis_ttl_s is {self.redis_ttl_s}; it must be at least 1")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("tls_client_ca asks clients for certificates; set tls_cert and tls_key too")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:

@@ -4,8 +4,9 @@ import asyncio
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,28 +22,44 @@ from store.sample_blocks import (
     sample_key,
 )
 
-from tq_store.backends.redis import RedisBackend, _round_trips
+from tq_store.backends.redis import RedisBackend, RedisLimits
+from tq_store.backends.redis_shard import _end_of_round_trip
 from tq_store.errors import BackendError, BackendFull, BackendTimeout, BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey
 from tq_store.results import PutOutcome
 
 pytestmark = pytest.mark.redis
 
+WAIT_S = 20.0
 SLACK_S = 3.0
 """What a busy machine may add to a deadline."""
 
 
 @asynccontextmanager
-async def opened(url: str, timeout_s: float = 10.0, ttl_s: int | None = None) -> AsyncIterator[RedisBackend]:
-    backend = await RedisBackend.open(url, timeout_s=timeout_s, ttl_s=ttl_s)
+async def opened(
+    url: str, timeout_s: float = 10.0, ttl_s: float | None = None
+) -> AsyncIterator[RedisBackend]:
+    limits = RedisLimits(timeout_s=timeout_s, lookup_timeout_s=timeout_s, ttl_s=ttl_s, census_s=None)
+    backend = await RedisBackend.open(url, limits=limits)
     try:
         yield backend
     finally:
         await backend.close()
 
 
-def redis_key(key: BlockKey, folder: str = "tq:1") -> str:
-    return f"{folder}:{key[:32].hex()}:{key[32:].hex()}"
+def redis_key(key: BlockKey) -> str:
+    return f"tq:1:{key[:32].hex()}:{key[32:].hex()}"
+
+
+def aside(key: BlockKey) -> str:
+    return f"tq:quarantine:1:{{{redis_key(key)}}}"
+
+
+async def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait for what the backend's own task brings about."""
+    async with asyncio.timeout(WAIT_S):
+        while not is_so():
+            await asyncio.sleep(0.01)
 
 
 class TestContract(BackendContract):
@@ -72,10 +89,9 @@ class TestKeys:
         async with opened(redis_server.url) as backend:
             await backend.put([(key, block)])
             await backend.quarantine(key)
-        aside = redis_key(key, "tq:quarantine:1")
-        assert redis_server.command("KEYS", "*") == aside
-        assert redis_server.command("STRLEN", aside) == str(len(block))
-        assert 86_000 < int(redis_server.command("TTL", aside)) <= 86_400
+        assert redis_server.command("KEYS", "*") == aside(key)
+        assert redis_server.command("STRLEN", aside(key)) == str(len(block))
+        assert 86_000 < int(redis_server.command("TTL", aside(key))) <= 86_400
 
     async def test_purge_takes_only_what_is_ours(self, redis_server: RedisProcess) -> None:
         ours, theirs = sample_blocks(3), sample_blocks(3, namespace=OTHER_NAMESPACE)
@@ -87,8 +103,7 @@ class TestKeys:
             assert await backend.purge(NAMESPACE) == 2, "quarantined blocks go, but do not count"
             left = redis_server.command("KEYS", "*").splitlines()
             assert sorted(left) == sorted(
-                ["session:42", redis_key(theirs[0][0], "tq:quarantine:1")]
-                + [redis_key(key) for key, _ in theirs[1:]]
+                ["session:42", aside(theirs[0][0])] + [redis_key(key) for key, _ in theirs[1:]]
             )
             assert await backend.purge() == 2
         assert redis_server.command("KEYS", "*") == "session:42"
@@ -182,9 +197,12 @@ class TestRoundTrips:
     )
     def test_batches_are_cut_at_16_mebibytes(self, mebibytes: list[int], trips: list[list[int]]) -> None:
         blocks = [(sample_key(number), bytes(size << 20)) for number, size in enumerate(mebibytes)]
-        groups = list(_round_trips(blocks))
-        assert [[len(block) >> 20 for _, block in group] for group in groups] == trips
-        assert [key for group in groups for key, _ in group] == keys_of(blocks)
+        commands = [(b"SET", *block, b"NX") for block in blocks]
+        ends = [0]
+        while ends[-1] < len(commands):
+            ends.append(_end_of_round_trip(commands, ends[-1], 0))
+        groups = [commands[start:end] for start, end in pairwise(ends)]
+        assert [[len(command[2]) >> 20 for command in group] for group in groups] == trips
 
     async def test_gets_of_bounded_bytes(self, proxy: Proxy) -> None:
         blocks = sample_blocks(9, 6 << 20)
@@ -246,7 +264,11 @@ class TestRoundTrips:
             assert time.monotonic() - start < 1.0 + SLACK_S
             assert [type(error) for error in errors] == [BackendTimeout] * 7
             assert all("did not answer within 1.0 s" in str(error) for error in errors)
+            assert [shard.is_open for shard in backend.shards()] == [True]
+            with pytest.raises(BackendUnavailable, match="failed too often and is left alone for now"):
+                await backend.contains([key])
             proxy.open_gate.set()
+            await eventually(lambda: not backend.shards()[0].is_open)
             assert await backend.contains([sample_key(2)]) == [False]
 
     async def test_more_callers_than_connections(self, proxy: Proxy) -> None:
@@ -263,14 +285,14 @@ class TestOutages:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         with pytest.raises(BackendUnavailable, match=f"redis at 127.0.0.1:{port} does not work"):
-            await RedisBackend.open(f"redis://127.0.0.1:{port}", timeout_s=5.0)
+            await RedisBackend.open(f"redis://127.0.0.1:{port}")
 
     async def test_a_server_that_accepts_and_never_answers(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"redis://127.0.0.1:{listener.getsockname()[1]}"
             start = time.monotonic()
             with pytest.raises(BackendTimeout, match=r"did not answer within 0\.2 s"):
-                await RedisBackend.open(url, timeout_s=0.2)
+                await RedisBackend.open(url, limits=RedisLimits(timeout_s=0.2))
             assert time.monotonic() - start < 0.2 + SLACK_S
 
     async def test_a_restarted_server_is_found_again(self, tmp_path: Path) -> None:
@@ -313,7 +335,7 @@ class TestCredentials:
 
     async def assert_keeps_the_secret(self, url: str, error: type[Exception], match: str) -> None:
         with pytest.raises(error, match=match) as caught:
-            await RedisBackend.open(url, timeout_s=5.0)
+            await RedisBackend.open(url)
         shown: BaseException | None = caught.value
         while shown is not None:
             assert "hunter2" not in str(shown)
@@ -360,6 +382,6 @@ class TestCredentials:
         await self.assert_keeps_the_secret(url, ConfigError, "the URL of the redis tier must read redis://")
 
     @pytest.mark.parametrize(("timeout_s", "ttl_s"), [(0, None), (-1.0, None), (1.0, 0)])
-    async def test_numbers_that_make_no_sense(self, timeout_s: float, ttl_s: int | None) -> None:
-        with pytest.raises(ConfigError, match=r"timeout_s above 0 and ttl_s of at least 1"):
-            await RedisBackend.open("redis://host", timeout_s=timeout_s, ttl_s=ttl_s)
+    def test_numbers_that_make_no_sense(self, timeout_s: float, ttl_s: float | None) -> None:
+        with pytest.raises(ConfigError, match=r"timeouts above 0 and a time to live of at least 1 s"):
+            RedisLimits(timeout_s=timeout_s, ttl_s=ttl_s)

@@ -24,7 +24,7 @@ from store.sample_blocks import (
 from tq_store.backends.base import Backend
 from tq_store.backends.disk import DiskBackend
 from tq_store.backends.memory import MemoryBackend
-from tq_store.backends.redis import RedisBackend
+from tq_store.backends.redis import RedisBackend, RedisLimits
 from tq_store.block import HEADER_LAYOUT
 from tq_store.errors import BackendError, ConfigError
 from tq_store.keys import BlockKey
@@ -65,7 +65,8 @@ async def disk(directory: Path) -> DiskBackend:
 
 
 async def redis(url: str, timeout_s: float = 10.0) -> RedisBackend:
-    return await RedisBackend.open(url, timeout_s=timeout_s)
+    limits = RedisLimits(timeout_s=timeout_s, lookup_timeout_s=timeout_s, census_s=None)
+    return await RedisBackend.open(url, limits=limits)
 
 
 def file_of(directory: Path, key: BlockKey) -> Path:
@@ -571,6 +572,9 @@ class TestOutages:
                 assert "no longer" not in caplog.text
 
                 server.start()
+                async with asyncio.timeout(20):
+                    while (await store.stats()).shards["redis"][0].is_open:
+                        await asyncio.sleep(0.01)
                 clock.now_s += 10
                 assert await store.put([blocks[3]]) == [STORED]
                 await store.flush()

@@ -18,7 +18,7 @@ from prometheus_client import make_wsgi_app
 from tq_store.backends.base import Backend
 from tq_store.backends.disk import DiskBackend
 from tq_store.backends.memory import MemoryBackend
-from tq_store.backends.redis import RedisBackend
+from tq_store.backends.redis import RedisBackend, RedisLimits
 from tq_store.config import ServerConfig, split_address
 from tq_store.errors import ConfigError
 from tq_store.rpc.convert import METHODS, SERVICE_NAME
@@ -142,7 +142,7 @@ class Server:
             tiers.append(await DiskBackend.open(config.disk_path, budget_bytes=config.disk_budget_bytes))
             self._resources.push_async_callback(tiers[-1].close)
         if config.redis_url is not None:
-            tiers.append(await RedisBackend.open(config.redis_url))
+            tiers.append(await _open_redis(config.redis_url, config))
             self._resources.push_async_callback(tiers[-1].close)
         return tiers
 
@@ -177,6 +177,24 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> Non
 
 def _window(name: str, limit_bytes: int, on_change: Callable[[int], None]) -> ByteWindow:
     return ByteWindow(name, limit_bytes=limit_bytes, patience_s=_PATIENCE_S, on_change=on_change)
+
+
+async def _open_redis(url: str, config: ServerConfig) -> RedisBackend:
+    return await RedisBackend.open(
+        url,
+        limits=RedisLimits(
+            timeout_s=config.redis_timeout_s,
+            lookup_timeout_s=config.redis_lookup_timeout_s,
+            ttl_s=config.redis_ttl_s,
+        ),
+        user=config.redis_user,
+        password_file=config.redis_password_file,
+        sentinel_user=config.redis_sentinel_user,
+        sentinel_password_file=config.redis_sentinel_password_file,
+        tls_ca=config.redis_tls_ca,
+        tls_cert=config.redis_tls_cert,
+        tls_key=config.redis_tls_key,
+    )
 
 
 def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:
