@@ -2,51 +2,92 @@
 
 import asyncio
 import contextlib
+import re
 import shutil
+import signal
 import subprocess
+import threading
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 
 class RedisProcess:
-    """A server on a unix socket in a directory of its own; nothing is saved to disk."""
+    """A server in a directory of its own; nothing is saved to disk.
 
-    def __init__(self, directory: Path, *options: str) -> None:
-        binary = shutil.which("redis-server") or shutil.which("valkey-server")
-        if binary is None:
-            pytest.fail("no redis-server or valkey-server on the PATH; type: apt-get install redis-server")
+    Listens on a unix socket, or on a port of the loopback address if one is given.
+    """
+
+    def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
+        directory.mkdir(exist_ok=True)
         self.socket = directory / "redis.sock"
-        self.url = f"unix://{self.socket}"
-        self._command = [binary, "--port", "0", "--unixsocket", str(self.socket), "--dir", str(directory)]
+        self.port = port
+        self.url = f"unix://{self.socket}" if port is None else f"redis://127.0.0.1:{port}"
+        self._how_to_reach = ["-s", str(self.socket)] if port is None else ["-p", str(port)]
+        self._command = [server_binary(), "--dir", str(directory), "--bind", "127.0.0.1"]
+        self._command += ["--port", str(port or 0), *(() if port else ("--unixsocket", str(self.socket)))]
         self._command += ["--save", "", "--appendonly", "no", *options]
         self.start()
 
     def start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert self._process.stdout is not None
-        output = b""
-        for line in self._process.stdout:
-            output += line
-            if b"eady to accept connections" in line or b"now ready to accept" in line:
-                return
-        pytest.fail(f"the redis server did not start: {output.decode(errors='replace')}")
+        self._process = started(self._command)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        stop(self._process)
         self.socket.unlink(missing_ok=True)
+
+    def pause(self) -> None:
+        """Let it neither answer nor die."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def command(self, *arguments: str) -> str:
         """What the server's own client prints for a command."""
-        client = shutil.which("redis-cli") or shutil.which("valkey-cli")
-        assert client is not None, "the server's packages bring its client"
-        done = subprocess.run(
-            [client, "-s", str(self.socket), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
+        return cli(*self._how_to_reach, *arguments)
+
+
+def cli(*arguments: str) -> str:
+    """What the client that comes with the server prints."""
+    client = shutil.which("redis-cli") or shutil.which("valkey-cli")
+    assert client is not None, "the server's packages bring its client"
+    command = [client, "--no-auth-warning", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def server_binary() -> str:
+    binary = shutil.which("redis-server") or shutil.which("valkey-server")
+    if binary is None:
+        pytest.fail("no redis-server or valkey-server on the PATH; type: apt-get install redis-server")
+    return binary
+
+
+def started(command: list[str]) -> "subprocess.Popen[bytes]":
+    """Start a server and wait until it says that it is ready."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    output = b""
+    for line in process.stdout:
+        output += line
+        if re.search(rb"eady to accept connections|now ready to accept|Sentinel ID is", line):
+            # what it says later must not fill the pipe
+            threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
+            return process
+    pytest.fail(f"the redis server did not start: {output.decode(errors='replace')}")
+
+
+def _drain(output: IO[bytes]) -> None:
+    with output:
+        for _ in output:
+            pass
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """As `kill -9` does."""
+    process.kill()
+    process.wait()
 
 
 class Proxy:
