@@ -233,6 +233,17 @@ def verify_block(data: Buffer, key: BlockKey | None = None) -> BlockInfo:
     return info
 
 
+_BF16 = struct.Struct("<II5H")
+
+
+def bf16_bytes(block: Buffer) -> int:
+    """Bytes that the keys and values in a sound block would take as bf16."""
+    offset = HEADER_LAYOUT["num_tokens"][0]
+    sizes: tuple[int, ...] = _BF16.unpack_from(block, offset)
+    num_tokens, _, head_dim, _, num_layers, _, num_kv_heads = sizes
+    return 2 * 2 * num_tokens * head_dim * num_layers * num_kv_heads
+
+
 def payload_of(data: Buffer) -> memoryview:
     """The payload of a block, without copying it."""
     return memoryview(data).cast("B")[HEADER_BYTES:]

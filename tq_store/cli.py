@@ -1,4 +1,4 @@
-"""`tq-store serve | ping | stats | top | inspect | purge`.
+"""`tq-store serve | ping | stats | top | inspect | purge | token`.
 
 Exit codes: 0 done, 1 a negative answer, 2 wrong usage or settings, 3 the server cannot be reached.
 """
@@ -153,6 +153,26 @@ def _purge(options: argparse.Namespace) -> Exit:
     return Exit.OK if num_blocks else Exit.NEGATIVE
 
 
+def _new_token(options: argparse.Namespace) -> Exit:
+    from tq_store.server.tokens import new_token
+
+    token, entry = new_token()
+    _say(token)
+    sys.stderr.write(
+        f"shown this once; keep it in a file that only its user can read, for the client's token_file.\n"
+        f'For the tenants file, among the tokens of [{options.tenant}]: "{entry}"\n'
+    )
+    return Exit.OK
+
+
+def _check_tenants(options: argparse.Namespace) -> Exit:
+    from tq_store.server.tenants import load_tenants
+
+    for name, tenant in load_tenants(options.file).by_name.items():
+        _say(f"{name}: {', '.join(entry.id for entry in tenant.tokens) or 'no token'}")
+    return Exit.OK
+
+
 def _client(options: argparse.Namespace) -> StoreClient:
     arguments = _given(options)
     config = load_config(ClientConfig, arguments=arguments, file=options.config, environment=os.environ)
@@ -265,9 +285,27 @@ examples:
     scope.add_argument("--namespace", type=_namespace, metavar="HEX", help="blocks of one namespace digest")
     scope.add_argument("--all", action="store_true", help="all blocks, in a shared Redis too")
     purge.add_argument("--yes", action="store_true", help="really do it")
+    _add_token(commands)
     for command in (ping, stats, inspect, purge):
         _add_settings(command, ClientConfig)
     return parser
+
+
+def _add_token(commands: Any) -> None:
+    token = commands.add_parser("token", help="Make a tenant's token, or check a tenants file.")
+    token_commands = token.add_subparsers(metavar="COMMAND", required=True)
+    new = token_commands.add_parser(
+        "new",
+        help="Print a new token, and its entry for the tenants file.",
+        description="Print a new token to stdout, once, and its entry for the tenants file to stderr.",
+        epilog="example:\n  (umask 077; tq-store token new search > search.token)\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    new.add_argument("tenant", metavar="TENANT", help="whom it will stand for")
+    new.set_defaults(run=_new_token)
+    check = token_commands.add_parser("check", help="Read a tenants file; print tenants and token ids.")
+    check.add_argument("file", type=Path, metavar="FILE")
+    check.set_defaults(run=_check_tenants)
 
 
 def _add_command(commands: Any, name: str, run: Any, text: str, epilog: str) -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ from tq_store.settings import (
     TEXT,
     Setting,
     about,
+    choice,
     settings,
 )
 
@@ -111,6 +112,25 @@ class ServerConfig:
     token_file: Path | None = field(
         default=None, metadata=about(PATH, "demand one of the tokens in this file, one a line")
     )
+    tenants_file: Path | None = field(
+        default=None,
+        metadata=about(PATH, "demand a token of a tenant in this file; `tq-store token new` makes them"),
+    )
+    remote_admin: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH, "with a token_file: answer stats, inspect and purge --all from other machines"
+        ),
+    )
+    audit_log: Path | None = field(
+        default=None, metadata=about(PATH, "append a JSON line for each admin call, deletion and refusal")
+    )
+    audit_all: bool = field(
+        default=False, metadata=about(SWITCH, "a line in the audit log for every other call too")
+    )
+    log_format: str = field(
+        default="text", metadata=about(choice("text", "json"), "how the log on stderr is written")
+    )
     max_inflight_bytes: int = field(
         default=32 << 20,
         metadata=about(
@@ -154,11 +174,17 @@ class ServerConfig:
             raise ConfigError("tls_client_ca asks clients for certificates; set tls_cert and tls_key too")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ConfigError(f"metrics_port is {self.metrics_port}; a port lies in 0 to 65535")
-        missing = [
-            flag
-            for flag, path in (("--tls-cert and --tls-key", self.tls_cert), ("--token-file", self.token_file))
-            if path is None
-        ]
+        if self.token_file is not None and self.tenants_file is not None:
+            raise ConfigError(
+                "token_file and tenants_file exclude each other: give tokens to tenants, or to all"
+            )
+        if self.audit_all and self.audit_log is None:
+            raise ConfigError("audit_all says what goes into the audit log; set audit_log too")
+        needed = (
+            ("--tls-cert and --tls-key", self.tls_cert),
+            ("--token-file or --tenants-file", self.token_file or self.tenants_file),
+        )
+        missing = [flag for flag, path in needed if path is None]
         if missing and not is_local(self.listen):
             raise ConfigError(
                 f"listen is {self.listen}, which other machines can reach: add {' and '.join(missing)}, "

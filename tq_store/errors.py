@@ -15,10 +15,14 @@
     │   ├── BackendTimeout       it did not answer in time
     │   ├── BackendUnavailable   it cannot be reached or refuses to work
     │   └── BackendFull          it has no room and may not make any
+    ├── CallRefused              the server may not, or will not now, do what a call asks
+    │   ├── NotPermitted         the caller is not allowed to do this
+    │   └── OverLimit            the caller has reached one of its limits
     └── RpcError                 the service answered with a failure, or not at all
         ├── RpcTimeout           the deadline passed
         ├── RpcUnavailable       nobody listens, or the server is draining
-        └── RpcDenied            the token is missing, wrong, or not allowed to do this
+        ├── RpcDenied            the token is missing, wrong, or not allowed to do this
+        └── RpcOverLimit         the server, or the caller, has reached a limit; later it may work
 
 A miss is not an error: it is a value.
 """
@@ -76,6 +80,22 @@ class BackendFull(BackendError):
     """The medium has no room and may not make any."""
 
 
+class CallRefused(TQStoreError):
+    """The server may not, or will not now, do what a call asks."""
+
+
+class NotPermitted(CallRefused):
+    """The caller is not allowed to do this."""
+
+
+class OverLimit(CallRefused):
+    """The caller has reached one of its limits; `retry_after_s` says when another try may be worth it."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class RpcError(TQStoreError):
     """The service answered with a failure, or not at all."""
 
@@ -90,3 +110,7 @@ class RpcUnavailable(RpcError):
 
 class RpcDenied(RpcError):
     """The token is missing, wrong, or not allowed to do this."""
+
+
+class RpcOverLimit(RpcError):
+    """The server, or the caller, has reached a limit; later it may work."""

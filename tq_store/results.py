@@ -18,6 +18,10 @@ class PutOutcome(Enum):
     """The bytes are not a sound block of that key. Said by the store that verifies, never by a medium."""
 
 
+MAX_NAMESPACES = 256
+"""Namespaces of a medium that statistics name; the largest."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamespaceUsage:
     """What one namespace takes up in a medium.
@@ -57,8 +61,8 @@ class BackendStats:
         used_bytes: Bytes of those blocks, headers included.
         budget_bytes: The limit it keeps, or None where the medium keeps its own.
         evicted_blocks: Blocks dropped to make room since it was opened.
-        namespaces: What each namespace takes up, by its digest in hex, where the medium keeps count; a count
-            may be some minutes old.
+        namespaces: What each namespace takes up, or at least each of the largest, by its digest in hex, where
+            the medium keeps count; a count may be some minutes old.
     """
 
     num_blocks: int

@@ -114,6 +114,17 @@ PATH = Kind(
 SWITCH = Kind(metavar="", example="true", parse=_parse_switch)
 
 
+def choice(*values: str) -> Kind:
+    """One of these words."""
+
+    def parse(value: Any) -> str:
+        if value not in values:
+            raise ValueError(f"none of {values}")
+        return str(value)
+
+    return Kind(metavar="|".join(values), example=" or ".join(values), parse=parse)
+
+
 def about(kind: Kind, text: str, metavar: str | None = None) -> dict[str, Any]:
     """Metadata that makes a dataclass field a setting.
 

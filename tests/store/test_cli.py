@@ -52,7 +52,7 @@ def test_stats_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str], addres
         "used_bytes": 1536,
         "budget_bytes": 1 << 30,
         "evicted_blocks": 0,
-        "namespaces": {},
+        "namespaces": {NAMESPACE.hex(): {"num_blocks": 3, "used_bytes": 1536}},
     }
 
 

@@ -224,6 +224,24 @@ def test_local_addresses_need_no_protection(address: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"token_file": Path("t"), "tenants_file": Path("u")}, "exclude each other"),
+        ({"audit_all": True}, "set audit_log too"),
+    ],
+)
+def test_settings_of_callers_that_contradict_each_other(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        ServerConfig(**fields)
+
+
+def test_a_word_that_is_no_choice_is_refused_with_the_choices() -> None:
+    assert load({"log_format": "json"}).log_format == "json"
+    with pytest.raises(ConfigError, match="'xml' is not understood; write for example text or json"):
+        load({"log_format": "xml"})
+
+
+@pytest.mark.parametrize(
     "address",
     ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.com:1", "127.0.0.1.example.com:1", "*:1", "128.0.0.1:1"],
 )
@@ -232,7 +250,7 @@ def test_local_addresses_need_no_protection(address: str) -> None:
     [
         ({}, "--tls-cert and --tls-key and --token-file"),
         ({"token_file": Path("t")}, "add --tls-cert and --tls-key,"),
-        ({"tls_cert": Path("c"), "tls_key": Path("k")}, "add --token-file,"),
+        ({"tls_cert": Path("c"), "tls_key": Path("k")}, "add --token-file or --tenants-file,"),
     ],
 )
 def test_other_addresses_need_tls_and_a_token(address: str, fields: dict[str, Path], flags: str) -> None:

@@ -31,8 +31,19 @@ from tq_store.server import app as app_module
 from tq_store.server import gate as gate_module
 from tq_store.server import service as service_module
 from tq_store.server.app import Server
+from tq_store.server.audit import AuditLog, NoSink
+from tq_store.server.calls import ANYBODY, IDENTITY
 from tq_store.server.gate import CallGate
 from tq_store.server.metrics import Metrics
+from tq_store.server.quotas import Quotas
+from tq_store.server.reception import Reception
+
+
+def open_gate(metrics: Metrics) -> CallGate:
+    """A gate for one call at once, which anybody makes."""
+    IDENTITY.set(ANYBODY)
+    reception = Reception(Quotas(metrics, lambda _: ()), AuditLog(NoSink()))
+    return CallGate(metrics, reception, call_timeout_s=WAIT_S, max_calls=1)
 
 
 def frames_of(
@@ -345,9 +356,9 @@ async def test_a_call_whose_client_does_not_take_the_status_is_given_up(
         raise ValueError("wrong")
 
     monkeypatch.setattr(gate_module, "_STATUS_S", 0.01)
-    gate = CallGate(Metrics(METHODS), call_timeout_s=WAIT_S, max_calls=1)
+    gate = open_gate(Metrics(METHODS))
     with pytest.raises(asyncio.CancelledError):
-        await gate.run("Get", SimpleNamespace(abort=abort), body)
+        await gate.run("Get", SimpleNamespace(abort=abort, peer=lambda: "unix:"), body)
 
 
 def test_a_call_that_stalls_is_ended_by_the_server() -> None:
@@ -427,7 +438,7 @@ def test_a_failure_of_ours_is_logged_and_not_shown(
         async def body() -> bytes:
             raise RuntimeError("the inner secret")
 
-        gate = CallGate(Metrics(frozenset()), call_timeout_s=WAIT_S, max_calls=1)
+        gate = open_gate(Metrics(frozenset()))
         return await gate.run("Fail", context, body)
 
     async def call_it() -> grpc.aio.AioRpcError:
@@ -487,9 +498,9 @@ async def test_a_client_that_leaves_while_we_send_is_no_failure_of_ours(
         raise grpc.aio.InternalError("what grpc raises from a write to nobody")
 
     metrics = Metrics(METHODS)
-    gate = CallGate(metrics, call_timeout_s=WAIT_S, max_calls=1)
+    gate = open_gate(metrics)
     with pytest.raises(asyncio.CancelledError):
-        await gate.run("Get", None, send)
+        await gate.run("Get", SimpleNamespace(peer=lambda: "unix:"), send)
     labels = {"method": "Get", "status": "CANCELLED"}
     assert metrics.registry.get_sample_value("tq_store_requests_total", labels) == 1
     assert not caplog.records

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from tq_store.backends.usage import UsageCounter
 from tq_store.keys import BlockKey
 from tq_store.results import BackendStats, PutOutcome, ShardStats
 
@@ -46,6 +47,15 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Release everything; later calls raise BackendUnavailable, a second close does nothing."""
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """A backend that knows at every moment what each namespace takes up in it."""
+
+    @property
+    def usage(self) -> UsageCounter:
+        """Its count; for reading."""
 
 
 @runtime_checkable

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 from tq_store.backends.policy import S3Fifo
+from tq_store.backends.usage import UsageCounter
 from tq_store.errors import BackendFull, BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey, split_key
-from tq_store.results import BackendStats, PutOutcome
+from tq_store.results import MAX_NAMESPACES, BackendStats, PutOutcome
 
 _T = TypeVar("_T")
 _Args = TypeVarTuple("_Args")
@@ -51,6 +52,7 @@ class DiskBackend:
         self._directory = directory
         self._budget_bytes = budget_bytes
         self._quarantine_bytes = quarantine_bytes
+        self.usage = UsageCounter()
         self._policy = S3Fifo(budget_bytes)
         # what is visible: changed under the lock, in threads; read on the loop without it
         self._sizes: dict[BlockKey, int] = {}
@@ -127,6 +129,7 @@ class DiskBackend:
             used_bytes=self._policy.used_bytes,
             budget_bytes=self._budget_bytes,
             evicted_blocks=self._evicted_blocks,
+            namespaces=self.usage.largest(MAX_NAMESPACES),
         )
 
     async def close(self) -> None:
@@ -187,15 +190,19 @@ class DiskBackend:
         """Make a file that is in place visible, and drop what the budget has no room for any more."""
         victims = self._policy.admit(key, size_bytes)
         self._sizes[key] = size_bytes
+        self.usage.add(key, size_bytes)
         self._evicted_blocks += len(victims)
         for victim in victims:
-            del self._sizes[victim]
+            self.usage.remove(victim, self._sizes.pop(victim))
         for victim in victims:
             self._path(victim).unlink(missing_ok=True)
 
     def _forget(self, key: BlockKey) -> bool:
         self._policy.remove(key)
-        return self._sizes.pop(key, None) is not None
+        size_bytes = self._sizes.pop(key, None)
+        if size_bytes is not None:
+            self.usage.remove(key, size_bytes)
+        return size_bytes is not None
 
     def _read(self, key: BlockKey) -> bytes | None:
         size_bytes = self._sizes.get(key)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from tq_store.backends.policy import S3Fifo
+from tq_store.backends.usage import UsageCounter
 from tq_store.errors import BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey, split_key
-from tq_store.results import BackendStats, PutOutcome
+from tq_store.results import MAX_NAMESPACES, BackendStats, PutOutcome
 
 
 class MemoryBackend:
@@ -24,6 +25,7 @@ class MemoryBackend:
             raise ConfigError(f"budget_bytes of the {name} tier must be at least 1, not {budget_bytes}")
         self._name = name
         self._budget_bytes = budget_bytes
+        self.usage = UsageCounter()
         self._policy = S3Fifo(budget_bytes)
         self._blocks: dict[BlockKey, bytes] = {}
         self._evicted_blocks = 0
@@ -75,12 +77,14 @@ class MemoryBackend:
             used_bytes=self._policy.used_bytes,
             budget_bytes=self._budget_bytes,
             evicted_blocks=self._evicted_blocks,
+            namespaces=self.usage.largest(MAX_NAMESPACES),
         )
 
     async def close(self) -> None:
         """Let go of all blocks."""
         self._closed = True
         self._blocks.clear()
+        self.usage.clear()
 
     def _put_one(self, key: BlockKey, block: bytes) -> PutOutcome:
         if key in self._blocks:
@@ -89,14 +93,18 @@ class MemoryBackend:
         if len(block) > self._budget_bytes:
             return PutOutcome.REFUSED
         for victim in self._policy.admit(key, len(block)):
-            del self._blocks[victim]
+            self.usage.remove(victim, len(self._blocks.pop(victim)))
             self._evicted_blocks += 1
         self._blocks[key] = block
+        self.usage.add(key, len(block))
         return PutOutcome.STORED
 
     def _drop(self, key: BlockKey) -> bool:
         self._policy.remove(key)
-        return self._blocks.pop(key, None) is not None
+        block = self._blocks.pop(key, None)
+        if block is not None:
+            self.usage.remove(key, len(block))
+        return block is not None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -12,14 +12,20 @@ from google.protobuf.message import DecodeError, Message
 
 from tq_store.block import HEADER_BYTES
 from tq_store.keys import BLOCK_KEY_BYTES, DIGEST_BYTES, BlockKey
-from tq_store.results import BackendStats, NamespaceUsage, PutOutcome, ShardStats, largest_namespaces
+from tq_store.results import (
+    MAX_NAMESPACES,
+    BackendStats,
+    NamespaceUsage,
+    PutOutcome,
+    ShardStats,
+    largest_namespaces,
+)
 from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["BlockStore"]
 SERVICE_NAME: str = _SERVICE.full_name
 METHODS = frozenset(method.name for method in _SERVICE.methods)
-_MAX_NAMESPACES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +178,7 @@ def pack_stats(stats: ServerStats) -> bytes:
                     num_blocks=usage.num_blocks,
                     used_bytes=usage.used_bytes,
                 )
-                for digest, usage in largest_namespaces(tier, _MAX_NAMESPACES)
+                for digest, usage in largest_namespaces(tier, MAX_NAMESPACES)
             ],
         )
         for name, tier in stats.tiers.items()

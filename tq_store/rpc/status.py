@@ -7,8 +7,11 @@ from tq_store.errors import (
     BackendTimeout,
     BackendUnavailable,
     BlockFormatError,
+    NotPermitted,
+    OverLimit,
     RpcDenied,
     RpcError,
+    RpcOverLimit,
     RpcTimeout,
     RpcUnavailable,
 )
@@ -18,6 +21,9 @@ ERROR_STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (RpcUnavailable, grpc.StatusCode.UNAVAILABLE),
     (RpcDenied, grpc.StatusCode.UNAUTHENTICATED),
     (RpcDenied, grpc.StatusCode.PERMISSION_DENIED),
+    (RpcOverLimit, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
+    (OverLimit, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (BackendTimeout, grpc.StatusCode.DEADLINE_EXCEEDED),
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (BackendUnavailable, grpc.StatusCode.UNAVAILABLE),
@@ -26,6 +32,10 @@ ERROR_STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (ValueError, grpc.StatusCode.INVALID_ARGUMENT),
 )
 """The first row that fits decides. What is not here is INTERNAL on the wire and RpcError at a client."""
+
+
+RETRY_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata of RESOURCE_EXHAUSTED: when another try may be worth it. The name is gRPC's own (A6)."""
 
 
 def status_of(error: Exception) -> grpc.StatusCode:

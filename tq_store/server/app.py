@@ -22,10 +22,9 @@ from tq_store.backends.redis import RedisBackend, RedisLimits
 from tq_store.config import ServerConfig, split_address
 from tq_store.errors import ConfigError
 from tq_store.rpc.convert import METHODS, SERVICE_NAME
-from tq_store.rpc.token import load_tokens
 from tq_store.rpc.transport import TRANSPORT_OPTIONS
+from tq_store.server.access import Access
 from tq_store.server.activity import Activity
-from tq_store.server.auth import TokenInterceptor
 from tq_store.server.endpoint import MetricsEndpoint
 from tq_store.server.gate import CallGate
 from tq_store.server.heap import settle_heap
@@ -59,6 +58,7 @@ class Server:
     def __init__(self) -> None:
         self.address = ""
         self.metrics_url: str | None = None
+        self._access: Access
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
         self._resources = AsyncExitStack()
         self._is_serving = False
@@ -83,32 +83,47 @@ class Server:
         """Drain: unhealthy, no new calls, those in flight get the grace period; then flush and close."""
         await self._resources.aclose()
 
+    def reload(self) -> None:
+        """Read the tokens again."""
+        self._access.reload()
+
     async def _start(self, config: ServerConfig) -> None:
         """Open one thing after the other; what is opened first is closed last."""
-        tiers = await self._open_tiers(config)
         metrics = Metrics(METHODS)
         metrics.limits(
             max_requests=config.max_concurrent_calls,
             max_inflight_bytes=config.max_inflight_bytes,
             max_outflight_bytes=config.max_outflight_bytes,
         )
-        store = TieredStore(tiers, write_queue_bytes=config.write_queue_bytes, watch=metrics.watch_tier)
-        self._resources.pop_all()  # the tiers are the store's now
+        self._access = Access(config, metrics)
+        self._resources.push_async_callback(self._access.close)
+        async with AsyncExitStack() as opened:
+            tiers = await _open_tiers(config, opened)
+            store = TieredStore(
+                tiers,
+                write_queue_bytes=config.write_queue_bytes,
+                watch=metrics.watch_tier,
+                verify=self._access.verify,
+            )
+            opened.pop_all()  # the tiers are the store's now
         self._resources.push_async_callback(store.close)
-        gate = CallGate(metrics, call_timeout_s=config.call_timeout_s, max_calls=config.max_concurrent_calls)
         activity = Activity()
+        reception, tenant_store = self._access.guard(store, tiers, activity)
+        gate = CallGate(
+            metrics, reception, call_timeout_s=config.call_timeout_s, max_calls=config.max_concurrent_calls
+        )
         service = BlockStoreService(
-            store,
+            tenant_store,
             tiers,
+            verify=self._access.verify,
             gate=gate,
             inward=_window("max_inflight", config.max_inflight_bytes, metrics.inflight),
             outward=_window("max_outflight", config.max_outflight_bytes, metrics.outflight),
             metrics=metrics,
-            activity=activity,
         )
         if config.metrics_port is not None:
             loop, version = asyncio.get_running_loop(), importlib.metadata.version("tq-store")
-            metrics.registry.register(StoreCollector(store.stats, tuple, loop, version=version))
+            metrics.registry.register(StoreCollector(store.stats, self._access.usage, loop, version=version))
             sampler = Sampler(metrics.registry)
             self._resources.push_async_callback(asyncio.to_thread, sampler.close)
             pages = Pages(
@@ -120,10 +135,7 @@ class Server:
             endpoint = MetricsEndpoint(pages, host=config.metrics_host, port=config.metrics_port)
             self._resources.push_async_callback(asyncio.to_thread, endpoint.close)
             self.metrics_url = endpoint.url
-        interceptors = []
-        if config.token_file is not None:
-            interceptors.append(TokenInterceptor(load_tokens(config.token_file), metrics.denied))
-        grpc_server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+        grpc_server = grpc.aio.server(interceptors=[self._access.interceptor()], options=_OPTIONS)
         grpc_server.add_generic_rpc_handlers((service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, grpc_server)
         names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
@@ -136,16 +148,6 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._is_serving = True
 
-    async def _open_tiers(self, config: ServerConfig) -> list[Backend]:
-        tiers: list[Backend] = [MemoryBackend(budget_bytes=config.memory_budget_bytes)]
-        if config.disk_path is not None and config.disk_budget_bytes is not None:
-            tiers.append(await DiskBackend.open(config.disk_path, budget_bytes=config.disk_budget_bytes))
-            self._resources.push_async_callback(tiers[-1].close)
-        if config.redis_url is not None:
-            tiers.append(await _open_redis(config.redis_url, config))
-            self._resources.push_async_callback(tiers[-1].close)
-        return tiers
-
     async def _drain(self, gate: CallGate, grace_s: float) -> None:
         self._is_serving = False
         await self._health.enter_graceful_shutdown()
@@ -154,8 +156,21 @@ class Server:
             logger.warning("%d calls were still running after %g s and are cut", num_cut, grace_s)
 
 
+async def _open_tiers(config: ServerConfig, opened: AsyncExitStack) -> list[Backend]:
+    tiers: list[Backend] = [MemoryBackend(budget_bytes=config.memory_budget_bytes)]
+    if config.disk_path is not None and config.disk_budget_bytes is not None:
+        tiers.append(await DiskBackend.open(config.disk_path, budget_bytes=config.disk_budget_bytes))
+        opened.push_async_callback(tiers[-1].close)
+    if config.redis_url is not None:
+        tiers.append(await _open_redis(config.redis_url, config))
+        opened.push_async_callback(tiers[-1].close)
+    return tiers
+
+
 async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends the process at once.
+
+    SIGHUP reads the tokens again; so does, within a second, a change of their file.
 
     Raises:
         ConfigError, BackendError: It could not start.
@@ -166,6 +181,7 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> Non
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         loop.add_signal_handler(number, asked_to_stop.set)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
     on_ready(server)
     await asked_to_stop.wait()
     for number in signals:

@@ -1,7 +1,8 @@
-"""The gate that every store call passes: counted, limited in number and time, its errors made statuses."""
+"""The gate that every store call passes: let in or not, limited in number and time, errors made statuses."""
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,14 +10,19 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from tq_store.errors import BackendFull, BackendUnavailable, TQStoreError
-from tq_store.rpc.status import status_of
+from tq_store.errors import BackendFull, BackendUnavailable, NotPermitted, OverLimit, TQStoreError
+from tq_store.rpc.status import RETRY_KEY, status_of
+from tq_store.server.calls import CALL
 from tq_store.server.metrics import Metrics
+from tq_store.server.reception import Reception
 
 logger = logging.getLogger(__name__)
 
 _STATUS_S = 1.0
 """How long a client may take to accept the status of a failed call; one that reads nothing never does."""
+
+_FULL_RETRY_S = 1.0
+"""When a call that the server had no room for may be worth another try."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -26,13 +32,17 @@ class CallGate:
 
     Args:
         metrics: Told about each call.
+        reception: Says who calls, and whether they may.
         call_timeout_s: Longest life of a call, whatever deadline its client set.
         max_calls: Calls at once; those beyond it are refused. Health checks do not come this way, so a server
             that is busy does not look dead.
     """
 
-    def __init__(self, metrics: Metrics, *, call_timeout_s: float, max_calls: int) -> None:
+    def __init__(
+        self, metrics: Metrics, reception: Reception, *, call_timeout_s: float, max_calls: int
+    ) -> None:
         self._metrics = metrics
+        self._reception = reception
         self._call_timeout_s = call_timeout_s
         self._max_calls = max_calls
         self._num_active = 0
@@ -47,6 +57,9 @@ class CallGate:
         self._num_active += 1
         self._is_idle.clear()
         code, text = grpc.StatusCode.OK, ""
+        hint: tuple[tuple[str, str], ...] = ()
+        call = self._reception.identify(method, context.peer())
+        CALL.set(call)
         try:
             if self._is_draining:
                 raise BackendUnavailable("the server is shutting down")
@@ -54,6 +67,7 @@ class CallGate:
                 raise BackendFull(
                     f"{self._max_calls} calls are running, as many as max_concurrent_calls allows; try again"
                 )
+            self._reception.admit(call)
             async with asyncio.timeout(self._call_timeout_s):
                 return await body()
         except asyncio.CancelledError:
@@ -64,6 +78,9 @@ class CallGate:
             raise asyncio.CancelledError from None
         except (TQStoreError, ValueError, TimeoutError) as error:
             code, text = status_of(error), str(error) or "the call took longer than the server allows"
+            hint = _retry_hint(error)
+            if isinstance(error, NotPermitted):
+                self._metrics.forbidden()
         except Exception:
             logger.exception("%s failed", method)
             code, text = grpc.StatusCode.INTERNAL, "the server failed; its log says how"
@@ -71,10 +88,12 @@ class CallGate:
             self._num_active -= 1
             if not self._num_active:
                 self._is_idle.set()
-            self._metrics.finished(method, code.name, time.perf_counter() - started)
+            elapsed_s = time.perf_counter() - started
+            self._metrics.finished(method, code.name, elapsed_s, tenant=call.tenant.name)
+            self._reception.dismiss(call, code.name, elapsed_s)
         try:
             async with asyncio.timeout(_STATUS_S):
-                return await context.abort(code, text)
+                return await context.abort(code, text, hint)
         except (TimeoutError, grpc.aio.InternalError):
             raise asyncio.CancelledError from None  # to grpc: give the call up as it is
 
@@ -87,3 +106,14 @@ class CallGate:
         except TimeoutError:
             return self._num_active
         return 0
+
+
+def _retry_hint(error: Exception) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata for a refusal that time may cure."""
+    if isinstance(error, OverLimit):
+        retry_after_s = error.retry_after_s
+    elif isinstance(error, BackendFull):
+        retry_after_s = _FULL_RETRY_S
+    else:
+        return ()
+    return ((RETRY_KEY, str(math.ceil(1000 * retry_after_s))),)

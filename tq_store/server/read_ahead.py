@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator, Sequence
 
 from tq_store.keys import BlockKey
 from tq_store.rpc.limits import MAX_FRAME_BYTES
+from tq_store.server.tenant_store import TenantStore
 from tq_store.server.window import ByteWindow
-from tq_store.tiering.store import TieredStore
 
 _MOST_GROUP_BYTES = 32 << 20
 _MOST_GROUP_BLOCKS = 64
@@ -26,7 +26,7 @@ class ReadAhead:
             one is asked for.
     """
 
-    def __init__(self, store: TieredStore, window: ByteWindow) -> None:
+    def __init__(self, store: TenantStore, window: ByteWindow) -> None:
         self._store = store
         self._window = window
         self._most_bytes = min(_MOST_GROUP_BYTES, window.limit_bytes // _GROUPS_IN_WINDOW)
@@ -71,7 +71,7 @@ class _Group:
     """
 
     def __init__(
-        self, store: TieredStore, keys: Sequence[BlockKey], window: ByteWindow, *, expected_bytes: int
+        self, store: TenantStore, keys: Sequence[BlockKey], window: ByteWindow, *, expected_bytes: int
     ) -> None:
         self._store = store
         self._keys = keys

@@ -19,13 +19,12 @@ from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
-from tq_store.server.activity import Activity
 from tq_store.server.gate import CallGate, Context
 from tq_store.server.metrics import Metrics
 from tq_store.server.read_ahead import ReadAhead
+from tq_store.server.tenant_store import TenantStore
 from tq_store.server.window import ByteWindow
-from tq_store.tiering.store import TieredStore
-from tq_store.tiering.tier import check_all
+from tq_store.tiering.tier import Verify, check_all
 
 _STALL_S = 10.0
 """How long a peer may take to send or to accept one frame, a mebibyte at most."""
@@ -40,33 +39,33 @@ class BlockStoreService:
     request which breaks the contract is answered with a sentence and not dropped by grpc.
 
     Args:
-        store: Owned by the caller, like all others.
+        store: As the caller of a method sees it. Owned by whoever makes the service, like all others.
         tiers: The store's tiers, from the fastest to the slowest, for Inspect.
+        verify: Checks a block against its key, for Inspect.
         gate: Every call passes it.
         inward: Bounds the blocks being received.
         outward: Bounds the blocks being sent.
         metrics: Told about block bytes.
-        activity: Told which namespaces are used.
     """
 
     def __init__(
         self,
-        store: TieredStore,
+        store: TenantStore,
         tiers: Sequence[Backend],
         *,
+        verify: Verify,
         gate: CallGate,
         inward: ByteWindow,
         outward: ByteWindow,
         metrics: Metrics,
-        activity: Activity,
     ) -> None:
         self._store = store
         self._tiers = tuple(tiers)
+        self._verify = verify
         self._gate = gate
         self._inward = inward
         self._reader = ReadAhead(store, outward)
         self._metrics = metrics
-        self._activity = activity
         self._started = time.monotonic()
         self._version = importlib.metadata.version("tq-store")
 
@@ -107,11 +106,7 @@ class BlockStoreService:
         return call
 
     async def _lookup(self, request: bytes, _: Context) -> bytes:
-        keys = convert.parse_keys(request)
-        num_hits = await self._store.lookup(keys)
-        self._metrics.looked_up(len(keys), num_hits)
-        self._activity.looked_up(keys, num_hits)
-        return convert.pack_hits(num_hits)
+        return convert.pack_hits(await self._store.lookup(convert.parse_keys(request)))
 
     async def _contains(self, request: bytes, _: Context) -> bytes:
         return convert.pack_flags(await self._store.contains(convert.parse_keys(request)))
@@ -130,7 +125,7 @@ class BlockStoreService:
 
     async def _inspect(self, request: bytes, _: Context) -> bytes:
         key = convert.parse_inspect(request)
-        return convert.pack_copies([await _inspect_tier(tier, key) for tier in self._tiers])
+        return convert.pack_copies([await _inspect_tier(tier, key, self._verify) for tier in self._tiers])
 
     async def _get(self, request: bytes, context: Context) -> None:
         """Send the blocks. A client that accepts nothing for `_STALL_S` is given up."""
@@ -142,7 +137,6 @@ class BlockStoreService:
                     async with asyncio.timeout(_STALL_S):
                         await context.write(pack_frame(frame))
                     self._metrics.sent(len(frame.data))
-                self._activity.sent(keys[index], len(block or b""))
                 index += 1
 
     async def _put(self, frames: AsyncIterator[bytes], _: Context) -> bytes:
@@ -158,13 +152,12 @@ class BlockStoreService:
                     total_bytes += frame.block_bytes
                     if total_bytes > MAX_PUT_BYTES:
                         raise ValueError(f"the blocks of one put come to more than {MAX_PUT_BYTES} bytes")
+                    self._store.expect(frame.block_bytes)
                     await self._inward.take(frame.block_bytes)
                     held_bytes = frame.block_bytes
                 self._metrics.received(len(frame.data))
                 if block is not None and block.data is not None:
-                    key = BlockKey(block.key)
-                    outcomes += await self._store.put([(key, block.data)])
-                    self._activity.received(key, len(block.data))
+                    outcomes += await self._store.put([(BlockKey(block.key), block.data)])
                     self._inward.give(held_bytes)
                     held_bytes = 0
         finally:
@@ -185,7 +178,7 @@ async def _unstalled(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield frame
 
 
-async def _inspect_tier(tier: Backend, key: BlockKey) -> convert.TierCopy:
+async def _inspect_tier(tier: Backend, key: BlockKey, verify: Verify) -> convert.TierCopy:
     """What a tier has, read past the store, so that nothing is promoted and nothing quarantined."""
     try:
         (block,) = await tier.get([key])
@@ -193,7 +186,7 @@ async def _inspect_tier(tier: Backend, key: BlockKey) -> convert.TierCopy:
         return convert.TierCopy(tier=tier.name, problem=f"this tier does not answer: {error}")
     if block is None:
         return convert.TierCopy(tier=tier.name)
-    (flaw,) = await check_all([(key, block)])
+    (flaw,) = await check_all([(key, block)], verify)
     problem = str(flaw) if flaw else ""
     return convert.TierCopy(
         tier=tier.name, block_bytes=len(block), header=block[:HEADER_BYTES], problem=problem

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tq_store.backends.base import Backend
+from tq_store.block import verify_block
 from tq_store.errors import BackendError, ConfigError
 from tq_store.keys import DIGEST_BYTES, BlockKey
 from tq_store.results import BackendStats, PutOutcome, QueueStats, ShardStats
-from tq_store.tiering.tier import Tier, Watch, check_all, unwatched
+from tq_store.tiering.tier import Tier, Verify, Watch, check_all, unwatched
 
 _T = TypeVar("_T")
 
@@ -49,6 +50,7 @@ class TieredStore:
         write_queue_bytes: Per lower tier, the blocks that may wait to be written; more are dropped.
         clock: Seconds, monotonic; decides when a failing tier is tried again.
         watch: Wraps each call to a tier's medium, to measure and to trace it.
+        verify: Raises BlockFormatError for a block that is not sound, or not of its key.
 
     Raises:
         ConfigError: No tier, or two of one name.
@@ -61,7 +63,9 @@ class TieredStore:
         write_queue_bytes: int = 256 << 20,
         clock: Callable[[], float] = time.monotonic,
         watch: Watch = unwatched,
+        verify: Verify = verify_block,
     ) -> None:
+        self._verify = verify
         names = [tier.name for tier in tiers]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"a store needs tiers with distinct names, at least one; these are {names}")
@@ -75,7 +79,14 @@ class TieredStore:
             )
         )
         self._tiers = [
-            Tier(tier, queue_bytes=write_queue_bytes, counters=self._counters, clock=clock, watch=watch)
+            Tier(
+                tier,
+                queue_bytes=write_queue_bytes,
+                counters=self._counters,
+                clock=clock,
+                watch=watch,
+                verify=verify,
+            )
             for tier in tiers
         ]
         self._loads: dict[BlockKey, asyncio.Future[bytes | None]] = {}
@@ -123,7 +134,7 @@ class TieredStore:
 
         The outcome is the top tier's; INVALID for a block that is not sound or not of its key.
         """
-        errors = await check_all(blocks)
+        errors = await check_all(blocks, self._verify)
         sound = [block for block, error in zip(blocks, errors, strict=True) if error is None]
         stored = iter(await self._tiers[0].put(sound))
         for tier in self._tiers[1:]:

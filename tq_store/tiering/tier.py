@@ -17,6 +17,8 @@ from tq_store.results import BackendStats, PutOutcome, QueueStats, ShardStats
 
 _T = TypeVar("_T")
 
+Verify = Callable[[bytes, BlockKey], object]
+"""Given a block and its key: raises BlockFormatError where they do not belong together."""
 Watch = Callable[[str, str, int], AbstractContextManager[None]]
 """Given a tier's name, an operation and a number of keys: the context in which the medium does it."""
 
@@ -47,6 +49,7 @@ class Tier:
         counters: Where to count; shared with the store.
         clock: Seconds, monotonic.
         watch: Wraps each call to the medium.
+        verify: Raises BlockFormatError for a block that is not sound, or not of its key.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class Tier:
         counters: Counter[str],
         clock: Callable[[], float],
         watch: Watch = unwatched,
+        verify: Verify = verify_block,
     ) -> None:
         self.name = backend.name
+        self._verify = verify
         self._watch = watch
         self._backend = backend
         self._counters = counters
@@ -99,7 +104,11 @@ class Tier:
         if isinstance(self._backend, MemoryBackend):
             return blocks
         found = [(key, block) for key, block in zip(keys, blocks, strict=True) if block is not None]
-        unfit = {key: error for (key, _), error in zip(found, await check_all(found), strict=True) if error}
+        unfit = {
+            key: error
+            for (key, _), error in zip(found, await check_all(found, self._verify), strict=True)
+            if error
+        }
         for key, error in unfit.items():
             if isinstance(error, UnsupportedVersion):
                 self._counters["unsupported"] += 1
@@ -228,20 +237,22 @@ class Tier:
             _log.info("the %s tier is no longer %s", self.name, trouble)
 
 
-async def check_all(blocks: Sequence[tuple[BlockKey, bytes]]) -> list[BlockFormatError | None]:
+async def check_all(
+    blocks: Sequence[tuple[BlockKey, bytes]], verify: Verify
+) -> list[BlockFormatError | None]:
     """What is wrong with each block, or None; hashes much in a thread, little at once."""
     if sum(len(block) for _, block in blocks) > _INLINE_BYTES:
-        return await asyncio.to_thread(_check_all, blocks)
-    return _check_all(blocks)
+        return await asyncio.to_thread(_check_all, blocks, verify)
+    return _check_all(blocks, verify)
 
 
-def _check_all(blocks: Sequence[tuple[BlockKey, bytes]]) -> list[BlockFormatError | None]:
-    return [_check(key, block) for key, block in blocks]
+def _check_all(blocks: Sequence[tuple[BlockKey, bytes]], verify: Verify) -> list[BlockFormatError | None]:
+    return [_check(key, block, verify) for key, block in blocks]
 
 
-def _check(key: BlockKey, block: bytes) -> BlockFormatError | None:
+def _check(key: BlockKey, block: bytes, verify: Verify) -> BlockFormatError | None:
     try:
-        verify_block(block, key)
+        verify(block, key)
     except BlockFormatError as error:
         return error
     return None

@@ -1,0 +1,167 @@
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store.running_server import TOKEN, running_server, wait_until, write_token
+from store.sample_blocks import NAMESPACE, keys_of, sample_block, sample_blocks, sample_key
+from store.tenants_file import TenantsFile
+
+from tq_store.client import StoreClient
+from tq_store.config import ClientConfig
+from tq_store.errors import ConfigError, RpcDenied, RpcOverLimit
+from tq_store.server.audit import AuditLog, FileSink, NoSink
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_who_did_what_with_which_outcome(tmp_path: Path) -> None:
+    file, log = TenantsFile(tmp_path), tmp_path / "audit.jsonl"
+    file.add("a", keys=2)
+    file.add("ops", admin=True)
+    blocks = sample_blocks(3)
+    with (
+        running_server(tenants_file=file.path, audit_log=log) as server,
+        file.client(server.address, "a") as a,
+        file.client(server.address, "ops") as ops,
+        file.client(server.address, "x", token=file.tokens["a"][:-1] + "x") as stranger,
+    ):
+        a.put(blocks[:2])
+        a.lookup(keys_of(blocks))
+        with pytest.raises(RpcOverLimit):
+            a.put(blocks[2:])
+        with pytest.raises(RpcDenied):
+            a.stats()
+        a.delete(keys_of(blocks)[:2])
+        ops.purge(None)
+        with pytest.raises(RpcDenied):
+            stranger.lookup([sample_key(1)])
+    start, over, forbidden, deletion, purge, denied, stop = records(log)
+    token_id = file.tokens["a"].split("_")[1]
+    assert (start["event"], start["tenants"], stop["event"]) == ("start", 2, "stop")
+    assert (over["method"], over["outcome"], over["tenant"]) == ("Put", "RESOURCE_EXHAUSTED", "a")
+    assert (forbidden["method"], forbidden["outcome"]) == ("Stats", "PERMISSION_DENIED")
+    assert deletion == deletion | {
+        "event": "call",
+        "method": "Delete",
+        "outcome": "OK",
+        "tenant": "a",
+        "token": token_id,
+        "admin": False,
+        "keys": 2,
+        "key": blocks[0][0].hex()[64:80],
+    }
+    assert deletion["peer"].startswith("ipv4:127.0.0.1:")
+    assert deletion["time"].endswith("+00:00")
+    assert (purge["method"], purge["tenant"], purge["admin"]) == ("Purge", "ops", True)
+    assert (denied["method"], denied["outcome"]) == ("Lookup", "UNAUTHENTICATED")
+    assert "tenant" not in denied
+    text = log.read_text()
+    for secret in (*file.tokens.values(), *(token.split("_")[2] for token in file.tokens.values())):
+        assert secret not in text
+    assert NAMESPACE.hex() not in text
+    assert blocks[0][0].hex()[64:] not in text
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_every_call_where_that_is_asked_for(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    config = ClientConfig(token_file=write_token(tmp_path))
+    with (
+        running_server(token_file=config.token_file, audit_log=log, audit_all=True) as server,
+        StoreClient(server.address, config=config) as client,
+    ):
+        key, block = sample_block(1)
+        client.put([(key, block)])
+        list(client.get([key]))
+    _, put, get, _ = records(log)
+    assert (put["method"], put["keys"], put["bytes"]) == ("Put", 1, len(block))
+    assert (get["method"], get["keys"], get["bytes"]) == ("Get", 1, len(block))
+    assert (get["tenant"], get["token"], get["admin"]) == ("", "1", True)
+    assert TOKEN not in log.read_text()
+
+
+class Kept(NoSink):
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+
+def test_refusals_are_bounded_and_the_rest_is_counted() -> None:
+    sink, now_s = Kept(), [0.0]
+    log = AuditLog(sink, clock=lambda: now_s[0])
+    for _ in range(50):
+        log.denied("/x/" + "y" * 1000, "ipv4:10.0.0.1:1")
+    assert len(sink.records) == 20
+    assert len(sink.records[0]["method"]) == 100
+    now_s[0] = 1.0
+    log.denied("/x/y", "ipv4:10.0.0.1:1")
+    log.denied("/x/y", "ipv4:10.0.0.1:1")
+    assert [record.get("suppressed") for record in sink.records[-2:]] == [30, None]
+
+
+def test_a_log_that_is_rotated_goes_on_in_a_new_file(tmp_path: Path) -> None:
+    path, dropped = tmp_path / "audit.jsonl", []
+    sink = FileSink(path, lambda: dropped.append(1))
+    sink.write({"n": 1})
+    wait_until(lambda: len(records(path)) == 1)
+    path.rename(tmp_path / "audit.1")
+    sink.write({"n": 2})
+    sink.write({"n": 3})
+    sink.close()
+    assert records(tmp_path / "audit.1") == [{"n": 1}]
+    assert records(path) == [{"n": 2}, {"n": 3}]
+    assert dropped == []
+
+
+def test_a_log_that_cannot_be_written_loses_records_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, dropped = tmp_path / "logs", []
+    directory.mkdir()
+    sink = FileSink(directory / "audit.jsonl", lambda: dropped.append(1))
+    (directory / "audit.jsonl").unlink()
+    directory.rmdir()
+    sink.write({"n": 1})
+    sink.write({"n": 2})
+    wait_until(lambda: len(dropped) == 2)
+    directory.mkdir()
+    sink.write({"n": 3})
+    sink.close()
+    assert records(directory / "audit.jsonl") == [{"n": 3}]
+    assert len([record for record in caplog.records if "cannot be written" in record.message]) == 1
+
+
+def test_a_slow_disk_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tq_store.server.audit._MAX_WAITING", 2)
+    fifo, dropped = tmp_path / "fifo", []
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    sink = FileSink(fifo, lambda: dropped.append(1))
+    filler = {"text": "x" * (1 << 20)}
+    for _ in range(5):
+        sink.write(filler)
+    assert dropped
+    read = bytearray()
+
+    def drain() -> bool:
+        with suppress(BlockingIOError):
+            read.extend(os.read(reader, 1 << 20))
+        return read.count(b"\n") == 5 - len(dropped)
+
+    wait_until(drain)
+    sink.close()
+    os.close(reader)
+
+
+def test_a_log_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"audit_log .* cannot be written"):
+        FileSink(tmp_path / "absent" / "audit.jsonl", lambda: None)
+    with pytest.raises(ConfigError), running_server(audit_log=tmp_path):
+        pass

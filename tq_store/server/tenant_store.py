@@ -1,0 +1,143 @@
+"""The store as the tenant of the running call sees it: its own keys, its own blocks, its own counts."""
+
+from collections.abc import Sequence
+
+from tq_store.block import bf16_bytes
+from tq_store.errors import NotPermitted
+from tq_store.keys import BlockKey, split_key
+from tq_store.results import PutOutcome
+from tq_store.server.activity import Activity
+from tq_store.server.calls import CALL, KEY_PREFIX_CHARS, Call
+from tq_store.server.metrics import Metrics
+from tq_store.server.quotas import Quotas
+from tq_store.tiering.store import StoreStats, TieredStore
+
+
+class TenantStore:
+    """The methods of `TieredStore`, for keys as the caller knows them.
+
+    Blocks of other tenants cannot be named, so they are absent, by the same steps as what does not exist.
+
+    Args:
+        store: Owned by the caller.
+        metrics: Told what was found and stored.
+        activity: Told which of the store's namespaces are used.
+        quotas: Asked before a block is received.
+
+    Raises:
+        NotPermitted: A namespace that the tenant may not use; whether anything is there makes no difference.
+    """
+
+    def __init__(self, store: TieredStore, metrics: Metrics, activity: Activity, quotas: Quotas) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._activity = activity
+        self._quotas = quotas
+
+    async def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which blocks are in some tier."""
+        return await self._store.contains(_store_keys(CALL.get(), keys))
+
+    async def lookup(self, keys: Sequence[BlockKey]) -> int:
+        """How many blocks from the first on are there without a gap."""
+        store_keys = _store_keys(CALL.get(), keys)
+        num_hits = await self._store.lookup(store_keys)
+        self._metrics.looked_up(len(keys), num_hits)
+        self._activity.looked_up(store_keys, num_hits)
+        return num_hits
+
+    async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
+        """Blocks, or None for a miss."""
+        call = CALL.get()
+        store_keys = _store_keys(call, keys)
+        blocks = await self._store.get(store_keys)
+        found = []
+        for key, block in zip(store_keys, blocks, strict=True):
+            if block is not None:
+                found.append(block)
+                self._activity.sent(key, len(block))
+        num_bytes = sum(map(len, found))
+        call.num_bytes += num_bytes
+        self._metrics.got(
+            call.tenant.name,
+            num_hits=len(found),
+            num_misses=len(blocks) - len(found),
+            num_bytes=num_bytes,
+            saved_bytes=sum(map(bf16_bytes, found)) - num_bytes,
+        )
+        return blocks
+
+    def expect(self, num_bytes: int) -> None:
+        """A block of this length is about to be received, and will be put or given up with the call.
+
+        Raises:
+            OverLimit: The tenant has no room for it.
+        """
+        self._quotas.reserve(CALL.get(), num_bytes)
+
+    async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
+        """Check blocks and store them."""
+        call = CALL.get()
+        keys = _store_keys(call, [key for key, _ in blocks])
+        outcomes = await self._store.put([(key, block) for key, (_, block) in zip(keys, blocks, strict=True)])
+        stored = [
+            block
+            for (_, block), outcome in zip(blocks, outcomes, strict=True)
+            if outcome is PutOutcome.STORED
+        ]
+        self._quotas.release(call)
+        for key, (_, block) in zip(keys, blocks, strict=True):
+            self._activity.received(key, len(block))
+        num_bytes = sum(map(len, stored))
+        call.num_bytes += num_bytes
+        saved_bytes = sum(map(bf16_bytes, stored)) - num_bytes
+        self._metrics.put(call.tenant.name, num_bytes=num_bytes, saved_bytes=saved_bytes)
+        return outcomes
+
+    async def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Remove blocks from every tier; True where any tier had one."""
+        return await self._store.delete(_store_keys(CALL.get(), keys))
+
+    async def purge(self, namespace: bytes | None) -> int:
+        """Remove a namespace, or everything; returns how many copies.
+
+        An admin names namespaces as the store does, and as `stats` shows them; others their own.
+
+        Raises:
+            NotPermitted: Everything, and not an admin.
+        """
+        call = CALL.get()
+        if call.is_admin:
+            return await self._store.purge(namespace)
+        if namespace is None:
+            raise NotPermitted("to purge everything takes an admin; name a namespace")
+        _check_allowed(call, namespace)
+        return await self._store.purge(call.tenant.store_namespace(namespace))
+
+    async def stats(self) -> StoreStats:
+        """What is held and what was done, for all tenants together."""
+        return await self._store.stats()
+
+
+def _store_keys(call: Call, keys: Sequence[BlockKey]) -> list[BlockKey]:
+    """The store's keys for those of a caller; notes them in the call's record."""
+    if keys and not call.num_keys:
+        call.key_prefix = split_key(keys[0])[1].hex()[:KEY_PREFIX_CHARS]
+    call.num_keys += len(keys)
+    if not call.tenant.name:
+        return list(keys)
+    namespaces: dict[bytes, bytes] = {}
+    renamed = []
+    for key in keys:
+        namespace, prefix_hash = split_key(key)
+        if namespace not in namespaces:
+            _check_allowed(call, namespace)
+            namespaces[namespace] = call.tenant.store_namespace(namespace)
+        renamed.append(BlockKey(namespaces[namespace] + prefix_hash))
+    return renamed
+
+
+def _check_allowed(call: Call, namespace: bytes) -> None:
+    allowed = call.tenant.namespaces
+    if allowed and namespace not in allowed:
+        raise NotPermitted(f"{call.tenant.name} may not use this namespace")
