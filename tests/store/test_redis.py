@@ -22,11 +22,12 @@ from store.sample_blocks import (
     sample_key,
 )
 
+from tq_store.backends import redis_census
 from tq_store.backends.redis import RedisBackend, RedisLimits
 from tq_store.backends.redis_shard import _end_of_round_trip
 from tq_store.errors import BackendError, BackendFull, BackendTimeout, BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey
-from tq_store.results import PutOutcome
+from tq_store.results import NamespaceUsage, PutOutcome
 
 pytestmark = pytest.mark.redis
 
@@ -84,6 +85,21 @@ class TestKeys:
             await backend.put([(key, block)])
         assert 0 < int(redis_server.command("TTL", redis_key(key))) <= 500
 
+    async def test_a_get_gives_a_block_its_whole_lifetime_again_and_a_lookup_does_not(
+        self, redis_server: RedisProcess
+    ) -> None:
+        key, block = sample_block(1)
+        async with opened(redis_server.url, ttl_s=500) as backend:
+            await backend.put([(key, block)])
+            redis_server.command("EXPIRE", redis_key(key), "60")
+            assert await backend.contains([key]) == [True]
+            assert int(redis_server.command("TTL", redis_key(key))) <= 60
+            assert await backend.get([key, sample_key(2)]) == [block, None]
+            assert 490 < int(redis_server.command("TTL", redis_key(key))) <= 500
+            redis_server.command("PEXPIRE", redis_key(key), "1")
+            await eventually(lambda: redis_server.command("DBSIZE") == "0")
+            assert await backend.get([key]) == [None]
+
     async def test_quarantined_blocks_are_kept_for_a_day(self, redis_server: RedisProcess) -> None:
         key, block = sample_block(1)
         async with opened(redis_server.url) as backend:
@@ -122,6 +138,60 @@ class TestKeys:
             assert await backend.get([sample_key(1)]) == [None]
 
 
+class TestCensus:
+    async def test_the_first_count_is_taken_at_once_and_purged_namespaces_go(
+        self, redis_server: RedisProcess
+    ) -> None:
+        redis_server.command("SET", "session:42", "someone else's")
+        redis_server.command("RPUSH", redis_key(sample_key(99)), "a list")
+        async with opened(redis_server.url) as backend:
+            await backend.put(sample_blocks(5, 1000) + sample_blocks(2, 500, namespace=OTHER_NAMESPACE))
+            assert (await backend.stats()).namespaces == {}, "not asked to count"
+        ours, theirs = (
+            NamespaceUsage(num_blocks=5, used_bytes=5 * 1256),
+            NamespaceUsage(num_blocks=2, used_bytes=2 * 756),
+        )
+        backend = await RedisBackend.open(redis_server.url)
+        try:
+            await eventually(lambda: bool(backend._census.namespaces))
+            counted = (await backend.stats()).namespaces
+            assert counted == {NAMESPACE.hex(): ours, OTHER_NAMESPACE.hex(): theirs}
+            await backend.purge(NAMESPACE)
+            assert (await backend.stats()).namespaces == {OTHER_NAMESPACE.hex(): theirs}
+            await backend.purge()
+            assert (await backend.stats()).namespaces == {}
+        finally:
+            await backend.close()
+
+    async def test_many_keys_are_counted_a_step_at_a_time(
+        self, redis_server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(redis_census, "_STEP_PAUSE_S", 0.0)
+        async with opened(redis_server.url) as backend:
+            await backend.put(sample_blocks(2500))
+            redis_server.command("CONFIG", "RESETSTAT")
+            await backend._census.take(list(backend._shards.values()), timeout_s=WAIT_S)
+            assert backend._census.namespaces[NAMESPACE.hex()].num_blocks == 2500
+        statistics = redis_server.command("INFO", "commandstats")
+        assert int(re.search(r"cmdstat_scan:calls=(\d+)", statistics)[1]) >= 4
+        assert int(re.search(r"cmdstat_strlen:calls=(\d+)", statistics)[1]) == 2500
+
+    async def test_a_server_that_fails_keeps_its_last_count(self, tmp_path: Path) -> None:
+        server = RedisProcess(tmp_path)
+        try:
+            async with opened(server.url) as backend:
+                await backend.put(sample_blocks(3))
+                shards = list(backend._shards.values())
+                await backend._census.take(shards, timeout_s=WAIT_S)
+                server.kill()
+                await backend._census.take(shards, timeout_s=WAIT_S)
+                assert backend._census.namespaces[NAMESPACE.hex()].num_blocks == 3
+                await backend._census.take([], timeout_s=WAIT_S)
+                assert backend._census.namespaces == {}, "a server that owns keys no more"
+        finally:
+            server.kill()
+
+
 class TestMemoryLimit:
     async def test_a_server_that_may_not_evict_is_full(self, redis_server: RedisProcess) -> None:
         first, *rest = sample_blocks(8, 1 << 20)
@@ -144,6 +214,20 @@ class TestMemoryLimit:
             stats = await backend.stats()
         assert stats.budget_bytes == 6 << 20
         assert stats.evicted_blocks >= found.count(None) > 0, "replies take memory too, so more may go"
+
+    async def test_settings_that_will_hurt_are_said_at_the_start(
+        self, redis_server: RedisProcess, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with opened(redis_server.url):
+            assert "maxmemory is 0, so it grows" in caplog.text
+            assert "maxmemory-policy is noeviction" in caplog.text
+        caplog.clear()
+        redis_server.command("CONFIG", "SET", "maxmemory", "64mb", "maxmemory-policy", "volatile-lfu")
+        async with opened(redis_server.url):
+            assert "maxmemory-policy is volatile-lfu, which evicts only what expires" in caplog.text
+        caplog.clear()
+        async with opened(redis_server.url, ttl_s=60):
+            assert caplog.text == ""
 
     async def test_without_a_limit_there_is_no_budget(self, redis_server: RedisProcess) -> None:
         async with opened(redis_server.url) as backend:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
@@ -14,6 +14,7 @@ from tq_store.backends.redis_target import Address, Login, RedisTarget
 from tq_store.errors import BackendError, BackendTimeout, BackendUnavailable, ConfigError
 
 _READ_BYTES = 1 << 20
+_CLOSE_S = 1.0
 
 
 class Link:
@@ -61,9 +62,14 @@ class Link:
                 None if self._credentials.are_in(str(error)) else error
             )
 
-    async def close(self) -> None:
-        """Close all connections; what is under way fails."""
-        await self.client.aclose(close_connection_pool=True)
+    async def close(self, *, in_use: bool = True) -> None:
+        """Close all connections, or all that are idle; what is under way on them fails.
+
+        Does not wait long for a server that stalls: TLS ends with an exchange that takes two.
+        """
+        with suppress(RedisError, OSError):
+            async with asyncio.timeout(_CLOSE_S):
+                await self.pool.disconnect(inuse_connections=in_use)
 
 
 class Credentials(CredentialProvider):

@@ -161,7 +161,7 @@ class Shard:
     async def retire(self) -> None:
         """Let calls under way end, then hold no connections: the server owns no keys any more."""
         self._is_retired = True
-        await self._link.pool.disconnect(inuse_connections=False)
+        await self._link.close(in_use=False)
 
     async def close(self) -> None:
         """Close all connections; calls under way fail."""

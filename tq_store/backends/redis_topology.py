@@ -81,7 +81,7 @@ class _Sentinels(_OneServer):
         self._credentials = Credentials(target.sentinel_login)
         options = connection_options(target, self._credentials)
         self._sentinel = Sentinel(
-            [tuple(address) for address in target.addresses],
+            target.addresses,
             sentinel_kwargs={
                 **options,
                 "ssl": target.uses_tls,
@@ -91,18 +91,31 @@ class _Sentinels(_OneServer):
             },
         )
 
+        # it reorders its own list, the sentinel that answered first
+        self._clients = list(zip(target.addresses, self._sentinel.sentinels, strict=True))
+
     async def refresh(self) -> None:
         try:
             host, port = await self._sentinel.discover_master(self._service)
         except (RedisError, OSError) as error:
-            where = f"the sentinels of {self._service}"
-            raise self._credentials.translated(error, where, self._timeout_s) from (
-                None if self._credentials.are_in(str(error)) else error
-            )
+            # its text shows the whole client, and seldom the reason
+            reason = await self._complaint()
+            raise BackendUnavailable(
+                f"no sentinel names a master called {self._service!r} that works{reason}"
+            ) from (None if self._credentials.are_in(str(error)) else error)
         self._address = Address(host, port)
 
+    async def _complaint(self) -> str:
+        """What is wrong with the first sentinel that does not answer."""
+        for address, sentinel in self._clients:
+            try:
+                await sentinel.ping()
+            except (RedisError, OSError) as error:
+                return f": {self._credentials.translated(error, f'sentinel at {address}', self._timeout_s)}"
+        return ""
+
     async def close(self) -> None:
-        for sentinel in self._sentinel.sentinels:
+        for _, sentinel in self._clients:
             await sentinel.aclose()
 
 
