@@ -69,9 +69,13 @@ def _say(text: str) -> None:
 def _serve(options: argparse.Namespace) -> Exit:
     try:
         from tq_store.server.app import serve
+        from tq_store.server.logs import JsonFormatter
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is missing; run: pip install 'tq-store[server]'") from error
     config = load_config(ServerConfig, arguments=_given(options), file=options.config, environment=os.environ)
+    if config.log_format == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
     asyncio.run(serve(config, _say_ready))
     return Exit.OK
 

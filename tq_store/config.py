@@ -128,6 +128,12 @@ class ServerConfig:
     audit_all: bool = field(
         default=False, metadata=about(SWITCH, "a line in the audit log for every other call too")
     )
+    trace_endpoint: str | None = field(
+        default=None,
+        metadata=about(
+            TEXT, "send OpenTelemetry traces there by OTLP/gRPC, e.g. http://localhost:4317", "URL"
+        ),
+    )
     log_format: str = field(
         default="text", metadata=about(choice("text", "json"), "how the log on stderr is written")
     )
@@ -227,7 +233,11 @@ class ClientConfig:
     tls_cert: Path | None = field(default=None, metadata=about(PATH, "certificate to show the server, PEM"))
     tls_key: Path | None = field(default=None, metadata=about(PATH, "private key of that certificate, PEM"))
     token_file: Path | None = field(
-        default=None, metadata=about(PATH, "show the server the first token in this file")
+        default=None,
+        metadata=about(PATH, "show the server the first token in this file; may be replaced while in use"),
+    )
+    trace: bool = field(
+        default=False, metadata=about(SWITCH, "make OpenTelemetry spans, with the process's own provider")
     )
 
     def __post_init__(self) -> None:

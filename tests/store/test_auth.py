@@ -13,6 +13,8 @@ from store.sample_blocks import sample_block, sample_key
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError, RpcDenied, RpcUnavailable
+from tq_store.rpc import token as token_module
+from tq_store.rpc.token import TokenFile
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
 from tq_store.server.app import Server
@@ -116,6 +118,33 @@ def test_tokens_are_not_logged(server: Server, tmp_path: Path, caplog: pytest.Lo
     for shown in (caplog.text, str(refusal.value), repr(vars(right)), repr(server)):
         assert wrong not in shown
         assert NEW_TOKEN not in shown
+
+
+def test_a_client_follows_its_token_file(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(token_module, "_CHECK_S", 0.0)
+    file = write_token(tmp_path, "a-token-that-nobody-takes")
+    with StoreClient(server.address, config=ClientConfig(token_file=file)) as client:
+        with pytest.raises(RpcDenied):
+            client.ping()
+        file.write_text(TOKEN)
+        assert client.ping().version
+        file.write_text("short")
+        assert client.ping().version, "a file that cannot be used changes nothing"
+        file.unlink()
+        assert client.ping().version
+    complaints = [record.message for record in caplog.records if "stays as it was" in record.message]
+    assert len(complaints) == 2
+
+
+def test_a_token_file_is_looked_at_once_a_second(tmp_path: Path) -> None:
+    now_s = [0.0]
+    file = TokenFile(write_token(tmp_path), clock=lambda: now_s[0])
+    write_token(tmp_path, NEW_TOKEN)
+    assert file.current() == TOKEN
+    now_s[0] = 1.0
+    assert file.current() == NEW_TOKEN
 
 
 @pytest.fixture(scope="module")

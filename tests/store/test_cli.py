@@ -259,3 +259,23 @@ sys.exit(main(["ping", "--address", "127.0.0.1:1", "--max-attempts", "1"]))
 def test_the_installed_command_is_this_one() -> None:
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="tq-store")
     assert command.load() is cli.main
+
+
+def test_a_new_token_is_shown_once_and_its_entry_lets_it_in(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, token, hint = run(capsys, "token", "new", "search")
+    assert code == 0
+    assert "among the tokens of [search]" in hint
+    assert token.strip() not in hint
+    entry = hint.rpartition(': "')[2].rstrip('"\n')
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(f'[search]\ntokens = ["{entry}"]\nadmin = true\n[idle]\n')
+    tenants.chmod(0o600)
+    code, out, _ = run(capsys, "token", "check", str(tenants))
+    assert (code, out) == (0, f"search: {entry.partition(':')[0]}\nidle: no token\n")
+    with running_server(tenants_file=tenants) as server:
+        shown = ["--address", server.address, "--token-file", str(write_token(tmp_path, token.strip()))]
+        assert run(capsys, "stats", *shown)[0] == 0
+    tenants.write_text("[search]\ntokens = 1")
+    assert run(capsys, "token", "check", str(tenants))[0] == 2

@@ -83,7 +83,7 @@ def test_keys_are_counted_whatever_their_bytes() -> None:
     tenant = Tenant(name="b", quota_keys=3)
     first, second, free = call_of(tenant), call_of(tenant), call_of(Tenant(name="c"))
     quotas.reserve(first, 1 << 40)
-    with pytest.raises(OverLimit, match="one block more would exceed 3 blocks") as refusal:
+    with pytest.raises(OverLimit, match="1 blocks more would exceed 3 blocks") as refusal:
         quotas.reserve(second, 1)
     assert refusal.value.retry_after_s == 60
     quotas.release(first)
@@ -184,7 +184,7 @@ def test_a_full_quota_refuses_the_rest_and_spares_other_tenants(file: TenantsFil
         assert small.put(blocks[:3]) == [STORED] * 3
         with pytest.raises(RpcOverLimit, match="quota of small is used up"):
             small.put(blocks[3:])
-        with pytest.raises(RpcOverLimit, match="one block more would exceed 2 blocks"):
+        with pytest.raises(RpcOverLimit, match="1 blocks more would exceed 2 blocks"):
             few.put(blocks)
         assert few.lookup(keys_of(blocks)) == 2, "what came before stays"
         assert free.put(blocks) == [STORED] * 4

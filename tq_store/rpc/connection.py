@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 import grpc
@@ -14,7 +15,8 @@ from tq_store.config import ClientConfig, is_local
 from tq_store.errors import ConfigError, RpcError, RpcUnavailable
 from tq_store.rpc.convert import SERVICE_NAME
 from tq_store.rpc.status import error_of
-from tq_store.rpc.token import METADATA_KEY, bearer, load_tokens
+from tq_store.rpc.token import METADATA_KEY, TokenFile, bearer
+from tq_store.rpc.tracing import Metadata, Tracing
 from tq_store.rpc.transport import TRANSPORT_OPTIONS, keep_freed_memory
 
 _KEEPALIVE_MS = 30_000
@@ -40,7 +42,8 @@ class Connection:
     def __init__(self, address: str, config: ClientConfig) -> None:
         self.address = address
         self._config = config
-        self._metadata = _token_metadata(address, config)
+        self._token = _token_file(address, config)
+        self.tracing = Tracing() if config.trace else None
         keep_freed_memory()
         self._channel = _open_channel(address, config)
         self._closed = threading.Event()
@@ -80,8 +83,8 @@ class Connection:
         attempts = self.attempts(timeout_s)
         while True:
             try:
-                with self._translated(method):
-                    return parse(send(request, timeout=attempts.remaining_s, metadata=self._metadata))
+                with self._translated(method) as metadata:
+                    return parse(send(request, timeout=attempts.remaining_s, metadata=metadata))
             except RpcUnavailable as error:
                 if not is_idempotent:
                     raise
@@ -94,8 +97,8 @@ class Connection:
             RpcError: At any point of the stream.
         """
         start = self._channel.unary_stream(_path(method), None, None)
-        with self._translated(method):
-            call = start(request, timeout=timeout_s, metadata=self._metadata)
+        with self._translated(method) as metadata:
+            call = start(request, timeout=timeout_s, metadata=metadata)
             try:
                 yield from call
             finally:
@@ -110,8 +113,8 @@ class Connection:
             RpcError: As its subclasses say; also when `parse` raises ValueError.
         """
         start = self._channel.stream_unary(_path(method), None, None)
-        with self._translated(method):
-            return parse(start(requests, timeout=timeout_s, metadata=self._metadata))
+        with self._translated(method) as metadata:
+            return parse(start(requests, timeout=timeout_s, metadata=metadata))
 
     def wait_or_raise(self, attempts: "Attempts", error: RpcUnavailable) -> None:
         """Pause before the next attempt.
@@ -124,6 +127,10 @@ class Connection:
             raise error
         self.count("retries")
 
+    def token_metadata(self) -> Metadata:
+        """What shows the server who calls; follows the token file."""
+        return ((METADATA_KEY, bearer(self._token.current())),) if self._token else ()
+
     def close(self) -> None:
         """Cut the connection; calls in other threads end with RpcError. A second close does nothing."""
         self._closed.set()
@@ -134,16 +141,22 @@ class Connection:
 
 
 class _Translated:
-    """Context in which whatever a call raises becomes an RpcError, counted once."""
+    """Context of one call: gives its metadata, and makes whatever it raises an RpcError, counted once."""
 
     def __init__(self, connection: Connection, method: str) -> None:
         self._connection = connection
         self._what = f"{method} at {connection.address}"
+        self._traced = connection.tracing.client_call(method) if connection.tracing else None
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> Metadata:
+        metadata = self._connection.token_metadata()
+        return metadata + self._traced.__enter__() if self._traced else metadata
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._traced:
+            self._traced.__exit__(kind, error, trace)
         if isinstance(error, grpc.RpcError):
             assert isinstance(error, grpc.Call)
             translated = error_of(error.code(), f"{self._what}: {error.details()}")
@@ -182,12 +195,12 @@ def _path(method: str) -> str:
     return f"/{SERVICE_NAME}/{method}"
 
 
-def _token_metadata(address: str, config: ClientConfig) -> tuple[tuple[str, str], ...]:
+def _token_file(address: str, config: ClientConfig) -> TokenFile | None:
     if config.token_file is None:
-        return ()
+        return None
     if not config.uses_tls and not is_local(address):
         raise ConfigError(f"the token would travel unencrypted to {address}: set tls_ca, or tls")
-    return ((METADATA_KEY, bearer(load_tokens(config.token_file)[0])),)
+    return TokenFile(config.token_file)
 
 
 def _open_channel(address: str, config: ClientConfig) -> grpc.Channel:

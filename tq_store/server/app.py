@@ -5,8 +5,8 @@ import importlib.metadata
 import logging
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -22,6 +22,7 @@ from tq_store.backends.redis import RedisBackend, RedisLimits
 from tq_store.config import ServerConfig, split_address
 from tq_store.errors import ConfigError
 from tq_store.rpc.convert import METHODS, SERVICE_NAME
+from tq_store.rpc.tracing import Tracing
 from tq_store.rpc.transport import TRANSPORT_OPTIONS
 from tq_store.server.access import Access
 from tq_store.server.activity import Activity
@@ -34,8 +35,10 @@ from tq_store.server.readings import Sampler
 from tq_store.server.scrape import StoreCollector
 from tq_store.server.service import BlockStoreService
 from tq_store.server.status_view import StatusView
+from tq_store.server.traces import ServerTraces
 from tq_store.server.window import ByteWindow
 from tq_store.tiering.store import TieredStore
+from tq_store.tiering.tier import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +100,17 @@ class Server:
         )
         self._access = Access(config, metrics)
         self._resources.push_async_callback(self._access.close)
+        tracing = None
+        if config.trace_endpoint is not None:
+            traces = ServerTraces(config.trace_endpoint, version=importlib.metadata.version("tq-store"))
+            self._resources.push_async_callback(asyncio.to_thread, traces.close)
+            tracing = traces.tracing
         async with AsyncExitStack() as opened:
             tiers = await _open_tiers(config, opened)
             store = TieredStore(
                 tiers,
                 write_queue_bytes=config.write_queue_bytes,
-                watch=metrics.watch_tier,
+                watch=metrics.watch_tier if tracing is None else _watch_both(metrics, tracing),
                 verify=self._access.verify,
             )
             opened.pop_all()  # the tiers are the store's now
@@ -110,7 +118,11 @@ class Server:
         activity = Activity()
         reception, tenant_store = self._access.guard(store, tiers, activity)
         gate = CallGate(
-            metrics, reception, call_timeout_s=config.call_timeout_s, max_calls=config.max_concurrent_calls
+            metrics,
+            reception,
+            call_timeout_s=config.call_timeout_s,
+            max_calls=config.max_concurrent_calls,
+            tracing=tracing,
         )
         service = BlockStoreService(
             tenant_store,
@@ -189,6 +201,17 @@ async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> Non
         signal.signal(number, signal.SIG_DFL)
     logger.info("stopping; calls in flight have %g s", config.grace_s)
     await server.stop()
+
+
+def _watch_both(metrics: Metrics, tracing: Tracing) -> Watch:
+    """Measure and trace calls to tiers."""
+
+    @contextmanager
+    def watch(tier: str, operation: str, num_keys: int) -> Iterator[None]:
+        with metrics.watch_tier(tier, operation, num_keys), tracing.tier_call(tier, operation, num_keys):
+            yield
+
+    return watch
 
 
 def _window(name: str, limit_bytes: int, on_change: Callable[[int], None]) -> ByteWindow:

@@ -40,7 +40,7 @@ class Call:
         num_keys: Keys and blocks that it has named.
         num_bytes: Block bytes that it has read and stored.
         key_prefix: First hex digits of its first key's prefix hash.
-        reserved_bytes: Of its tenant's quota, for the block that it is sending; None for no block.
+        reserved: Bytes and blocks of its tenant's quota, for what it is sending; None for nothing.
     """
 
     method: str
@@ -50,7 +50,7 @@ class Call:
     num_keys: int = 0
     num_bytes: int = 0
     key_prefix: str = ""
-    reserved_bytes: int | None = None
+    reserved: tuple[int, int] | None = None
 
     @property
     def tenant(self) -> Tenant:

@@ -11,7 +11,7 @@ from typing import Protocol
 from tq_store.block import verify_block
 from tq_store.errors import ConfigError
 from tq_store.keys import BlockKey
-from tq_store.rpc.token import load_tokens
+from tq_store.rpc.token import METADATA_KEY, file_version, load_tokens
 from tq_store.server.calls import ANYBODY, Identity
 from tq_store.server.tenants import SOLE_TENANT, Tenant, Tenants, load_tenants
 from tq_store.server.tokens import matches, token_id_of
@@ -121,7 +121,7 @@ class Credentials:
 
     def identify(self, metadata: Sequence[tuple[str, str | bytes]]) -> Identity | None:
         """Whom the metadata of a call stand for; they must show exactly one token, where one is demanded."""
-        shown = [value for name, value in metadata if name == "authorization"]
+        shown = [value for name, value in metadata if name == METADATA_KEY]
         value = shown[0] if len(shown) == 1 else ""
         text = value if isinstance(value, str) else value.decode("ascii", "replace")
         token = text.removeprefix(_BEARER) if text.startswith(_BEARER) else None
@@ -155,12 +155,7 @@ class Credentials:
         return self._token_file or self._tenants_file
 
     def _file_version(self) -> tuple[int, int, int] | None:
-        """What changes with the file, also where a symbolic link to it is moved; None while it is missing."""
-        try:
-            status = self._file.stat() if self._file else None
-        except OSError:
-            return None
-        return (status.st_mtime_ns, status.st_ino, status.st_size) if status else None
+        return file_version(self._file) if self._file else None
 
     def _load(self) -> Directory:
         if self._tenants_file is not None:

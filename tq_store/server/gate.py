@@ -12,6 +12,7 @@ import grpc.aio
 
 from tq_store.errors import BackendFull, BackendUnavailable, NotPermitted, OverLimit, TQStoreError
 from tq_store.rpc.status import RETRY_KEY, status_of
+from tq_store.rpc.tracing import Tracing
 from tq_store.server.calls import CALL
 from tq_store.server.metrics import Metrics
 from tq_store.server.reception import Reception
@@ -33,16 +34,24 @@ class CallGate:
     Args:
         metrics: Told about each call.
         reception: Says who calls, and whether they may.
+        tracing: Makes a span of each call, if there is any.
         call_timeout_s: Longest life of a call, whatever deadline its client set.
         max_calls: Calls at once; those beyond it are refused. Health checks do not come this way, so a server
             that is busy does not look dead.
     """
 
     def __init__(
-        self, metrics: Metrics, reception: Reception, *, call_timeout_s: float, max_calls: int
+        self,
+        metrics: Metrics,
+        reception: Reception,
+        *,
+        call_timeout_s: float,
+        max_calls: int,
+        tracing: Tracing | None = None,
     ) -> None:
         self._metrics = metrics
         self._reception = reception
+        self._tracing = tracing
         self._call_timeout_s = call_timeout_s
         self._max_calls = max_calls
         self._num_active = 0
@@ -52,6 +61,12 @@ class CallGate:
 
     async def run(self, method: str, context: Context, body: Callable[[], Awaitable[bytes | None]]) -> Any:
         """One call, from its first to its last byte. What the body raises becomes the call's status."""
+        if self._tracing is None:
+            return await self._run(method, context, body)
+        with self._tracing.server_call(method, context.invocation_metadata()):
+            return await self._run(method, context, body)
+
+    async def _run(self, method: str, context: Context, body: Callable[[], Awaitable[bytes | None]]) -> Any:
         started = time.perf_counter()
         self._metrics.started()
         self._num_active += 1
@@ -91,6 +106,15 @@ class CallGate:
             elapsed_s = time.perf_counter() - started
             self._metrics.finished(method, code.name, elapsed_s, tenant=call.tenant.name)
             self._reception.dismiss(call, code.name, elapsed_s)
+            if self._tracing is not None:
+                self._tracing.describe(
+                    {
+                        "rpc.grpc.status_code": int(code.value[0]),
+                        "tq_store.tenant": call.tenant.name,
+                        "tq_store.num_keys": call.num_keys,
+                        "tq_store.num_bytes": call.num_bytes,
+                    }
+                )
         try:
             async with asyncio.timeout(_STATUS_S):
                 return await context.abort(code, text, hint)

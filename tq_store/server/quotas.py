@@ -78,8 +78,8 @@ class Quotas:
             )
         allowance.calls -= 1
 
-    def reserve(self, call: Call, num_bytes: int) -> None:
-        """Have room in a quota for the block that a call is about to send, until `release`.
+    def reserve(self, call: Call, num_bytes: int, *, num_blocks: int = 1) -> None:
+        """Have room in a quota for what a call is about to store, until `release`.
 
         Raises:
             OverLimit: There is none.
@@ -91,21 +91,22 @@ class Quotas:
         used_bytes = usage.used_bytes + pending.num_bytes + num_bytes
         if tenant.quota_bytes is not None and used_bytes > tenant.quota_bytes:
             self._refuse(tenant, "bytes", f"{num_bytes} bytes more would exceed {tenant.quota_bytes} bytes")
-        if tenant.quota_keys is not None and usage.num_blocks + pending.num_blocks >= tenant.quota_keys:
-            self._refuse(tenant, "keys", f"one block more would exceed {tenant.quota_keys} blocks")
+        used_keys = usage.num_blocks + pending.num_blocks + num_blocks
+        if tenant.quota_keys is not None and used_keys > tenant.quota_keys:
+            self._refuse(tenant, "keys", f"{num_blocks} blocks more would exceed {tenant.quota_keys} blocks")
         pending.num_bytes += num_bytes
-        pending.num_blocks += 1
-        call.reserved_bytes = num_bytes
+        pending.num_blocks += num_blocks
+        call.reserved = (num_bytes, num_blocks)
 
     def release(self, call: Call) -> None:
         """Forget what was reserved, if anything: the block is stored now, or never will be."""
-        if call.reserved_bytes is None:
+        if call.reserved is None:
             return
-        tag = call.tenant.realm_tag
+        tag, (num_bytes, num_blocks) = call.tenant.realm_tag, call.reserved
         pending = self._pending[tag]
-        pending.num_bytes -= call.reserved_bytes
-        pending.num_blocks -= 1
-        call.reserved_bytes = None
+        pending.num_bytes -= num_bytes
+        pending.num_blocks -= num_blocks
+        call.reserved = None
         if not pending.num_blocks:
             del self._pending[tag]
 

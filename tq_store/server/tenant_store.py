@@ -68,7 +68,7 @@ class TenantStore:
         return blocks
 
     def expect(self, num_bytes: int) -> None:
-        """A block of this length is about to be received, and will be put or given up with the call.
+        """A block of this length is about to be received: better refused now than when it is there.
 
         Raises:
             OverLimit: The tenant has no room for it.
@@ -76,9 +76,15 @@ class TenantStore:
         self._quotas.reserve(CALL.get(), num_bytes)
 
     async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
-        """Check blocks and store them."""
+        """Check blocks and store them.
+
+        Raises:
+            OverLimit: The tenant has no room for them.
+        """
         call = CALL.get()
         keys = _store_keys(call, [key for key, _ in blocks])
+        if call.reserved is None:
+            self._quotas.reserve(call, sum(len(block) for _, block in blocks), num_blocks=len(blocks))
         outcomes = await self._store.put([(key, block) for key, (_, block) in zip(keys, blocks, strict=True)])
         stored = [
             block
