@@ -48,7 +48,7 @@ class Tracing:
             yield tuple(carrier.items())
 
     @contextmanager
-    def server_call(self, method: str, metadata: Sequence[tuple[str, str | bytes]] | None) -> Iterator[None]:
+    def server_call(self, method: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> Iterator[None]:
         """A span around the serving of a call, child of the client's; current for what the call does."""
         carrier = {name: value for name, value in metadata or () if isinstance(value, str)}
         with (
