@@ -113,6 +113,7 @@ class ChunkCodec:
     def __init__(self, settings: SerdeSettings) -> None:
         self._settings = settings
         self._device = settings.codec_device()
+        self._on_host = self._device.type == "cpu"
         self._pages = None if settings.preset == UNCODED else settings.page_layout()
 
     def packed_bytes(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
@@ -211,14 +212,14 @@ class ChunkCodec:
 
     def _quantize(self, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor) -> None:
         assert self._pages is not None
-        if self._device.type == "cpu":
+        if self._on_host:
             host.quantize(keys, values, self._pages, pages)
             return
         pages.copy_(quantize_on(self._device, keys, values, self._pages))
 
     def _dequantize(self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         assert self._pages is not None
-        if self._device.type == "cpu":
+        if self._on_host:
             host.dequantize(pages, self._pages, keys, values)
             return
         for target, side in zip((keys, values), dequantize_on(self._device, pages, self._pages), strict=True):

@@ -25,7 +25,9 @@ def free_port() -> int:
 class LMCacheServer:
     """A server with these L2 adapters. Started again it has nothing but what they hold."""
 
-    def __init__(self, directory: Path, transport: str, *adapters: dict[str, Any], chunk_tokens: int = 256) -> None:
+    def __init__(
+        self, directory: Path, transport: str, *adapters: dict[str, Any], chunk_tokens: int = 256
+    ) -> None:
         self._log = directory / "lmcache.log"
         self._command = [sys.executable, "-m", "lmcache.v1.multiprocess.server"]
         self._command += ["--transport", transport, "--chunk-size", str(chunk_tokens)]

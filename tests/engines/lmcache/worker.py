@@ -2,7 +2,6 @@
 
 import itertools
 import time
-import zlib
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +24,13 @@ class Worker:
     """
 
     def __init__(
-        self, url: str, pages: Sequence[torch.Tensor], page_tokens: int, *, model: str = "org/model", kv_layout: str = "NHD"
+        self,
+        url: str,
+        pages: Sequence[torch.Tensor],
+        page_tokens: int,
+        *,
+        model: str = "org/model",
+        kv_layout: str = "NHD",
     ) -> None:
         self._client = RequestClientFactory.create(url)
         self._pages = {f"layer.{number}": tensor for number, tensor in enumerate(pages)}
@@ -46,7 +51,9 @@ class Worker:
     def save(self, tokens: Sequence[int], page_ids: Sequence[int], salt: str = "") -> bool:
         """Hand the pages of whole chunks to LMCache."""
         key = self._key(tokens, salt)
-        future = self._context.submit_store("request", key, self._pages, [list(page_ids)], None, self._pages_per_chunk)
+        future = self._context.submit_store(
+            "request", key, self._pages, [list(page_ids)], None, self._pages_per_chunk
+        )
         return bool(future.result(timeout=WAIT_S))
 
     def look_up(self, tokens: Sequence[int], salt: str = "") -> int:
