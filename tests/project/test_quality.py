@@ -5,10 +5,13 @@ import torch
 
 from benchmarks.quality.articles import plain_text
 from benchmarks.quality.cache_view import CacheView
+from benchmarks.quality.codec import measure_codec
 from benchmarks.quality.logits import compare, summary
 from benchmarks.quality.methods.base import Geometry, Place
 from benchmarks.quality.methods.catalogue import catalogue, selected
 from benchmarks.quality.rows import KEYS, merged, read_rows, write_rows
+from benchmarks.quality.tensors import layer_loss
+from tq_kernels.codebook import LEVELS, TARGETS, distortion
 
 GEOMETRY = Geometry(num_layers=6, num_kv_heads=2, head_dim=64)
 METHODS = {method.name: method for method in catalogue(page_tokens=64)}
@@ -145,3 +148,41 @@ def test_rows_have_the_agreed_keys_first_and_replace_each_other(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"preset": "tq4"}\n')
     with pytest.raises(ValueError, match="does not begin with"):
         read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_layer_that_reads_what_it_has_loses_nothing():
+    keys, values = sides(200)
+    queries = torch.randn(200, 6, 64, generator=torch.Generator().manual_seed(3))
+    loss = layer_loss(queries, (keys, values), (keys, values), 0.125, 4)
+    torch.testing.assert_close(loss.correlation, torch.ones(6, dtype=torch.float64))
+    for losses in (loss.key_mse, loss.value_mse, loss.kl, loss.output_error):
+        assert losses.abs().max() < 1e-6
+
+
+def test_a_vector_added_to_all_keys_changes_errors_of_keys_and_nothing_else():
+    keys, values = sides(200)
+    queries = torch.randn(200, 6, 64, generator=torch.Generator().manual_seed(3))
+    loss = layer_loss(queries, (keys, values), (keys + 1, values), 0.125, 0)
+    torch.testing.assert_close(loss.correlation, torch.ones(6, dtype=torch.float64))
+    assert loss.kl.abs().max() < 1e-5
+    torch.testing.assert_close(loss.key_mse, torch.ones(2), rtol=0.02, atol=0)
+
+
+def test_noise_lowers_the_correlation_as_much_as_it_must():
+    keys, values = sides(400)
+    noise = torch.randn(keys.shape, generator=torch.Generator().manual_seed(4))
+    queries = torch.randn(400, 6, 64, generator=torch.Generator().manual_seed(3))
+    loss = layer_loss(queries, (keys, values), (keys + noise, values + noise), 0.125, 0)
+    torch.testing.assert_close(
+        loss.correlation, torch.full((6,), 0.5**0.5, dtype=torch.float64), rtol=0.05, atol=0
+    )
+    assert loss.kl.min() > 0.3
+    assert loss.output_error.min() > 0.5
+
+
+@pytest.mark.parametrize(("name", "bits"), [("tq4", 4), ("tq3", 3), ("tq2", 2)])
+def test_no_kind_of_vector_costs_a_preset_much_more_than_gaussian_ones(name, bits):
+    row = measure_codec(METHODS[name], GEOMETRY, 4)
+    theory = distortion(LEVELS[bits], TARGETS[bits], 64)
+    assert row["codec_value_gaussian"] == pytest.approx(theory, rel=0.05)
+    assert max(row.values()) < 1.5 * theory
