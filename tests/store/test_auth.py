@@ -1,4 +1,5 @@
 import logging
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +185,42 @@ def test_mutual_tls_turns_away_who_shows_no_certificate(files: Path) -> None:
             client.ping()
 
 
+def test_a_certificate_is_replaced_without_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served, fresh = tmp_path / "served", tmp_path / "fresh"
+    for directory in (served, fresh):
+        directory.mkdir()
+        make_certificates(directory)
+
+    def trusts(authority: Path) -> bool:
+        """Whether a new client that trusts only this authority, and shows its certificate, gets through."""
+        with StoreClient(server.address, config=client_tls(authority, own=True)) as client:
+            try:
+                client.ping()
+            except RpcUnavailable:
+                return False
+            return True
+
+    old = tmp_path / "old"
+    shutil.copytree(served, old)
+    with (
+        running_server(**server_tls(served), tls_client_ca=served / "ca.pem") as server,
+        StoreClient(server.address, config=client_tls(old, own=True)) as standing,
+    ):
+        assert standing.ping().version
+        assert (trusts(old), trusts(fresh)) == (True, False)
+        shutil.copy(fresh / "server.pem", served / "server.pem")
+        assert trusts(old), "half of a replacement changes nothing"
+        assert "the certificate stays as it was: the TLS files may not fit together" in caplog.text
+        shutil.copy(fresh / "server.key", served / "server.key")
+        shutil.copy(fresh / "ca.pem", served / "ca.pem")
+        assert (trusts(old), trusts(fresh)) == (False, True)
+        (served / "server.pem").unlink()
+        assert trusts(fresh)
+        assert standing.ping().version, "a connection that stands goes on"
+
+
 def test_every_address_is_served_with_tls_and_a_token(files: Path, tmp_path: Path) -> None:
     token_file = write_token(tmp_path)
     with running_server(listen="0.0.0.0:0", **server_tls(files), token_file=token_file) as server:
@@ -198,6 +235,7 @@ def test_every_address_is_served_with_tls_and_a_token(files: Path, tmp_path: Pat
     [
         ("absent.pem", "server.key", r"absent\.pem cannot be read"),
         ("server.pem", "client.key", "the TLS files may not fit together"),
+        ("ca.key", "server.key", "the TLS files may not fit together"),
     ],
 )
 def test_tls_files_that_cannot_be_used_stop_the_start(

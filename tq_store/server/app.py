@@ -35,6 +35,7 @@ from tq_store.server.readings import Sampler
 from tq_store.server.scrape import StoreCollector
 from tq_store.server.service import BlockStoreService
 from tq_store.server.status_view import StatusView
+from tq_store.server.tls import server_credentials
 from tq_store.server.traces import ServerTraces
 from tq_store.server.window import ByteWindow
 from tq_store.tiering.store import TieredStore
@@ -241,21 +242,15 @@ def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:
     path, port_number = split_address(config.listen)
     if port_number is None:
         _check_unused(Path(path))
+    credentials = server_credentials(config)
     try:
-        if config.tls_cert is None or config.tls_key is None:
+        if credentials is None:
             port = grpc_server.add_insecure_port(config.listen)
         else:
-            client_ca = _read(config.tls_client_ca) if config.tls_client_ca else None
-            credentials = grpc.ssl_server_credentials(
-                [(_read(config.tls_key), _read(config.tls_cert))],
-                root_certificates=client_ca,
-                require_client_auth=client_ca is not None,
-            )
             port = grpc_server.add_secure_port(config.listen, credentials)
     except RuntimeError as error:
         raise ConfigError(
-            f"cannot listen on {config.listen}: another process may use it, the host may not be ours, "
-            f"or the TLS files may not fit together"
+            f"cannot listen on {config.listen}: another process may use it, or the host may not be ours"
         ) from error
     return config.listen if port_number is None else f"{config.listen.rpartition(':')[0]}:{port}"
 
@@ -276,10 +271,3 @@ def _check_unused(path: Path) -> None:
         raise ConfigError(
             f"cannot listen on unix:{path}: another process does; stop it or choose another path"
         )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
