@@ -3,9 +3,7 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from store.running_server import WAIT_S, make_certificates, wait_until, write_token
 from store.sample_blocks import bytes_of, keys_of, sample_block, sample_blocks, sample_key
+from store.server_process import CLI, ServerProcess
 
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
@@ -23,41 +22,7 @@ from tq_store.results import PutOutcome
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
 
-CLI = [str(Path(sys.executable).with_name("tq-store"))]
 PATIENT = ClientConfig(lookup_timeout_s=WAIT_S, transfer_timeout_s=WAIT_S, max_attempts=10, backoff_s=0.05)
-
-
-class ServerProcess:
-    """`tq-store serve`, ready when this is made; killed when the test ends."""
-
-    def __init__(self, *options: object, listen: str = "127.0.0.1:0") -> None:
-        command = [*CLI, "serve", "--listen", listen, "--metrics-port", "0", *map(str, options)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line.startswith("tq-store serves on "), self.end()
-        self.address = line.split()[3].rstrip(",")
-        self.metrics_url = line.split()[-1]
-
-    def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def is_receiving(self) -> bool:
-        """Whether a block is on its way to the server, and has been begun."""
-        with urllib.request.urlopen(self.metrics_url, timeout=WAIT_S) as answer:
-            return "\ntq_store_inflight_bytes 0.0\n" not in answer.read().decode()
-
-    def end(self) -> tuple[int, str]:
-        """Wait for the end; returns the exit code and what was logged."""
-        _, log = self._process.communicate(timeout=WAIT_S)
-        return self._process.returncode, log
-
-    def __enter__(self) -> "ServerProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
