@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup check format test fuzz demo bench bench-gpu proto clean
+.PHONY: help setup check format test test-faults fuzz demo bench bench-gpu proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,8 +36,14 @@ format: $(STAMP)  ## rewrite files the way check wants them
 
 test: $(STAMP)  ## all tests with coverage, on real Redis, sockets, processes and the real model; ARGS picks some
 	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || tests/install_redis.sh
+	@command -v faketime >/dev/null || tests/install_faketime.sh
 	$(BIN)/python -m tq_connectors.hf.models
 	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=term-missing:skip-covered)
+
+test-faults: $(STAMP)  ## inject faults and count what breaks, four minutes; ARGS="--minutes 30 --seed 7" for longer
+	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || tests/install_redis.sh
+	@command -v faketime >/dev/null || tests/install_faketime.sh
+	@PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
 
 fuzz: $(STAMP)  ## throw mutated blocks at the parser for a minute
 	$(BIN)/python tests/fuzz/fuzz_block.py --seconds 60

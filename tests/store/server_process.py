@@ -55,18 +55,27 @@ class ServerProcess:
 
     def end(self) -> tuple[int, str]:
         """Wait for the end; returns the exit code and what was logged."""
-        self._process.communicate(timeout=WAIT_S)
-        self._log.seek(0)
-        return self._process.returncode, self._log.read()
+        self._process.wait(WAIT_S)
+        return self._process.returncode, self.log()
+
+    def log(self) -> str:
+        """What was logged so far."""
+        with open(f"/proc/self/fd/{self._log.fileno()}") as file:
+            return file.read()
 
     def kill(self) -> None:
         """`kill -9`, and no return before it is gone."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
 
     def __enter__(self) -> "ServerProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.kill()
         self._log.close()
+        assert self._process.stdout is not None
+        self._process.stdout.close()

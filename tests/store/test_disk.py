@@ -26,10 +26,12 @@ from store.sample_blocks import (
 )
 
 from tq_store.backends.disk import DiskBackend
+from tq_store.backends.memory import MemoryBackend
 from tq_store.block import verify_block
 from tq_store.errors import BackendFull, BackendUnavailable, BlockFormatError, ConfigError
 from tq_store.keys import BlockKey
 from tq_store.results import PutOutcome
+from tq_store.tiering.store import TieredStore
 
 ROOMY = 256 << 20
 
@@ -131,6 +133,19 @@ async def test_leftovers_go_and_files_of_others_stay(tmp_path: Path) -> None:
         await backend.purge()
     assert not files_in(tmp_path / "partial")
     assert all(file.read_text() == "not ours" for file in foreign)
+
+
+async def test_what_is_no_file_is_not_ours(tmp_path: Path) -> None:
+    (key, block), (linked, _), (piped, _) = sample_blocks(3)
+    async with opened(tmp_path) as backend:
+        await backend.put([(key, block)])
+    for folder in ("partial", "quarantine", "blocks/00"):
+        (tmp_path / folder / "lost+found").mkdir()
+    file_of(tmp_path, linked).symlink_to("/dev/zero")
+    os.mkfifo(file_of(tmp_path, piped))
+    async with opened(tmp_path) as backend:
+        assert await backend.get([key, linked, piped]) == [block, None, None]
+        assert (await backend.stats()).num_blocks == 1
 
 
 async def test_no_partial_files_are_left_by_normal_work(tmp_path: Path) -> None:
@@ -341,15 +356,36 @@ class TestTampering:
             with pytest.raises(BlockFormatError):
                 verify_block(found, key)
 
-    async def test_an_unreadable_file_is_a_failing_medium(self, tmp_path: Path) -> None:
+    async def test_an_unreadable_file_costs_its_own_block_alone(self, tmp_path: Path) -> None:
         (key, block), other = sample_blocks(2)
+        store = TieredStore(
+            [MemoryBackend(budget_bytes=1), await DiskBackend.open(tmp_path, budget_bytes=ROOMY)]
+        )
+        await store.put([(key, block), other])
+        await store.flush()
+        file_of(tmp_path, key).unlink()
+        file_of(tmp_path, key).mkdir()
+        assert await store.get([other[0], key]) == [other[1], None]
+        assert await store.get([other[0], key]) == [other[1], None]
+        counters = (await store.stats()).counters
+        assert (counters["quarantined"], counters["tier_errors_disk"]) == (1, 0)
+        await store.put([(key, block)])
+        await store.flush()
+        assert file_of(tmp_path, key).read_bytes() == block
+        await store.close()
+
+    async def test_a_medium_that_reads_and_moves_nothing_is_a_failing_one(self, tmp_path: Path) -> None:
+        key, block = sample_block(1)
         async with opened(tmp_path) as backend:
-            await backend.put([(key, block), other])
+            await backend.put([(key, block)])
             file_of(tmp_path, key).unlink()
             file_of(tmp_path, key).mkdir()
-            with pytest.raises(BackendUnavailable, match=r"does not work: Is a directory"):
-                await backend.get([other[0], key])
-            assert await backend.get([other[0]]) == [other[1]]
+            assert await backend.get([key]) == [b""], "no bytes, for whoever verifies"
+            (tmp_path / "quarantine").rmdir()
+            (tmp_path / "quarantine").write_bytes(b"")
+            with pytest.raises(BackendUnavailable, match=r"does not work: Not a directory"):
+                await backend.quarantine(key)
+            assert await backend.contains([key]) == [True]
 
     async def test_slow_files_do_not_hold_up_the_loop(self, tmp_path: Path) -> None:
         (key, block), other = sample_blocks(2)
@@ -389,6 +425,25 @@ class TestQuarantine:
                 assert len(files_in(tmp_path / "quarantine")) == min(age + 1, 3)
         kept_keys = {key_of(file) for file in files_in(tmp_path / "quarantine")}
         assert kept_keys == set(keys_of(blocks[:3]))
+
+    async def test_its_size_is_bounded_over_restarts(self, tmp_path: Path) -> None:
+        blocks = sample_blocks(4, 1000)
+        for key, block in blocks:
+            async with opened(tmp_path, quarantine_bytes=3 * block_bytes(1000)) as backend:
+                await backend.put([(key, block)])
+                await backend.quarantine(key)
+        assert {key_of(file) for file in files_in(tmp_path / "quarantine")} == set(keys_of(blocks[1:]))
+
+    async def test_many_blocks_go_without_a_look_at_those_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        blocks = sample_blocks(20)
+        async with opened(tmp_path) as backend:
+            await backend.put(blocks)
+            monkeypatch.setattr(os, "scandir", None)
+            for key in keys_of(blocks):
+                await backend.quarantine(key)
+            assert await backend.contains(keys_of(blocks)) == [False] * 20
 
     async def test_purge_takes_quarantined_blocks_too(self, tmp_path: Path) -> None:
         ours, theirs = sample_block(1), sample_block(2, namespace=OTHER_NAMESPACE)

@@ -22,7 +22,8 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
@@ -37,6 +38,8 @@ _Args = TypeVarTuple("_Args")
 
 _FILE_NAME = re.compile(r"([0-9a-f]{64})-([0-9a-f]{64})")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OF_ONE_FILE = {errno.EIO, errno.EACCES, errno.EISDIR, errno.ELOOP}
+"""What reading says of a file on a bad sector; where the whole medium is at fault, moving it fails too."""
 _READERS = 4
 _WRITERS = 4
 
@@ -56,6 +59,7 @@ class DiskBackend:
         self._policy = S3Fifo(budget_bytes)
         # what is visible: changed under the lock, in threads; read on the loop without it
         self._sizes: dict[BlockKey, int] = {}
+        self._quarantined: dict[str, int] = {}  # sizes by file name, the oldest first
         self._lock = threading.Lock()
         self._evicted_blocks = 0
         self._partial_names = itertools.count()
@@ -165,14 +169,16 @@ class DiskBackend:
             ) from error
         for name in ("partial", "quarantine", *(f"blocks/{shard:02x}" for shard in range(256))):
             (self._directory / name).mkdir(parents=True, exist_ok=True)
-        for leftover in os.scandir(self._directory / "partial"):
+        for leftover in _files(self._directory / "partial"):
             os.unlink(leftover)
+        aside = [(file.stat().st_mtime_ns, file) for file in _files(self._directory / "quarantine")]
+        self._quarantined = {file.name: file.stat().st_size for _, file in sorted(aside, key=itemgetter(0))}
         found = []
         for shard in range(256):
-            for file in os.scandir(self._directory / f"blocks/{shard:02x}"):
+            for file in _files(self._directory / f"blocks/{shard:02x}"):
                 match = _FILE_NAME.fullmatch(file.name)
                 if match and match[2].startswith(f"{shard:02x}"):
-                    status = file.stat(follow_symlinks=False)
+                    status = file.stat()
                     key = BlockKey(bytes.fromhex(match[1] + match[2]))
                     found.append((status.st_mtime_ns, key, status.st_size))
         # the order of writing is all that a first-in first-out policy needs to remember
@@ -218,6 +224,11 @@ class DiskBackend:
                 if not self._path(key).exists():
                     self._forget(key)
             return None
+        except OSError as error:
+            if error.errno not in _OF_ONE_FILE:
+                raise
+            # no bytes are no block: whoever verifies counts it and sets it aside, and the tier goes on
+            return b""
         with self._lock:
             self._policy.touch(key)
         return block
@@ -254,32 +265,33 @@ class DiskBackend:
 
     def _set_aside(self, key: BlockKey) -> None:
         with self._lock:
-            if not self._forget(key):
+            if key not in self._sizes:
                 return
             aside = self._path(key, "quarantine")
-            with suppress(FileNotFoundError):
+            try:
                 self._path(key).rename(aside)
-                os.utime(aside)
-            kept = sorted(
-                ((file.stat().st_mtime_ns, file.stat().st_size, file.path) for file in self._quarantined()),
-                reverse=True,
-            )
-            used_bytes = itertools.accumulate(size_bytes for _, size_bytes, _ in kept)
-            for (_, _, path), total_bytes in zip(kept, used_bytes, strict=True):
-                if total_bytes > self._quarantine_bytes:
-                    os.unlink(path)
-
-    def _quarantined(self) -> Iterator[os.DirEntry[str]]:
-        return os.scandir(self._directory / "quarantine")
+            except FileNotFoundError:
+                self._forget(key)
+                return
+            self._forget(key)
+            os.utime(aside)
+            self._quarantined.pop(aside.name, None)
+            self._quarantined[aside.name] = aside.stat().st_size
+            excess_bytes = sum(self._quarantined.values()) - self._quarantine_bytes
+            while excess_bytes > 0:
+                oldest = next(iter(self._quarantined))
+                excess_bytes -= self._quarantined.pop(oldest)
+                (self._directory / "quarantine" / oldest).unlink(missing_ok=True)
 
     def _purge(self, namespace: bytes | None) -> int:
         with self._lock:
             doomed = [key for key in self._sizes if namespace in (None, split_key(key)[0])]
         num_dropped = sum(self._drop(key) for key in doomed)
         with self._lock:
-            for file in self._quarantined():
-                if namespace is None or file.name.startswith(namespace.hex()):
-                    os.unlink(file)
+            for name in [*self._quarantined]:
+                if namespace is None or name.startswith(namespace.hex()):
+                    del self._quarantined[name]
+                    (self._directory / "quarantine" / name).unlink(missing_ok=True)
         for folder in {self._path(key).parent for key in doomed} | {self._directory / "quarantine"}:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -287,6 +299,11 @@ class DiskBackend:
             finally:
                 os.close(descriptor)
         return num_dropped
+
+
+def _files(folder: Path) -> list[os.DirEntry[str]]:
+    """Plain files; what else lies in a folder of ours is not ours."""
+    return [entry for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
 
 
 @contextmanager
