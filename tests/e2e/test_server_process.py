@@ -150,7 +150,7 @@ def test_beyond_loopback_with_tls_and_a_token(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == (
         "tq-store: listen is 0.0.0.0:0, which other machines can reach: add --tls-cert and --tls-key and "
-        "--token-file, or listen on 127.0.0.1"
+        "--token-file or --tenants-file, or listen on 127.0.0.1"
     )
     make_certificates(tmp_path)
     token = ("--token-file", write_token(tmp_path))

@@ -110,7 +110,7 @@ async def _in_redis(trial: Trial, blocks: Blocks) -> None:
     directory.mkdir()
     server = RedisProcess(directory)
     try:
-        backend = await RedisBackend.open(server.url, timeout_s=30)
+        backend = await RedisBackend.open(server.url)
         await backend.put(blocks)
         await _ask_store(trial.result, backend, blocks)
     finally:
