@@ -10,7 +10,6 @@ from store.redis_process import RedisProcess, cli, server_binary, started, stop
 from store.running_server import wait_until
 
 _SLOTS = 16384
-_NODE_TIMEOUT_MS = 1500
 
 
 def free_port() -> int:
@@ -69,12 +68,12 @@ def _offset(master: RedisProcess, name: str) -> int:
 
 
 @contextmanager
-def running_cluster(directory: Path, *options: str) -> Iterator[RedisCluster]:
+def running_cluster(directory: Path, *, node_timeout_ms: int) -> Iterator[RedisCluster]:
+    """A failover takes the timeout, and a second or two."""
     options = (
-        *("--cluster-enabled", "yes", "--cluster-node-timeout", str(_NODE_TIMEOUT_MS)),
+        *("--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms)),
         *("--cluster-require-full-coverage", "no", "--cluster-replica-validity-factor", "0"),
         *("--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0"),
-        *options,
     )
     with ExitStack() as stack:
         nodes = []

@@ -39,7 +39,7 @@ PATIENT = RedisLimits(timeout_s=10.0, lookup_timeout_s=10.0, census_s=None)
 
 @pytest.fixture(scope="module")
 def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+    with running_cluster(tmp_path_factory.mktemp("cluster"), node_timeout_ms=15_000) as cluster:
         yield cluster
 
 
@@ -184,7 +184,7 @@ class TestAMasterIsKilled:
     ) -> None:
         """Four callers read and write through a store with no room in memory; then `kill -9` of a master."""
         caplog.set_level(logging.INFO, logger="tq_store")
-        with running_cluster(tmp_path) as cluster:
+        with running_cluster(tmp_path, node_timeout_ms=1500) as cluster:
             blocks = sample_blocks(150, 4000)
             victim = cluster.nodes[1]
             lost = {key for key, _ in blocks if cluster.master_of(redis_key(key)) is victim}
@@ -229,11 +229,11 @@ class TestAMasterIsKilled:
     async def test_a_stalled_master_costs_the_others_nothing_once_its_breaker_is_open(
         self, cluster: RedisCluster
     ) -> None:
-        """SIGSTOP, shorter than the cluster's own timeout would need for a failover."""
+        """SIGSTOP, for a shorter time than the cluster waits before a failover."""
         blocks = sample_blocks(90)
         victim = cluster.nodes[2]
         lost = {key for key, _ in blocks if cluster.master_of(redis_key(key)) is victim}
-        limits = RedisLimits(timeout_s=0.1, lookup_timeout_s=0.1, census_s=None)
+        limits = RedisLimits(timeout_s=1.0, lookup_timeout_s=1.0, census_s=None)
         async with opened(cluster.url, limits) as backend:
             await backend.put(blocks)
             victim.pause()

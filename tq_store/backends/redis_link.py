@@ -10,10 +10,10 @@ from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from tq_store.backends.redis_reader import ReplyReader
 from tq_store.backends.redis_target import Address, Login, RedisTarget
 from tq_store.errors import BackendError, BackendTimeout, BackendUnavailable, ConfigError
 
-_READ_BYTES = 1 << 20
 _CLOSE_S = 1.0
 
 
@@ -42,7 +42,7 @@ class Link:
             connection_class=kind,
             socket_timeout=None,
             socket_connect_timeout=None,
-            socket_read_size=_READ_BYTES,
+            parser_class=ReplyReader,
             **options,
         )
         self.client = Redis.from_pool(self.pool)

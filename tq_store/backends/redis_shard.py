@@ -192,7 +192,9 @@ class Shard:
         pool = self._link.pool
         connection = await pool.get_connection()
         try:
-            await connection.send_packed_command(_packed(commands, asking))
+            for chunk in _packed(commands, asking):
+                # one by one: together they would be joined, which copies the blocks
+                await connection.send_packed_command([chunk])
             replies: list[Any] = []
             for _ in range(len(commands) * (2 if asking else 1)):
                 try:
