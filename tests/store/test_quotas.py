@@ -43,25 +43,42 @@ def test_a_rate_is_a_seconds_worth_at_once_and_then_as_time_goes() -> None:
     clock = Clock()
     quotas, tenant = quotas_with(clock), Tenant(name="a", calls_per_second=4)
     for _ in range(4):
-        quotas.spend_call(tenant)
+        quotas.begin(call_of(tenant))
     with pytest.raises(OverLimit, match="more than the 4 calls a second that a may make") as refusal:
-        quotas.spend_call(tenant)
+        quotas.begin(call_of(tenant))
     assert refusal.value.retry_after_s == 0.25
     clock.now_s = 0.25
-    quotas.spend_call(tenant)
+    quotas.begin(call_of(tenant))
     with pytest.raises(OverLimit):
-        quotas.spend_call(tenant)
+        quotas.begin(call_of(tenant))
     clock.now_s = 100.0
     for _ in range(4):
-        quotas.spend_call(tenant)
+        quotas.begin(call_of(tenant))
     with pytest.raises(OverLimit):
-        quotas.spend_call(tenant)
-    quotas.spend_call(Tenant(name="b", calls_per_second=1))
-    quotas.spend_call(Tenant(name="c"))
+        quotas.begin(call_of(tenant))
+    quotas.begin(call_of(Tenant(name="b", calls_per_second=1)))
+    quotas.begin(call_of(Tenant(name="c")))
 
 
 def call_of(tenant: Tenant) -> Call:
     return Call(method="Put", identity=Identity(tenant=tenant, token_id=""), peer="unix:", is_admin=False)
+
+
+def test_calls_in_flight_are_bounded_and_refused_ones_do_not_count() -> None:
+    quotas, tenant = quotas_with(), Tenant(name="a", calls_at_once=2)
+    first, second, third = (call_of(tenant) for _ in range(3))
+    quotas.begin(first)
+    quotas.begin(second)
+    for _ in range(2):
+        with pytest.raises(OverLimit, match="a has 2 calls in flight, as many as it may"):
+            quotas.begin(third)
+        quotas.end(third)
+    quotas.begin(call_of(Tenant(name="b")))
+    quotas.end(first)
+    quotas.end(first)
+    quotas.begin(third)
+    with pytest.raises(OverLimit):
+        quotas.begin(call_of(tenant))
 
 
 def test_what_is_on_its_way_counts_until_it_is_there() -> None:

@@ -51,9 +51,10 @@ def test_an_entry_that_is_a_token_by_mistake_is_not_shown() -> None:
 
 def test_a_file_is_read_with_all_its_fields(tmp_path: Path) -> None:
     file = TenantsFile(tmp_path)
-    file.add("search", bytes="2GiB", keys=7, calls_per_second=5, namespaces=[NAMESPACE.hex()], admin=True)
+    namespaces = [NAMESPACE.hex()]
+    file.add("search", bytes="2GiB", keys=7, calls_per_second=5, namespaces=namespaces, admin=True)
     file.add("search")
-    file.add("ads", group="both")
+    file.add("ads", group="both", calls_at_once=3)
     tenants = load_tenants(file.path)
     search, ads = tenants.by_name["search"], tenants.by_name["ads"]
     assert len(search.tokens) == 2
@@ -61,6 +62,7 @@ def test_a_file_is_read_with_all_its_fields(tmp_path: Path) -> None:
     assert search.namespaces == {NAMESPACE}
     assert (search.is_admin, ads.is_admin) == (True, False)
     assert (ads.group, ads.quota_bytes, ads.namespaces) == ("both", None, frozenset())
+    assert (search.calls_at_once, ads.calls_at_once) == (None, 3)
     found = tenants.of_token(token_id_of(file.tokens["ads"]) or "")
     assert found is not None
     assert found[0] is ads

@@ -65,7 +65,8 @@ class DiskBackend:
         self._partial_names = itertools.count()
         self._closed = False
         with _translated(directory):
-            directory.mkdir(parents=True, exist_ok=True)
+            # blocks tell what prompts said, so they are their owner's alone
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._process_lock = (directory / "lock").open("wb")
             try:
                 self._recover()

@@ -47,6 +47,8 @@ _LAST_BYTES_S = 1.0
 _ALIVE_S = 2.0
 _PATIENCE_S = 15.0
 """How long a call waits for its share of a window: longer than a stalled peer may keep its own."""
+_SPARE_STREAMS = 16
+"""On one connection, beyond the calls that may run: for health watches, and calls that are only refused."""
 _OPTIONS = (
     *TRANSPORT_OPTIONS,
     ("grpc.max_metadata_size", 16 << 10),
@@ -148,7 +150,13 @@ class Server:
             endpoint = MetricsEndpoint(pages, host=config.metrics_host, port=config.metrics_port)
             self._resources.push_async_callback(asyncio.to_thread, endpoint.close)
             self.metrics_url = endpoint.url
-        grpc_server = grpc.aio.server(interceptors=[self._access.interceptor()], options=_OPTIONS)
+        grpc_server = grpc.aio.server(
+            interceptors=[self._access.interceptor()],
+            options=(
+                *_OPTIONS,
+                ("grpc.max_concurrent_streams", config.max_concurrent_calls + _SPARE_STREAMS),
+            ),
+        )
         grpc_server.add_generic_rpc_handlers((service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, grpc_server)
         names = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)

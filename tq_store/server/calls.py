@@ -40,6 +40,7 @@ class Call:
         num_keys: Keys and blocks that it has named.
         num_bytes: Block bytes that it has read and stored.
         key_prefix: First hex digits of its first key's prefix hash.
+        is_counted: Whether it is one of those that its tenant may have in flight.
         reserved: Bytes and blocks of its tenant's quota, for what it is sending; None for nothing.
     """
 
@@ -50,6 +51,7 @@ class Call:
     num_keys: int = 0
     num_bytes: int = 0
     key_prefix: str = ""
+    is_counted: bool = False
     reserved: tuple[int, int] | None = None
 
     @property

@@ -117,7 +117,7 @@ TENANT_MISSES = _counter("tenant_misses", "Blocks that a tenant's gets did not f
 TENANT_READ_BYTES = _counter("tenant_read_bytes", "Block bytes that a tenant's gets found.", "tenant")
 TENANT_WRITTEN_BYTES = _counter("tenant_written_bytes", "Block bytes that a tenant's puts stored.", "tenant")
 TENANT_LIMITED = _counter(
-    "tenant_limited", "Calls refused by a limit of the tenant: bytes, keys or rate.", "tenant", "limit"
+    "tenant_limited", "Calls refused by a limit of the tenant: bytes, keys, rate or calls.", "tenant", "limit"
 )
 TENANT_USED_BYTES = _gauge("tenant_used_bytes", "Bytes that count against a tenant's quota.", "tenant")
 TENANT_BLOCKS = _gauge("tenant_blocks", "Blocks that count against a tenant's quota.", "tenant")

@@ -112,7 +112,7 @@ class Metrics:
             self._tenant_written.labels(self.tenant_label(tenant)).inc(num_bytes)
 
     def limited(self, tenant: str, limit: str) -> None:
-        """A limit of a tenant (``bytes``, ``keys`` or ``rate``) refused a call."""
+        """A limit of a tenant (``bytes``, ``keys``, ``rate`` or ``calls``) refused a call."""
         self._tenant_limited.labels(self.tenant_label(tenant), limit).inc()
 
     def reloaded(self, result: str) -> None:

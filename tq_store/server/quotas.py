@@ -1,7 +1,7 @@
 """Limits of tenants: how often they may call, and how much they may hold."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -14,6 +14,7 @@ from tq_store.server.tenants import Tenant
 
 _FULL_RETRY_S = 60.0
 """When a tenant that holds all it may should try again: nothing is sure to have gone by then."""
+_BUSY_RETRY_S = 0.1
 
 
 @dataclass(slots=True)
@@ -55,14 +56,35 @@ class Quotas:
         self._usage_of = usage_of
         self._clock = clock
         self._allowances: dict[str, _Allowance] = {}
+        self._num_active: Counter[str] = Counter()
         self._pending: defaultdict[bytes, _Pending] = defaultdict(_Pending)
 
-    def spend_call(self, tenant: Tenant) -> None:
-        """Count a call.
+    def begin(self, call: Call) -> None:
+        """Count a call, until `end`.
 
         Raises:
-            OverLimit: The tenant calls too often.
+            OverLimit: Its tenant calls too often, or has too many calls in flight.
         """
+        tenant = call.tenant
+        if tenant.calls_at_once is not None:
+            if self._num_active[tenant.name] >= tenant.calls_at_once:
+                self._metrics.limited(tenant.name, "calls")
+                raise OverLimit(
+                    f"{tenant.name} has {tenant.calls_at_once} calls in flight, as many as it may",
+                    retry_after_s=_BUSY_RETRY_S,
+                )
+            self._num_active[tenant.name] += 1
+            call.is_counted = True
+        self._spend(tenant)
+
+    def end(self, call: Call) -> None:
+        """Forget a call that was begun, or was refused."""
+        self.release(call)
+        if call.is_counted:
+            call.is_counted = False
+            self._num_active[call.tenant.name] -= 1
+
+    def _spend(self, tenant: Tenant) -> None:
         rate = tenant.calls_per_second
         if rate is None:
             return

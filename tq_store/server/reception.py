@@ -44,9 +44,9 @@ class Reception:
 
         Raises:
             NotPermitted: Only admins may make it.
-            OverLimit: Its tenant calls too often.
+            OverLimit: Its tenant calls too often, or too much at once.
         """
-        self._quotas.spend_call(call.tenant)
+        self._quotas.begin(call)
         if call.method in _ADMIN_METHODS and not call.is_admin:
             raise NotPermitted(
                 f"{call.method} takes an admin: a tenant that is one, or a call from the same machine"
@@ -54,5 +54,5 @@ class Reception:
 
     def dismiss(self, call: Call, status: str, elapsed_s: float) -> None:
         """A call that was let in, or was not, has ended."""
-        self._quotas.release(call)
+        self._quotas.end(call)
         self._audit.call(call, status, elapsed_s)

@@ -7,6 +7,7 @@ A TOML file with a table for each::
     bytes = "200GiB"                    # quotas, each optional
     keys = 1000000
     calls_per_second = 500
+    calls_at_once = 64
     namespaces = ["9a41…"]              # optional: the only namespaces it may use, 64 hex digits each
     group = "answers"                   # optional: shares its blocks with the other tenants of the group
     admin = false                       # optional: may ask for stats, inspect blocks and purge everything
@@ -48,7 +49,8 @@ class Tenant:
         group: Tenants of one group share their blocks; empty for a tenant that shares with nobody.
         quota_bytes: Bytes that its realm may hold, or None for no limit; likewise the other limits.
         quota_keys: Blocks that its realm may hold.
-        calls_per_second: Calls that it may make, on average over some seconds.
+        calls_per_second: Calls that it may begin, on average over some seconds.
+        calls_at_once: Calls that it may have in flight.
         namespaces: The only ones that it may use; empty for all.
         is_admin: Whether it may see and purge what is not its own.
     """
@@ -59,6 +61,7 @@ class Tenant:
     quota_bytes: int | None = None
     quota_keys: int | None = None
     calls_per_second: int | None = None
+    calls_at_once: int | None = None
     namespaces: frozenset[bytes] = frozenset()
     is_admin: bool = False
 
@@ -163,6 +166,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "bytes": ("quota_bytes", lambda value: _positive(SIZE.parse(value))),
     "keys": ("quota_keys", lambda value: _positive(COUNT.parse(value))),
     "calls_per_second": ("calls_per_second", lambda value: _positive(COUNT.parse(value))),
+    "calls_at_once": ("calls_at_once", lambda value: _positive(COUNT.parse(value))),
     "namespaces": ("namespaces", _namespaces),
     "group": ("group", _group),
     "admin": ("is_admin", SWITCH.parse),
