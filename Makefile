@@ -47,6 +47,7 @@ test-faults: $(STAMP)  ## inject faults and count what breaks, four minutes; ARG
 
 fuzz: $(STAMP)  ## throw mutated blocks at the parser for a minute
 	$(BIN)/python tests/fuzz/fuzz_block.py --seconds 60
+	$(BIN)/python tests/fuzz/fuzz_coded.py --seconds 30
 
 demo: $(STAMP)  ## the main job on real input; ARGS="--preset k8v4 --document FILE"
 	$(BIN)/python -m tq_connectors.demo $(ARGS)

@@ -30,6 +30,7 @@ from tq_store.settings import (
 
 _REDIS_LOGIN = ("user", "password_file", "sentinel_user", "sentinel_password_file")
 DEFAULT_ADDRESS = "127.0.0.1:7437"
+CODING = choice("none", "zstd")
 _KUBERNETES_NAME = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP)(_.+)?)")
 _KUBERNETES_VALUE = re.compile(r"(tcp|udp)://.*")
 
@@ -51,6 +52,10 @@ class ServerConfig:
     disk_budget_bytes: int | None = field(
         default=None, metadata=about(SIZE, "disk space for blocks; required with a disk path")
     )
+    disk_coding: str = field(
+        default="none",
+        metadata=about(CODING, "compress blocks on disk: 3 to 8 % smaller, and no faster on a disk of today"),
+    )
     redis_url: str | None = field(
         default=None,
         repr=False,  # may hold a password
@@ -60,6 +65,10 @@ class ServerConfig:
             " with rediss for TLS, or unix:///path",
             "URL",
         ),
+    )
+    redis_coding: str = field(
+        default="none",
+        metadata=about(CODING, "compress blocks in the shared tier: pays on links of up to 1 Gbit/s"),
     )
     redis_user: str | None = field(
         default=None, metadata=about(TEXT, "ACL user of the shared tier, where its URL names none", "NAME")

@@ -115,6 +115,11 @@ class Server:
                 write_queue_bytes=config.write_queue_bytes,
                 watch=metrics.watch_tier if tracing is None else _watch_both(metrics, tracing),
                 verify=self._access.verify,
+                coded=[
+                    name
+                    for name, coding in (("disk", config.disk_coding), ("redis", config.redis_coding))
+                    if coding == "zstd"
+                ],
             )
             opened.pop_all()  # the tiers are the store's now
         self._resources.push_async_callback(store.close)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -51,6 +51,7 @@ class TieredStore:
         clock: Seconds, monotonic; decides when a failing tier is tried again.
         watch: Wraps each call to a tier's medium, to measure and to trace it.
         verify: Raises BlockFormatError for a block that is not sound, or not of its key.
+        coded: Names of the lower tiers in which blocks are kept compressed.
 
     Raises:
         ConfigError: No tier, or two of one name.
@@ -64,6 +65,7 @@ class TieredStore:
         clock: Callable[[], float] = time.monotonic,
         watch: Watch = unwatched,
         verify: Verify = verify_block,
+        coded: Collection[str] = (),
     ) -> None:
         self._verify = verify
         names = [tier.name for tier in tiers]
@@ -86,6 +88,7 @@ class TieredStore:
                 clock=clock,
                 watch=watch,
                 verify=verify,
+                coded=tier.name in coded,
             )
             for tier in tiers
         ]

@@ -11,6 +11,7 @@ from typing import TypeVar
 from tq_store.backends.base import Backend, Sharded
 from tq_store.backends.memory import MemoryBackend
 from tq_store.block import verify_block
+from tq_store.coded import is_coded, pack_coded, unpack_coded
 from tq_store.errors import BackendError, BackendFull, BlockFormatError, UnsupportedVersion
 from tq_store.keys import BlockKey
 from tq_store.results import BackendStats, PutOutcome, QueueStats, ShardStats
@@ -50,6 +51,7 @@ class Tier:
         clock: Seconds, monotonic.
         watch: Wraps each call to the medium.
         verify: Raises BlockFormatError for a block that is not sound, or not of its key.
+        coded: Whether to compress what is written; what is read may be coded or not.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Tier:
         clock: Callable[[], float],
         watch: Watch = unwatched,
         verify: Verify = verify_block,
+        coded: bool = False,
     ) -> None:
         self.name = backend.name
+        self._coded = coded
         self._verify = verify
         self._watch = watch
         self._backend = backend
@@ -103,12 +107,10 @@ class Tier:
         blocks = await self._attempt("get", len(keys), self._backend.get(keys), missing)
         if isinstance(self._backend, MemoryBackend):
             return blocks
+        blocks, unfit = await self._unpacked(keys, blocks)
         found = [(key, block) for key, block in zip(keys, blocks, strict=True) if block is not None]
-        unfit = {
-            key: error
-            for (key, _), error in zip(found, await check_all(found, self._verify), strict=True)
-            if error
-        }
+        checks = zip(found, await check_all(found, self._verify), strict=True)
+        unfit |= {key: error for (key, _), error in checks if error}
         for key, error in unfit.items():
             if isinstance(error, UnsupportedVersion):
                 self._counters["unsupported"] += 1
@@ -118,11 +120,25 @@ class Tier:
             await self._attempt("quarantine", 1, self._backend.quarantine(key), None)
         return [None if key in unfit else block for key, block in zip(keys, blocks, strict=True)]
 
+    async def _unpacked(
+        self, keys: Sequence[BlockKey], blocks: list[bytes | None]
+    ) -> tuple[list[bytes | None], dict[BlockKey, BlockFormatError]]:
+        """Blocks as they were before they were coded; for those that are damaged, what is wrong."""
+        if not any(block is not None and is_coded(block) for block in blocks):
+            return blocks, {}
+        plain = await asyncio.to_thread(lambda: [_unpacked(block) for block in blocks])
+        unfit = {
+            key: each for key, each in zip(keys, plain, strict=True) if isinstance(each, BlockFormatError)
+        }
+        return [None if isinstance(each, BlockFormatError) else each for each in plain], unfit
+
     async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
         """Store blocks now."""
         refused = [PutOutcome.REFUSED] * len(blocks)
         if not blocks or self._rests():
             return refused
+        if self._coded:
+            blocks = await asyncio.to_thread(lambda: [(key, pack_coded(block)) for key, block in blocks])
         outcomes = await self._attempt("put", len(blocks), self._backend.put(blocks), refused)
         if PutOutcome.STORED in outcomes:
             self._end_trouble("full")
@@ -235,6 +251,15 @@ class Tier:
             self._troubles.remove(trouble)
             self._rests_until = self._clock()
             _log.info("the %s tier is no longer %s", self.name, trouble)
+
+
+def _unpacked(block: bytes | None) -> bytes | BlockFormatError | None:
+    if block is None or not is_coded(block):
+        return block
+    try:
+        return unpack_coded(block)
+    except BlockFormatError as error:
+        return error
 
 
 async def check_all(
