@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
-from tq_store.block import MAX_BLOCK_BYTES, verify_block
+from tq_store.block import verify_block
 from tq_store.config import ClientConfig
 from tq_store.errors import BlockFormatError, RpcError, RpcUnavailable
-from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
+from tq_store.keys import BlockKey
 from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.connection import Connection
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+from tq_store.rpc.segment import SegmentPool
+from tq_store.rpc.shared import SharedRoad, is_possible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Pong:
 
 class StoreClient:
     """One server, seen from an engine. Safe to use from several threads; they share one connection.
+
+    At ``unix:path`` blocks go through memory that is shared with the server, elsewhere as streams.
 
     Every call blocks until its deadline at the latest. Nothing is connected before the first call, and a lost
     connection comes back by itself. Calls that change nothing are tried again, within their deadline, while
@@ -49,6 +53,8 @@ class StoreClient:
     def __init__(self, address: str | None = None, *, config: ClientConfig | None = None) -> None:
         self._config = config or ClientConfig()
         self._connection = Connection(address or self._config.address, self._config)
+        self._segments = SegmentPool(self.address, self._config.shared_memory_bytes)
+        self._road = SharedRoad(self._connection, self._segments)
 
     @property
     def address(self) -> str:
@@ -95,6 +101,11 @@ class StoreClient:
             end = position + len(chunk)
             while position < end:
                 try:
+                    for data in self._road.get(keys[position:end], attempts):
+                        yield position, self._verified(keys[position], data)
+                        position += 1
+                    if position == end:
+                        break
                     for block in self._receive(keys[position:end], attempts.remaining_s):
                         yield position, block
                         position += 1
@@ -104,13 +115,17 @@ class StoreClient:
     def put(self, blocks: Iterable[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
         """Store blocks; one outcome per block, in order.
 
-        The iterable is read from a thread of grpc's, block by block, as the connection takes them. Never
-        tried again: a lost put is a future miss.
+        The iterable is read block by block, as the connection takes them, from this thread or from one of
+        grpc's. Never tried again: a lost put is a future miss.
         """
         outcomes: list[PutOutcome] = []
         source = iter(blocks)
         next_block = next(source, None)
         while next_block is not None:
+            sent, next_block = self._road.put(next_block, source, self._config.transfer_timeout_s)
+            outcomes += sent
+            if next_block is None:
+                break
             batch = _PutBatch(next_block, source)
             outcomes += self._connection.send(
                 "Put", batch.frames(), batch.parse_outcomes, timeout_s=self._config.transfer_timeout_s
@@ -151,6 +166,7 @@ class StoreClient:
 
     def close(self) -> None:
         """Cut the connection; calls in other threads end with RpcError. A second close does nothing."""
+        self._segments.close()
         self._connection.close()
 
     def __enter__(self) -> "StoreClient":
@@ -222,12 +238,12 @@ class _PutBatch:
         index, total_bytes = 0, 0
         while block is not None:
             key, data = block
-            is_possible = len(key) == BLOCK_KEY_BYTES and 0 < len(data) <= MAX_BLOCK_BYTES
-            if is_possible and (index == MAX_KEYS or total_bytes + len(data) > MAX_PUT_BYTES):
+            is_sent = is_possible(key, data)
+            if is_sent and (index == MAX_KEYS or total_bytes + len(data) > MAX_PUT_BYTES):
                 self.left_over = block
                 break
-            self._was_sent.append(is_possible)
-            if is_possible:
+            self._was_sent.append(is_sent)
+            if is_sent:
                 total_bytes += len(data)
                 for frame in cut_block(index, data, key=key):
                     yield pack_frame(frame)

@@ -43,6 +43,14 @@ class ServerConfig:
         default=DEFAULT_ADDRESS,
         metadata=about(TEXT, "where to listen: host:port (port 0 picks one) or unix:path", "ADDRESS"),
     )
+    local_socket: Path | None = field(
+        default=None,
+        metadata=about(PATH, "listen on this Unix socket too, without TLS, for clients of this host"),
+    )
+    shared_segments: int = field(
+        default=64,
+        metadata=about(COUNT, "pieces of memory that clients on a Unix socket may share; 0 takes none"),
+    )
     memory_budget_bytes: int = field(
         default=1 << 30, metadata=about(SIZE, "host memory for blocks, payload and headers")
     )
@@ -167,7 +175,9 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        split_address(self.listen)
+        _, port = split_address(self.listen)
+        if self.local_socket is not None and port is None:
+            raise ConfigError(f"listen is {self.listen} already, a Unix socket: leave local_socket out")
         sizes = ("memory_budget_bytes", "disk_budget_bytes", "write_queue_bytes")
         flights = ("max_inflight_bytes", "max_outflight_bytes")
         _check_positive(self, *sizes, *flights, "max_concurrent_calls", "call_timeout_s")
@@ -206,6 +216,12 @@ class ServerConfig:
                 f"or listen on 127.0.0.1"
             )
 
+    @property
+    def local_path(self) -> Path | None:
+        """The Unix socket on which clients of this host call, if there is one."""
+        path, port = split_address(self.listen)
+        return Path(path) if port is None else self.local_socket
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
@@ -226,6 +242,12 @@ class ClientConfig:
     )
     admin_timeout_s: float = field(
         default=30.0, metadata=about(DURATION, "deadline of stats, inspect, delete and purge")
+    )
+    shared_memory_bytes: int = field(
+        default=32 << 20,
+        metadata=about(
+            SIZE, "memory shared with the server for each of at most 4 transfers, on a Unix socket; 0 streams"
+        ),
     )
     max_attempts: int = field(
         default=3,
@@ -253,6 +275,10 @@ class ClientConfig:
         split_address(self.address)
         timeouts = ("connect_timeout_s", "lookup_timeout_s", "transfer_timeout_s", "admin_timeout_s")
         _check_positive(self, *timeouts, "max_attempts", "backoff_s")
+        if not 0 <= self.shared_memory_bytes <= 1 << 30:
+            raise ConfigError(
+                f"shared_memory is {self.shared_memory_bytes} bytes; at most 1 GiB can be shared"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together: set both, or neither")
         if self.tls_cert is not None and not self.uses_tls:

@@ -108,7 +108,7 @@ def test_more_blocks_than_a_put_takes_are_sent_in_several(
 
 
 def test_a_block_over_the_limit_is_not_sent(client: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_BLOCK_BYTES", 600)
+    monkeypatch.setattr("tq_store.rpc.shared.MAX_BLOCK_BYTES", 600)
     monkeypatch.setattr(client_module, "MAX_PUT_BYTES", 600)
     assert client.put([sample_block(1, 345), sample_block(2, 344)]) == [INVALID, STORED]
 

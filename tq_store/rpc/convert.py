@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from tq_store.block import HEADER_BYTES
+from tq_store.block import HEADER_BYTES, MAX_BLOCK_BYTES
 from tq_store.keys import BLOCK_KEY_BYTES, DIGEST_BYTES, BlockKey
 from tq_store.results import (
     MAX_NAMESPACES,
@@ -77,6 +77,12 @@ def _checked_key(key: bytes) -> BlockKey:
     return BlockKey(key)
 
 
+def _checked_keys(keys: Sequence[bytes]) -> list[BlockKey]:
+    if len(keys) > MAX_KEYS:
+        raise ValueError(f"{len(keys)} keys in one call; at most {MAX_KEYS} are allowed")
+    return [_checked_key(key) for key in keys]
+
+
 def pack_keys(keys: Sequence[BlockKey]) -> bytes:
     """Request of Lookup, Contains, Get and Delete."""
     return pb.Keys(keys=keys).SerializeToString()
@@ -84,10 +90,7 @@ def pack_keys(keys: Sequence[BlockKey]) -> bytes:
 
 def parse_keys(raw: bytes) -> list[BlockKey]:
     """Keys of a request, at most `MAX_KEYS`."""
-    message = _parse(pb.Keys, raw)
-    if len(message.keys) > MAX_KEYS:
-        raise ValueError(f"{len(message.keys)} keys in one call; at most {MAX_KEYS} are allowed")
-    return [_checked_key(key) for key in message.keys]
+    return _checked_keys(_parse(pb.Keys, raw).keys)
 
 
 def pack_flags(flags: Sequence[bool]) -> bytes:
@@ -135,6 +138,51 @@ _OUTCOME_TO_WIRE = {
     PutOutcome.REFUSED: pb.PUT_OUTCOME_REFUSED,
     PutOutcome.INVALID: pb.PUT_OUTCOME_INVALID,
 }
+
+
+def pack_shared_get(segment: bytes, keys: Sequence[BlockKey]) -> bytes:
+    """Request of GetShared."""
+    return pb.SharedGetRequest(segment=segment, keys=keys).SerializeToString()
+
+
+def parse_shared_get(raw: bytes) -> tuple[bytes, list[BlockKey]]:
+    """Segment and keys of a request, at most `MAX_KEYS`."""
+    message = _parse(pb.SharedGetRequest, raw)
+    return message.segment, _checked_keys(message.keys)
+
+
+def pack_shared_sizes(sizes_bytes: Sequence[int]) -> bytes:
+    """Answer of GetShared."""
+    return pb.SharedGetResponse(block_bytes=sizes_bytes).SerializeToString()
+
+
+def parse_shared_sizes(raw: bytes, *, num_keys: int, segment_bytes: int) -> list[int]:
+    """Bytes of the blocks that lie in the segment, 0 for a miss; of so many keys, the first ones."""
+    sizes_bytes = list(_parse(pb.SharedGetResponse, raw).block_bytes)
+    if len(sizes_bytes) > num_keys:
+        raise ValueError(f"{len(sizes_bytes)} answers to {num_keys} keys")
+    if sum(sizes_bytes) > segment_bytes:
+        raise ValueError(f"{sum(sizes_bytes)} bytes in a segment of {segment_bytes}")
+    return sizes_bytes
+
+
+def pack_shared_put(segment: bytes, blocks: Sequence[tuple[BlockKey, int]]) -> bytes:
+    """Request of PutShared; blocks by key and bytes."""
+    return pb.SharedPutRequest(
+        segment=segment, keys=[key for key, _ in blocks], block_bytes=[size for _, size in blocks]
+    ).SerializeToString()
+
+
+def parse_shared_put(raw: bytes) -> tuple[bytes, list[tuple[BlockKey, int]]]:
+    """Segment, and key and bytes of the blocks in it, at most `MAX_KEYS` of possible sizes."""
+    message = _parse(pb.SharedPutRequest, raw)
+    keys, sizes_bytes = _checked_keys(message.keys), list(message.block_bytes)
+    if len(sizes_bytes) != len(keys):
+        raise ValueError(f"{len(sizes_bytes)} sizes for {len(keys)} keys")
+    for size in sizes_bytes:
+        if not 0 < size <= MAX_BLOCK_BYTES:
+            raise ValueError(f"a block of {size} bytes; it may have 1 to {MAX_BLOCK_BYTES}")
+    return message.segment, list(zip(keys, sizes_bytes, strict=True))
 
 
 def pack_purge(namespace: bytes | None) -> bytes:

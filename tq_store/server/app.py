@@ -22,6 +22,7 @@ from tq_store.backends.redis import RedisBackend, RedisLimits
 from tq_store.config import ServerConfig, split_address
 from tq_store.errors import ConfigError
 from tq_store.rpc.convert import METHODS, SERVICE_NAME
+from tq_store.rpc.segment import SOCKET_SUFFIX
 from tq_store.rpc.tracing import Tracing
 from tq_store.rpc.transport import TRANSPORT_OPTIONS
 from tq_store.server.access import Access
@@ -33,6 +34,7 @@ from tq_store.server.metrics import Metrics
 from tq_store.server.pages import Pages
 from tq_store.server.readings import Sampler
 from tq_store.server.scrape import StoreCollector
+from tq_store.server.segments import Segments
 from tq_store.server.service import BlockStoreService
 from tq_store.server.status_view import StatusView
 from tq_store.server.tls import server_credentials
@@ -95,6 +97,8 @@ class Server:
 
     async def _start(self, config: ServerConfig) -> None:
         """Open one thing after the other; what is opened first is closed last."""
+        if config.local_path is not None:
+            _check_unused(config.local_path)
         metrics = Metrics(METHODS)
         metrics.limits(
             max_requests=config.max_concurrent_calls,
@@ -124,6 +128,10 @@ class Server:
             opened.pop_all()  # the tiers are the store's now
         self._resources.push_async_callback(store.close)
         activity = Activity()
+        segments = None
+        if config.local_path is not None and config.shared_segments:
+            segments = Segments(_memory_socket(config.local_path), limit=config.shared_segments)
+            self._resources.push_async_callback(segments.close)
         reception, tenant_store = self._access.guard(store, tiers, activity)
         gate = CallGate(
             metrics,
@@ -139,6 +147,7 @@ class Server:
             gate=gate,
             inward=_window("max_inflight", config.max_inflight_bytes, metrics.inflight),
             outward=_window("max_outflight", config.max_outflight_bytes, metrics.outflight),
+            segments=segments,
             metrics=metrics,
         )
         if config.metrics_port is not None:
@@ -252,20 +261,25 @@ async def _open_redis(url: str, config: ServerConfig) -> RedisBackend:
 
 def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:
     """Open the port; returns the address with the port that was chosen."""
-    path, port_number = split_address(config.listen)
-    if port_number is None:
-        _check_unused(Path(path))
+    _, port_number = split_address(config.listen)
     credentials = server_credentials(config)
     try:
+        if config.local_path is not None and port_number is not None:
+            grpc_server.add_insecure_port(f"unix:{config.local_path}")
         if credentials is None:
             port = grpc_server.add_insecure_port(config.listen)
         else:
             port = grpc_server.add_secure_port(config.listen, credentials)
     except RuntimeError as error:
+        where = f"{config.listen} and {config.local_socket}" if config.local_socket else config.listen
         raise ConfigError(
-            f"cannot listen on {config.listen}: another process may use it, or the host may not be ours"
+            f"cannot listen on {where}: another process may use it, or the host may not be ours"
         ) from error
     return config.listen if port_number is None else f"{config.listen.rpartition(':')[0]}:{port}"
+
+
+def _memory_socket(path: Path) -> Path:
+    return path.with_name(path.name + SOCKET_SUFFIX)
 
 
 def _answers(loop: asyncio.AbstractEventLoop) -> bool:

@@ -22,6 +22,7 @@ from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
 from tq_store.server.gate import CallGate, Context
 from tq_store.server.metrics import Metrics
 from tq_store.server.read_ahead import ReadAhead
+from tq_store.server.segments import Segment, Segments
 from tq_store.server.tenant_store import TenantStore
 from tq_store.server.window import ByteWindow
 from tq_store.tiering.tier import Verify, check_all
@@ -45,6 +46,7 @@ class BlockStoreService:
         gate: Every call passes it.
         inward: Bounds the blocks being received.
         outward: Bounds the blocks being sent.
+        segments: Memory shared with clients of this host, or None where there is none.
         metrics: Told about block bytes.
     """
 
@@ -57,6 +59,7 @@ class BlockStoreService:
         gate: CallGate,
         inward: ByteWindow,
         outward: ByteWindow,
+        segments: Segments | None,
         metrics: Metrics,
     ) -> None:
         self._store = store
@@ -64,6 +67,7 @@ class BlockStoreService:
         self._verify = verify
         self._gate = gate
         self._inward = inward
+        self._segments = segments
         self._reader = ReadAhead(store, outward)
         self._metrics = metrics
         self._started = time.monotonic()
@@ -84,6 +88,9 @@ class BlockStoreService:
             name: grpc.unary_unary_rpc_method_handler(self._gated(name, method))
             for name, method in unary.items()
         }
+        if self._segments is not None:
+            for name, method in (("GetShared", self._get_shared), ("PutShared", self._put_shared)):
+                routes[name] = grpc.unary_unary_rpc_method_handler(self._gated(name, method))
         routes["Get"] = grpc.unary_stream_rpc_method_handler(self._gated("Get", self._get))
         routes["Put"] = grpc.stream_unary_rpc_method_handler(self._gated("Put", self._put))
         return grpc.method_handlers_generic_handler(convert.SERVICE_NAME, routes)
@@ -165,6 +172,45 @@ class BlockStoreService:
         if assembler.is_inside_block:
             raise ValueError(f"the call ended inside block {len(outcomes)}")
         return convert.pack_outcomes(outcomes)
+
+    async def _get_shared(self, request: bytes, _: Context) -> bytes:
+        """Write the blocks into the client's segment, as many as fit."""
+        handle, keys = convert.parse_shared_get(request)
+        segment = self._find_segment(handle)
+        sizes_bytes: list[int] = []
+        offset = 0
+        async with aclosing(self._reader.blocks(keys)) as blocks:
+            async for block in blocks:
+                data = block or b""
+                if offset + len(data) > segment.num_bytes:
+                    break
+                await segment.write(offset, data)
+                self._metrics.sent(len(data))
+                sizes_bytes.append(len(data))
+                offset += len(data)
+        return convert.pack_shared_sizes(sizes_bytes)
+
+    async def _put_shared(self, request: bytes, _: Context) -> bytes:
+        """Store the blocks that lie in the client's segment, from a copy of each."""
+        handle, blocks = convert.parse_shared_put(request)
+        segment = self._find_segment(handle)
+        outcomes: list[PutOutcome] = []
+        offset = 0
+        for key, num_bytes in blocks:
+            self._store.expect(num_bytes)
+            await self._inward.take(num_bytes)
+            try:
+                data = await segment.read(offset, num_bytes)
+                self._metrics.received(num_bytes)
+                outcomes += await self._store.put([(key, data)])
+            finally:
+                self._inward.give(num_bytes)
+            offset += num_bytes
+        return convert.pack_outcomes(outcomes)
+
+    def _find_segment(self, handle: bytes) -> Segment:
+        assert self._segments is not None, "the methods are served only with segments"
+        return self._segments.find(handle)
 
 
 async def _unstalled(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -51,6 +51,30 @@ class BlockFrame(_message.Message):
     data: bytes
     def __init__(self, index: _Optional[int] = ..., offset: _Optional[int] = ..., block_bytes: _Optional[int] = ..., key: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
+class SharedGetRequest(_message.Message):
+    __slots__ = ("keys", "segment")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    segment: bytes
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., segment: _Optional[bytes] = ...) -> None: ...
+
+class SharedGetResponse(_message.Message):
+    __slots__ = ("block_bytes",)
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    block_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, block_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SharedPutRequest(_message.Message):
+    __slots__ = ("segment", "block_bytes", "keys")
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    segment: bytes
+    block_bytes: _containers.RepeatedScalarFieldContainer[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, segment: _Optional[bytes] = ..., block_bytes: _Optional[_Iterable[int]] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class PutResponse(_message.Message):
     __slots__ = ("outcomes",)
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]

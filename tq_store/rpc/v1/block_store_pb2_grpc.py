@@ -54,6 +54,16 @@ class BlockStoreStub(object):
                 request_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.BlockFrame.SerializeToString,
                 response_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.FromString,
                 _registered_method=True)
+        self.GetShared = channel.unary_unary(
+                '/tq_store.rpc.v1.BlockStore/GetShared',
+                request_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedGetRequest.SerializeToString,
+                response_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedGetResponse.FromString,
+                _registered_method=True)
+        self.PutShared = channel.unary_unary(
+                '/tq_store.rpc.v1.BlockStore/PutShared',
+                request_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedPutRequest.SerializeToString,
+                response_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.FromString,
+                _registered_method=True)
         self.Delete = channel.unary_unary(
                 '/tq_store.rpc.v1.BlockStore/Delete',
                 request_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.Keys.SerializeToString,
@@ -108,6 +118,22 @@ class BlockStoreServicer(object):
     def Put(self, request_iterator, context):
         """Store blocks, each sent as consecutive frames. A block becomes visible whole, when its last byte has
         arrived and it was found sound. If the call fails, any of its blocks may have been stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetShared(self, request, context):
+        """As Get, for a client of the same host: the blocks are written into memory that it shares with the server
+        (see SharedGetRequest), one after the other from the first byte, as many as fit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutShared(self, request, context):
+        """As Put, for a client of the same host: the blocks lie in memory that it shares with the server, one after
+        the other from the first byte.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,6 +195,16 @@ def add_BlockStoreServicer_to_server(servicer, server):
             'Put': grpc.stream_unary_rpc_method_handler(
                     servicer.Put,
                     request_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.BlockFrame.FromString,
+                    response_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.SerializeToString,
+            ),
+            'GetShared': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetShared,
+                    request_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedGetRequest.FromString,
+                    response_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedGetResponse.SerializeToString,
+            ),
+            'PutShared': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutShared,
+                    request_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedPutRequest.FromString,
                     response_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.SerializeToString,
             ),
             'Delete': grpc.unary_unary_rpc_method_handler(
@@ -304,6 +340,60 @@ class BlockStore(object):
             target,
             '/tq_store.rpc.v1.BlockStore/Put',
             tq__store_dot_rpc_dot_v1_dot_block__store__pb2.BlockFrame.SerializeToString,
+            tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetShared(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tq_store.rpc.v1.BlockStore/GetShared',
+            tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedGetRequest.SerializeToString,
+            tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedGetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutShared(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tq_store.rpc.v1.BlockStore/PutShared',
+            tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedPutRequest.SerializeToString,
             tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.FromString,
             options,
             channel_credentials,

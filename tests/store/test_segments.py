@@ -1,0 +1,231 @@
+"""Shared memory as it is handed over: what the server takes, what it turns away, and what it lets go."""
+
+import asyncio
+import fcntl
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from store.running_server import running_server
+
+from tq_store.errors import ConfigError
+from tq_store.rpc import segment as segment_module
+from tq_store.rpc.segment import HANDLE_BYTES, SOCKET_SUFFIX, SegmentPool, required_seals
+from tq_store.rpc.segment import Segment as ClientSegment
+from tq_store.server import segments as segments_module
+from tq_store.server.segments import Segment, Segments
+
+BYTES = 1 << 20
+
+
+@pytest.fixture
+async def segments(tmp_path: Path) -> AsyncIterator[Segments]:
+    opened = Segments(tmp_path / f"s{SOCKET_SUFFIX}", limit=2)
+    yield opened
+    await opened.close()
+    assert not list(tmp_path.iterdir())
+
+
+def pool_of(tmp_path: Path, num_bytes: int = BYTES) -> SegmentPool:
+    return SegmentPool(f"unix:{tmp_path / 's'}", num_bytes)
+
+
+async def open_segment(tmp_path: Path) -> ClientSegment:
+    return await asyncio.to_thread(ClientSegment, str(tmp_path / f"s{SOCKET_SUFFIX}"), BYTES)
+
+
+async def until_there_are(segments: Segments, count: int) -> None:
+    async with asyncio.timeout(20):
+        while len(segments) != count:
+            await asyncio.sleep(0.005)
+
+
+def memfd(num_bytes: int, seals: int) -> int:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, num_bytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+async def hand_over(tmp_path: Path, fds: list[int]) -> bytes:
+    """What the server answers to these descriptors; they are closed."""
+
+    def ask() -> bytes:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(20)
+            connection.connect(str(tmp_path / f"s{SOCKET_SUFFIX}"))
+            if fds:
+                socket.send_fds(connection, [b"\0"], fds)
+            else:
+                connection.send(b"\0")
+            return connection.recv(HANDLE_BYTES)
+
+    try:
+        return await asyncio.to_thread(ask)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def test_both_sides_see_the_same_bytes(segments: Segments, tmp_path: Path) -> None:
+    client = await open_segment(tmp_path)
+    server = segments.find(client.handle)
+    assert (client.num_bytes, server.num_bytes) == (BYTES, BYTES)
+    for size in (5, BYTES - 7):  # on the event loop, and in a thread
+        data = os.urandom(size)
+        client.write(7, data)
+        assert await server.read(7, size) == data
+        await server.write(3, data)
+        assert client.read(3, size) == data
+    assert client.is_alive
+    client.close()
+    await until_there_are(segments, 0)
+    with pytest.raises(ValueError, match="no such segment"):
+        segments.find(client.handle)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, BYTES + 1), (BYTES, 1), (BYTES - 1, 2)])
+async def test_nothing_outside_is_touched(segments: Segments, tmp_path: Path, offset: int, size: int) -> None:
+    client = await open_segment(tmp_path)
+    server = segments.find(client.handle)
+    with pytest.raises(ValueError, match="outside a segment"):
+        await server.read(offset, size)
+    with pytest.raises(ValueError, match="outside a segment"):
+        await server.write(offset, bytes(size))
+    client.close()
+
+
+async def test_what_is_no_sealed_memory_is_turned_away(segments: Segments, tmp_path: Path) -> None:
+    seals = required_seals()
+    plain = tmp_path / "plain"
+    plain.write_bytes(bytes(BYTES))
+    odd: list[list[int]] = [
+        [],
+        [memfd(BYTES, seals), memfd(BYTES, seals)],
+        [memfd(BYTES, seals & ~fcntl.F_SEAL_SHRINK)],
+        [memfd(BYTES, seals & ~fcntl.F_SEAL_SEAL)],
+        [memfd(0, seals)],
+        [memfd((1 << 30) + 1, seals)],
+        [os.open(plain, os.O_RDWR)],
+        list(os.pipe())[:1],
+    ]
+    for fds in odd:
+        assert await hand_over(tmp_path, fds) == b""
+    plain.unlink()
+    assert len(await hand_over(tmp_path, [memfd(BYTES, seals)])) == HANDLE_BYTES
+    await until_there_are(segments, 0)
+
+
+async def test_who_says_nothing_is_not_waited_for(
+    segments: Segments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments_module, "_HELLO_S", 0.01)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.settimeout(20)
+        await asyncio.to_thread(silent.connect, str(tmp_path / f"s{SOCKET_SUFFIX}"))
+        assert await asyncio.to_thread(silent.recv, 1) == b""
+
+
+async def test_more_than_the_limit_are_turned_away(segments: Segments, tmp_path: Path) -> None:
+    one, two = await open_segment(tmp_path), await open_segment(tmp_path)
+    with pytest.raises(ConnectionRefusedError):
+        await open_segment(tmp_path)
+    assert len(segments) == 2
+    one.close()
+    two.close()
+    await until_there_are(segments, 0)
+
+
+async def test_memory_that_cannot_be_written_is_an_error_of_the_client(tmp_path: Path) -> None:
+    fd = memfd(BYTES, required_seals())
+    read_only = Segment(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
+    os.close(fd)
+    with pytest.raises(ValueError, match="cannot be written"):
+        await read_only.write(0, b"x")
+    read_only.close()
+
+
+async def test_a_copy_under_way_outlives_its_segment(segments: Segments, tmp_path: Path) -> None:
+    client = await open_segment(tmp_path)
+    client.write(0, b"x" * BYTES)
+    server = segments.find(client.handle)
+    reading = asyncio.create_task(server.read(0, BYTES))
+    await asyncio.sleep(0)
+    client.close()
+    await until_there_are(segments, 0)
+    assert await reading == b"x" * BYTES
+
+
+def test_a_pool_reuses_what_comes_back_sound(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path)
+    with running_server(local_socket=tmp_path / "s"):
+        with pool.lend() as first:
+            assert first is not None
+        with pool.lend() as again:
+            assert again is first
+        broken = pool.lend()
+        assert broken.__enter__() is first
+        assert not broken.__exit__(ArithmeticError, ArithmeticError(), None)
+        with pool.lend() as fresh:
+            assert fresh is not None
+            assert fresh is not first
+            pool.close()
+        with pool.lend() as none:
+            assert none is None
+
+
+def test_a_pool_notices_that_the_server_was_started_again(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path)
+    with running_server(local_socket=tmp_path / "s"), pool.lend() as first:
+        assert first is not None
+    assert not first.is_alive
+    with running_server(local_socket=tmp_path / "s"), pool.lend() as second:
+        assert second is not None
+        assert second is not first
+        assert second.is_alive
+    pool.close()
+
+
+def test_a_pool_lends_no_more_than_four_and_rests_after_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of(tmp_path)
+    with running_server(local_socket=tmp_path / "s"), ExitStack() as stack:
+        lent = [stack.enter_context(pool.lend()) for _ in range(5)]
+        assert [segment is None for segment in lent] == [False] * 4 + [True]
+    with pool.lend() as none:
+        assert none is None
+    with running_server(local_socket=tmp_path / "s"):
+        with pool.lend() as still_none:
+            assert still_none is None, "it was refused a moment ago"
+        monkeypatch.setattr(segment_module.time, "monotonic", lambda: 1e12)
+        with pool.lend() as found:
+            assert found is not None
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "num_bytes"), [("127.0.0.1:7437", BYTES), ("unix:/nowhere/s", BYTES), ("unix:/nowhere/s", 0)]
+)
+def test_elsewhere_there_is_nothing_to_lend(address: str, num_bytes: int) -> None:
+    with SegmentPool(address, num_bytes).lend() as segment:
+        assert segment is None
+
+
+async def test_a_socket_that_cannot_be_had_is_a_setting_to_change(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot take shared memory"):
+        Segments(tmp_path / "not there" / "s", limit=1)
+
+
+async def test_what_a_dead_server_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / f"s{SOCKET_SUFFIX}"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    opened = Segments(path, limit=1)
+    client = await open_segment(tmp_path)
+    assert client.num_bytes <= segment_module.MAX_SEGMENT_BYTES
+    client.close()
+    await opened.close()

@@ -1,0 +1,164 @@
+"""Memory that a client shares with a server of its host: made, handed over, filled and read by the client.
+
+How it is handed over is part of the wire contract and stands in `block_store.proto`.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from tq_store.config import split_address
+
+HANDLE_BYTES = 16
+"""What names a segment in calls; whoever knows it may have it filled or read."""
+SOCKET_SUFFIX = ".memory"
+MAX_SEGMENT_BYTES = 1 << 30
+_OPEN_TIMEOUT_S = 2.0
+_REST_S = 5.0
+_MOST_SEGMENTS = 4
+_SEALS = ("F_SEAL_GROW", "F_SEAL_SHRINK", "F_SEAL_SEAL")
+
+
+def required_seals() -> int:
+    """The seals of a segment: it can neither grow nor shrink, and that cannot be changed."""
+    seals: int = sum(getattr(fcntl, name) for name in _SEALS)
+    return seals
+
+
+class Segment:
+    """One piece of shared memory, handed over when it is made. One thread at a time may use it.
+
+    It lives as long as one of the two processes holds it: nothing is left behind when they die.
+
+    Args:
+        path: The server's socket for it.
+        num_bytes: 1 byte to 1 GiB.
+
+    Raises:
+        OSError: There is no such server, it takes no segments, or there is no memory.
+    """
+
+    def __init__(self, path: str, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        with contextlib.ExitStack() as undo:
+            fd = os.memfd_create("tq-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            undo.callback(os.close, fd)
+            os.posix_fallocate(fd, 0, num_bytes)  # fails here, not in the middle of a transfer
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, required_seals())
+            self._map = undo.enter_context(mmap.mmap(fd, num_bytes))
+            self._socket = undo.enter_context(socket.socket(socket.AF_UNIX))
+            self._socket.settimeout(_OPEN_TIMEOUT_S)
+            self._socket.connect(path)
+            socket.send_fds(self._socket, [b"\0"], [fd])
+            self.handle = self._socket.recv(HANDLE_BYTES, socket.MSG_WAITALL)
+            if len(self.handle) != HANDLE_BYTES:
+                raise ConnectionRefusedError("the server takes no shared memory now")
+            self._socket.setblocking(False)
+            os.close(fd)  # the map and the server keep the memory
+            undo.pop_all()
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Copy bytes in."""
+        self._map[offset : offset + len(data)] = data
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Copy bytes out; only the copy is safe to check."""
+        return self._map[offset : offset + num_bytes]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server still holds it, as far as this side knows."""
+        try:
+            return bool(self._socket.recv(1))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Give it up on both sides."""
+        self._socket.close()
+        self._map.close()
+
+
+class SegmentPool:
+    """Segments for the threads of one client, made when they are needed, at most four.
+
+    Where there are none to be had, its user goes the ordinary way. A server that gave none is asked again
+    after five seconds.
+
+    Args:
+        address: ``unix:path``, or any other address, which has none.
+        segment_bytes: Bytes of each; 0 for none.
+    """
+
+    def __init__(self, address: str, segment_bytes: int) -> None:
+        path, port = split_address(address)
+        is_possible = port is None and segment_bytes > 0 and hasattr(os, "memfd_create")
+        self._path = path + SOCKET_SUFFIX if is_possible else None
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Lock()
+        self._idle: list[Segment] = []
+        self._num_lent = 0
+        self._rests_until = 0.0
+        self._is_closed = False
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Segment | None]:
+        """A segment for the time of one transfer, or None. One whose transfer fails is given up."""
+        segment = self._take()
+        if segment is None:
+            yield None
+            return
+        is_sound = False
+        try:
+            yield segment
+            is_sound = True
+        except GeneratorExit:
+            is_sound = True  # a reader that stops early, between two calls
+            raise
+        finally:
+            self._put_back(segment, is_sound=is_sound)
+
+    def close(self) -> None:
+        """Give all segments up, those that are lent when they come back."""
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+        for segment in idle:
+            segment.close()
+
+    def _take(self) -> Segment | None:
+        with self._lock:
+            if self._path is None or self._is_closed:
+                return None
+            while self._idle:
+                segment = self._idle.pop()
+                if segment.is_alive:
+                    self._num_lent += 1
+                    return segment
+                segment.close()  # of a server that has ended
+            if self._num_lent >= _MOST_SEGMENTS or time.monotonic() < self._rests_until:
+                return None
+            self._num_lent += 1
+        try:
+            return Segment(self._path, self._segment_bytes)
+        except OSError:
+            with self._lock:
+                self._num_lent -= 1
+                self._rests_until = time.monotonic() + _REST_S
+            return None
+
+    def _put_back(self, segment: Segment, *, is_sound: bool) -> None:
+        with self._lock:
+            self._num_lent -= 1
+            is_kept = is_sound and not self._is_closed
+            if is_kept:
+                self._idle.append(segment)
+        if not is_kept:
+            segment.close()

@@ -1,0 +1,207 @@
+"""Shared memory that clients of this host have handed over: whose it is, and reading and writing it safely.
+
+The server never maps it: a client may write into it, or take it away, at any time. What is read is copied by
+the kernel first and checked afterwards.
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tq_store.errors import ConfigError
+from tq_store.rpc.segment import HANDLE_BYTES, MAX_SEGMENT_BYTES, required_seals
+
+logger = logging.getLogger(__name__)
+
+_HELLO_S = 2.0
+_INLINE_BYTES = 256 << 10
+"""Copying more than this would hold up the event loop, so a thread does it."""
+
+T = TypeVar("T")
+
+
+class Segment:
+    """A client's memory, as the server sees it."""
+
+    def __init__(self, fd: int) -> None:
+        """Take the descriptor over.
+
+        Raises:
+            ValueError: It is not memory of a fixed size within the bounds.
+        """
+        self._fd = fd
+        self.num_bytes = os.fstat(fd).st_size
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError:
+            seals = 0  # not a memfd
+        if seals & required_seals() != required_seals() or not 0 < self.num_bytes <= MAX_SEGMENT_BYTES:
+            os.close(fd)
+            raise ValueError(f"what came is not a sealed memfd of 1 to {MAX_SEGMENT_BYTES} bytes")
+
+    async def read(self, offset: int, num_bytes: int) -> bytes:
+        """A copy of some bytes.
+
+        Raises:
+            ValueError: They do not lie within the segment.
+        """
+        self._check(offset, num_bytes)
+        return await self._with_own_fd(lambda fd: os.pread(fd, num_bytes, offset), num_bytes)
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Put bytes there.
+
+        Raises:
+            ValueError: They do not fit, or the client has taken the memory away and there is no other.
+        """
+        self._check(offset, len(data))
+        try:
+            await self._with_own_fd(lambda fd: os.pwrite(fd, data, offset), len(data))
+        except OSError as error:
+            raise ValueError(f"the segment cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let go of it; copies under way go on."""
+        os.close(self._fd)
+
+    def _check(self, offset: int, num_bytes: int) -> None:
+        if not 0 <= offset <= offset + num_bytes <= self.num_bytes:
+            raise ValueError(
+                f"bytes {offset} to {offset + num_bytes} lie outside a segment of {self.num_bytes}"
+            )
+
+    async def _with_own_fd(self, copy: Callable[[int], T], num_bytes: int) -> T:
+        """Copy on a duplicate of the descriptor: a thread may still run when the client has gone."""
+        fd = os.dup(self._fd)
+
+        def copy_and_close() -> T:
+            try:
+                return copy(fd)
+            finally:
+                os.close(fd)
+
+        if num_bytes <= _INLINE_BYTES:
+            return copy_and_close()
+        return await asyncio.shield(asyncio.to_thread(copy_and_close))  # it must run, to close
+
+
+async def _receive_fd(connection: socket.socket) -> int:
+    """The descriptor that comes with the first byte.
+
+    Raises:
+        ValueError: None came, or several.
+        OSError: The connection failed.
+    """
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    connection.setblocking(False)
+    loop.add_reader(connection, arrived.set)
+    try:
+        await arrived.wait()
+    finally:
+        loop.remove_reader(connection)
+    # room for two, so that a second one is seen and closed
+    _, fds, _, _ = socket.recv_fds(connection, 1, 2)
+    if len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise ValueError(f"{len(fds)} descriptors came, not one")
+    return fds[0]
+
+
+class Segments:
+    """The segments of all clients, and the Unix socket on which they are handed over.
+
+    Bound to one event loop. A segment goes when its client closes the connection that brought it, or dies.
+
+    Args:
+        path: Of the socket. Nobody else listens there; what is left of a dead server is removed.
+        limit: Segments at once; who comes beyond it is turned away.
+
+    Raises:
+        ConfigError: The socket cannot be had.
+    """
+
+    def __init__(self, path: Path, *, limit: int) -> None:
+        self._path = path
+        self._limit = limit
+        self._segments: dict[bytes, Segment] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener = socket.socket(socket.AF_UNIX)
+        try:
+            path.unlink(missing_ok=True)
+            self._listener.bind(str(path))
+            self._listener.listen()
+        except OSError as error:
+            self._listener.close()
+            raise ConfigError(f"cannot take shared memory on {path}: {error.strerror or error}") from error
+        self._listener.setblocking(False)
+        self._begin(self._accept())
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def find(self, handle: bytes) -> Segment:
+        """The segment that a call names.
+
+        Raises:
+            ValueError: There is none; its client is no longer connected, or never was.
+        """
+        try:
+            return self._segments[handle]
+        except KeyError:
+            raise ValueError("no such segment; hand it over again") from None
+
+    async def close(self) -> None:
+        """Turn everybody away."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _accept(self) -> None:
+        while True:
+            connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+            serving = self._begin(self._serve(connection))
+            # not in the task, as one that is cancelled before it starts does nothing at all
+            serving.add_done_callback(partial(_close, connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        """Take one client's segment, and keep it until the client has gone."""
+        loop, handle = asyncio.get_running_loop(), secrets.token_bytes(HANDLE_BYTES)
+        try:
+            async with asyncio.timeout(_HELLO_S):
+                segment = Segment(await _receive_fd(connection))
+        except (OSError, ValueError) as error:
+            logger.warning("a client's shared memory is not taken: %s", error or "it did not come in time")
+            return
+        if len(self._segments) >= self._limit:
+            logger.warning("a client's shared memory is not taken: there are %d pieces", self._limit)
+            segment.close()
+            return
+        self._segments[handle] = segment
+        try:
+            await loop.sock_sendall(connection, handle)
+            await loop.sock_recv(connection, 1)
+        except OSError:
+            return
+        finally:
+            del self._segments[handle]
+            segment.close()
+
+
+def _close(connection: socket.socket, _: object) -> None:
+    connection.close()
