@@ -10,22 +10,20 @@ reader needs the step.
 
 import torch
 
-from tq_kernels.cold_layout import (
-    HEADER_FIELDS,
-    LANES,
-    SECTION_VERSION,
-    ColdLayout,
-    section_bytes_for,
-)
-from tq_kernels.cold_scales import REACH_OCTAVES, Scales, dequantize_scales, is_top
+from tq_kernels.cold_layout import ColdLayout, section_bytes_for
+from tq_kernels.cold_scales import REACH_OCTAVES, Scales, dequantize_scales
 from tq_kernels.cold_search import CodedSections, fill
-from tq_kernels.entropy import FIRST_SCALE_TABLE, NUM_INDEX_TABLES, SCALE_WIDTHS, Reader, pack
+from tq_kernels.cold_sections import (
+    open_sections,
+    read_symbols,
+    refuse_unsound,
+    symbols_of,
+    write_sections,
+)
+from tq_kernels.entropy import pack
 from tq_kernels.reference import FP16_MAX
 from tq_kernels.rotation import rotation_matrix
 from tq_kernels.spec import DEFAULT_ROTATION_SEED
-from tq_kernels.trellis import NEXT_STATE
-
-_DTYPES = {"B": torch.uint8, "H": torch.int16, "h": torch.int16}
 
 
 def quantize(
@@ -55,13 +53,14 @@ def quantize(
     vectors, center = _vectors(keys, values, layout, key_balance)
     budget = _budget_bits(vectors, layout)
     coded = fill(vectors, budget, key_extra_bits=key_extra_bits)
-    packed = pack(*_symbols(coded))
+    packed = pack(*symbols_of(coded))
     # a state is a whole number, so a section can take a little more than its bits add up to
     while len(over := torch.nonzero(packed[2] > layout.max_words)[:, 0]):
         budget[over] -= 16.0 * (packed[2][over] - layout.max_words + 1)
         coded.replace(over, fill(vectors[over], budget[over], key_extra_bits=key_extra_bits))
-        packed = pack(*_symbols(coded))
-    return _write(coded, _settled(center, vectors, coded), *packed, layout)
+        packed = pack(*symbols_of(coded))
+    sections = write_sections(coded, _settled(center, vectors, coded), *packed, layout)
+    return sections.view(len(sections) // layout.num_kv_heads, layout.page_bytes)
 
 
 def _budget_bits(vectors: torch.Tensor, layout: ColdLayout) -> torch.Tensor:
@@ -109,62 +108,6 @@ def _by_section(tensor: torch.Tensor, layout: ColdLayout) -> torch.Tensor:
     return tensor.float().reshape(by_page).transpose(1, 2).flatten(0, 1)
 
 
-def _symbols(coded: CodedSections) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symbols and their tables in reading order: ``[sections, steps, LANES]`` int64."""
-    levels = coded.levels.long()
-    grids = levels & 1
-    indices = torch.cat((coded.scales.symbols()[..., None], levels - grids >> 1), 3)
-    scale_tables = (FIRST_SCALE_TABLE + coded.scales.table)[..., None, None].expand(*levels.shape[:3], 1)
-    tables = torch.cat((scale_tables, 2 * coded.tables[..., None, None] + grids), 3)
-    return _by_lane(indices), _by_lane(tables)
-
-
-def _by_lane(per_vector: torch.Tensor) -> torch.Tensor:
-    """``[sections, 2, tokens, n]`` as ``[sections, 2 * tokens / LANES * n, LANES]``."""
-    sections, _, tokens, n = per_vector.shape
-    turns = per_vector.view(sections, 2 * tokens // LANES, LANES, n)
-    return turns.transpose(2, 3).flatten(1, 2)
-
-
-def _write(
-    coded: CodedSections,
-    center: torch.Tensor,
-    states: torch.Tensor,
-    words: torch.Tensor,
-    num_words: torch.Tensor,
-    layout: ColdLayout,
-) -> torch.Tensor:
-    sections = torch.zeros(len(center), layout.section_bytes, dtype=torch.uint8, device=center.device)
-    fields = {"num_words": num_words, "version": torch.full_like(num_words, SECTION_VERSION)}
-    for side, name in enumerate(("key", "value")):
-        fields[f"{name}_table"] = coded.tables[:, side]
-        fields[f"{name}_octave"] = coded.scales.octave[:, side]
-        fields[f"{name}_scale_table"] = coded.scales.table[:, side]
-        fields[f"{name}_middle"] = coded.scales.middle[:, side]
-        fields[f"{name}_top"] = coded.scales.top[:, side]
-    for name, numbers in fields.items():
-        _field(sections, name).copy_(numbers)
-    _run(sections, layout.center_offset, layout.states_offset, torch.int16).copy_(center.view(torch.int16))
-    _run(sections, layout.states_offset, layout.words_offset, torch.int32).copy_(
-        states - (states >> 31 << 32)
-    )
-    fitting = words[:, : layout.max_words]
-    room = _run(sections, layout.words_offset, layout.words_offset + 2 * fitting.shape[1], torch.int16)
-    room.copy_(fitting - (fitting >> 15 << 16))
-    return sections.view(len(sections) // layout.num_kv_heads, layout.page_bytes)
-
-
-def _field(sections: torch.Tensor, name: str) -> torch.Tensor:
-    """A header field of all sections, in place: ``[sections]``."""
-    offset, code = HEADER_FIELDS[name]
-    return _run(sections, offset, offset + _DTYPES[code].itemsize, _DTYPES[code])[:, 0]
-
-
-def _run(sections: torch.Tensor, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes `begin` to `end` of all sections as numbers, in place."""
-    return sections[:, begin:end].view(dtype)
-
-
 def dequantize(
     pages: torch.Tensor,
     layout: ColdLayout,
@@ -187,17 +130,18 @@ def dequantize(
         ValueError: Pages of another size or dtype, or bytes that no writer produces.
     """
     levels, scales, center = read_levels(pages, layout)
-    keys, values = _restore(levels, scales, center, layout, key_balance)
+    keys, values = restore(levels, scales, center, layout, key_balance)
     return keys.to(dtype), values.to(dtype)
 
 
-def _restore(
+def restore(
     levels: torch.Tensor,
     scales: Scales,
     center: torch.Tensor,
     layout: ColdLayout,
     key_balance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, float32, from what `read_levels` returns."""
     vectors = levels.float() * dequantize_scales(scales)[..., None]
     vectors[:, 0] += center[:, None]
     vectors = vectors @ rotation_matrix(layout.head_dim, layout.rotation_seed).to(levels.device)
@@ -220,68 +164,10 @@ def read_levels(pages: torch.Tensor, layout: ColdLayout) -> tuple[torch.Tensor, 
     Raises:
         ValueError: As for `dequantize`.
     """
-    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
-        raise ValueError(
-            f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
-        )
-    # a copy, because views as wider numbers want an alignment
-    sections = pages.reshape(len(pages) * layout.num_kv_heads, layout.section_bytes).clone()
-    fields = {name: _field(sections, name) for name in HEADER_FIELDS}
-    num_words = fields["num_words"].long() & 0xFFFF
-    center = _run(sections, layout.center_offset, layout.states_offset, torch.float16).float()
-    both = {
-        name: torch.stack((fields[f"key_{name}"], fields[f"value_{name}"]), 1)
-        for name in ("table", "octave", "scale_table", "middle", "top")
-    }
-    words = _run(sections, layout.words_offset, layout.words_offset + 2 * layout.max_words, torch.int16)
-    beyond = torch.arange(layout.max_words, device=pages.device) >= num_words[:, None]
-    sound = (
-        (fields["version"] == SECTION_VERSION)
-        & (fields["reserved"] == 0)
-        & (num_words <= layout.max_words)
-        & ~(beyond & (words != 0)).any(1)
-        & (both["table"] < NUM_INDEX_TABLES).all(1)
-        & is_top(both["top"].long(), both["octave"].long()).all(1)
-        & (both["scale_table"] < len(SCALE_WIDTHS)).all(1)
-        & center.isfinite().all(1)
-    )
-    _refuse(~sound, layout)
-    reader = Reader(_run(sections, layout.states_offset, layout.words_offset, torch.int32), words, num_words)
-    scale_tables = FIRST_SCALE_TABLE + both["scale_table"].long()
-    levels, differences = _walk(reader, 2 * both["table"].long(), scale_tables, layout)
-    _refuse(~reader.sound(), layout)
-    codes = (differences + both["middle"].long()[..., None]) & 0xFF
-    scales = Scales(codes, *(both[name].long() for name in ("top", "octave", "middle", "scale_table")))
-    return levels, scales, center
-
-
-def _refuse(bad: torch.Tensor, layout: ColdLayout) -> None:
-    if bad.any():
-        page, head = divmod(int(bad.nonzero()[0]), layout.num_kv_heads)
-        raise ValueError(f"head {head} of cold page {page} is damaged")
-
-
-def _walk(
-    reader: Reader, tables: torch.Tensor, scale_tables: torch.Tensor, layout: ColdLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All lanes through all their vectors: levels ``[sections, 2, tokens, head_dim]``, scale symbols."""
-    num_sections, head_dim, rounds = len(tables), layout.head_dim, layout.page_tokens // LANES
-    shape = (num_sections, 2, rounds, LANES)
-    following = torch.tensor(NEXT_STATE, device=tables.device).flatten()
-    levels = torch.empty((2, rounds, head_dim, num_sections, LANES), dtype=torch.int8, device=tables.device)
-    differences = torch.empty(shape, dtype=torch.int64, device=tables.device)
-    for side in (0, 1):
-        table, scale_table = (each[:, side, None].expand(-1, LANES) for each in (tables, scale_tables))
-        for turn in range(rounds):
-            differences[:, side, turn] = reader.read(scale_table)
-            state = torch.zeros_like(table)
-            for channel in range(head_dim):
-                grid = state & 1
-                index = reader.read(table + grid)
-                # modulo 256, which is what a byte holds
-                levels[side, turn, channel] = 2 * index + grid
-                state = following.take(2 * state + (index & 1))
-    return levels.permute(3, 0, 1, 4, 2).flatten(2, 3), differences.flatten(2)
+    opened = open_sections(pages, layout)
+    levels, differences, sound = read_symbols(opened, layout)
+    refuse_unsound(sound, layout)
+    return levels, opened.scales_of(differences), opened.center
 
 
 def roundtrip(
@@ -327,4 +213,4 @@ def roundtrip(
     vectors, center = _vectors(keys, values, layout, key_balance)
     coded = fill(vectors, _budget_bits(vectors, layout), key_extra_bits=key_extra_bits)
     center = _settled(center, vectors, coded)
-    return _restore(coded.levels, coded.scales, center.float(), layout, key_balance)
+    return restore(coded.levels, coded.scales, center.float(), layout, key_balance)

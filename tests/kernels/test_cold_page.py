@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tq_kernels import PageLayout, cold_page, cold_search, preset, reference
 from tq_kernels.cold_layout import HEADER_FIELDS, ColdLayout, section_bytes_for
 from tq_kernels.cold_page import dequantize, quantize, read_levels, roundtrip
+from tq_kernels.cold_sections import field_of, symbols_of, write_sections
+from tq_kernels.entropy import pack
 
 from .hard_inputs import HARD_INPUTS, hard_input
 from .tolerances import COLD_DISTORTION, COLD_DRIFT
@@ -49,7 +51,7 @@ def test_gaussian_vectors_distort_as_promised(bits: int, head_dim: int, generato
     budget = torch.full((len(vectors),), 1.0 * bits * vectors[0].numel())
     of_scales = cold_search.fill(vectors, budget, key_extra_bits=0).scales.bits()
     coded = cold_search.fill(vectors, budget + of_scales, key_extra_bits=0)
-    restored = cold_page._restore(coded.levels, coded.scales, center.float(), layout, None)
+    restored = cold_page.restore(coded.levels, coded.scales, center.float(), layout, None)
 
     # a scale more or less on the next grid point is a bit or two
     assert torch.all(coded.bits - coded.scales.bits() <= 1.001 * budget)
@@ -138,7 +140,7 @@ def test_the_budget_is_used_and_never_exceeded(generator: torch.Generator) -> No
     for bits in (1.0, 1.3, 2.5, 3.14, 5.0):
         layout = layout_for(bits)
         pages = quantize(*gaussian(layout, generator), layout)
-        num_words = cold_page._field(pages.view(-1, layout.section_bytes), "num_words").long()
+        num_words = field_of(pages.view(-1, layout.section_bytes), "num_words").long()
         assert torch.all(num_words <= layout.max_words)
         # the search leaves 0.002 bits an index, a lane up to 16 bits
         assert torch.all(num_words >= layout.max_words * 0.995 - 10)
@@ -293,7 +295,7 @@ def test_any_bytes_are_refused_or_finite(seed: int, zeros: bool) -> None:
 def test_header_fields_out_of_range_are_refused(name: str, value: int, generator: torch.Generator) -> None:
     layout = layout_for(2, heads=2, page_tokens=16)
     pages = quantize(*gaussian(layout, generator, pages=2), layout)
-    field = cold_page._field(pages.view(-1, layout.section_bytes), name)
+    field = field_of(pages.view(-1, layout.section_bytes), name)
     field[3] = value - 0x10000 if name == "num_words" else value
     with pytest.raises(ValueError, match="head 1 of cold page 1 is damaged"):
         read_levels(pages, layout)
@@ -386,12 +388,12 @@ def test_golden_page_reads_exactly_as_it_did() -> None:
 def test_golden_integers_are_packed_into_the_golden_page() -> None:
     levels, scales, center = read_levels(golden_page(), GOLDEN_LAYOUT)
     sections = golden_page().view(-1, GOLDEN_LAYOUT.section_bytes)
-    tables = torch.stack([cold_page._field(sections, f"{side}_table").long() for side in ("key", "value")], 1)
+    tables = torch.stack([field_of(sections, f"{side}_table").long() for side in ("key", "value")], 1)
     coded = cold_search.CodedSections(levels, tables, scales, scales.bits())
-    packed = cold_page.pack(*cold_page._symbols(coded))
-    written = cold_page._write(coded, center.to(torch.float16), *packed, GOLDEN_LAYOUT)
+    packed = pack(*symbols_of(coded))
+    written = write_sections(coded, center.to(torch.float16), *packed, GOLDEN_LAYOUT)
 
-    assert torch.equal(written, golden_page())
+    assert torch.equal(written.view(1, -1), golden_page())
 
 
 def test_golden_page_is_made_of_the_golden_inputs() -> None:
