@@ -106,10 +106,10 @@ class ServerConfig:
         metadata=about(DURATION, "shared tier: forget blocks neither put nor got for so long; a get counts"),
     )
     redis_timeout_s: float = field(
-        default=2.0, metadata=about(DURATION, "shared tier: deadline of a round trip that moves blocks")
+        default=2.0, metadata=about(DURATION, "shared tier: longest wait for a block, once its turn has come")
     )
     redis_lookup_timeout_s: float = field(
-        default=0.5, metadata=about(DURATION, "shared tier: deadline of a round trip that moves none")
+        default=0.5, metadata=about(DURATION, "shared tier: longest wait for an answer that moves no blocks")
     )
     write_queue_bytes: int = field(
         default=256 << 20,

@@ -14,7 +14,8 @@
     ├── BackendError             a storage medium failed
     │   ├── BackendTimeout       it did not answer in time
     │   ├── BackendUnavailable   it cannot be reached or refuses to work
-    │   └── BackendFull          it has no room and may not make any
+    │   ├── BackendFull          it has no room and may not make any
+    │   └── BackendBusy          it works, and has more to do than this call could wait for
     ├── CallRefused              the server may not, or will not now, do what a call asks
     │   ├── NotPermitted         the caller is not allowed to do this
     │   └── OverLimit            the caller has reached one of its limits
@@ -78,6 +79,10 @@ class BackendUnavailable(BackendError):
 
 class BackendFull(BackendError):
     """The medium has no room and may not make any."""
+
+
+class BackendBusy(BackendError):
+    """The medium works, and has more to do than this call could wait for."""
 
 
 class CallRefused(TQStoreError):

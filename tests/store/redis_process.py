@@ -93,8 +93,9 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
 class Proxy:
     """Stands between a backend and a server, on a unix socket.
 
-    `open_gate` cleared holds replies back; `cut_after` ends the connection in the middle of a reply. `bursts`
-    are the bytes of each direction, merged until the other side speaks.
+    `open_gate` cleared holds replies back; `cut_after` ends the connection in the middle of a reply;
+    `pause_s` passes before each 64 KiB of replies. `bursts` are the bytes of each direction, merged until the
+    other side speaks.
     """
 
     def __init__(self, server: RedisProcess, directory: Path) -> None:
@@ -105,6 +106,7 @@ class Proxy:
         self.open_gate.set()
         self.requested = asyncio.Event()
         self.cut_after: int | None = None
+        self.pause_s = 0.0
         self.bursts: list[tuple[str, bytearray]] = []
 
     async def __aenter__(self) -> "Proxy":
@@ -154,6 +156,7 @@ class Proxy:
                 self.requested.set()
             else:
                 await self.open_gate.wait()
+                await asyncio.sleep(self.pause_s)
                 if self.cut_after is not None:
                     writer.write(data[: self.cut_after])
                     await writer.drain()

@@ -355,6 +355,34 @@ class TestRoundTrips:
             await eventually(lambda: not backend.shards()[0].is_open)
             assert await backend.contains([sample_key(2)]) == [False]
 
+    async def test_a_slow_link_is_no_dead_server(self, proxy: Proxy) -> None:
+        blocks = sample_blocks(8, 1 << 20)
+        async with opened(proxy.url, timeout_s=2.0) as backend:
+            await backend.put(blocks)
+            proxy.pause_s = 0.02
+            start = time.monotonic()
+            found = await backend.get(keys_of(blocks))
+            assert time.monotonic() - start > 2.0, "longer than any silence may last"
+            assert [got == block for got, block in zip(found, bytes_of(blocks), strict=True)] == [True] * 8
+
+    async def test_a_busy_server_is_no_dead_server_either(self, redis_server: RedisProcess) -> None:
+        blocks = sample_blocks(3)
+        async with opened(redis_server.url, timeout_s=0.5) as backend:
+            await backend.put(blocks[:2])
+            (shard,) = backend._shards.values()
+            for _ in range(16):
+                await shard._transfers.acquire()
+            assert await backend.contains(keys_of(blocks)) == [True, True, False], (
+                "lookups have turns of their own"
+            )
+            assert await backend.get(keys_of(blocks)) == [None] * 3
+            assert await backend.put(blocks[2:]) == [PutOutcome.REFUSED]
+            for _ in range(16):
+                shard._transfers.release()
+            assert await backend.get(keys_of(blocks)) == [*bytes_of(blocks[:2]), None]
+            (stats,) = backend.shards()
+            assert (stats.failed_calls, stats.lost_keys, stats.is_open) == (0, 4, False)
+
     async def test_more_callers_than_connections(self, proxy: Proxy) -> None:
         blocks = sample_blocks(100)
         async with opened(proxy.url) as backend:

@@ -152,7 +152,7 @@ async def close_connections(server: GuardedServer, backend: RedisBackend) -> Non
     connections = list(shard._link.pool._available_connections)
     assert connections
     async with asyncio.timeout(20):
-        while not all([await connection.can_read() for connection in connections]):
+        while not all([await connection._parser.can_read() for connection in connections]):
             await asyncio.sleep(0.01)
 
 

@@ -13,7 +13,7 @@ from tq_store.backends.redis_census import Census
 from tq_store.backends.redis_shard import Command, Elsewhere, Shard
 from tq_store.backends.redis_target import Address, RedisTarget, parse_target
 from tq_store.backends.redis_topology import topology_of
-from tq_store.errors import BackendError, BackendFull, BackendUnavailable, ConfigError
+from tq_store.errors import BackendBusy, BackendError, BackendFull, BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey, split_key
 from tq_store.results import BackendStats, PutOutcome, ShardStats
 
@@ -37,8 +37,8 @@ class RedisLimits:
     """What the Redis tier waits for, and how long it keeps.
 
     Args:
-        timeout_s: Deadline of a round trip that moves blocks, connecting included.
-        lookup_timeout_s: Deadline of one that moves none.
+        timeout_s: Longest silence of a server that moves blocks, and longest wait for a turn.
+        lookup_timeout_s: The same for what moves none.
         ttl_s: How long a block stays that is neither put nor got; None leaves it to the server's eviction.
         census_s: Rest between two counts of blocks by namespace; None for no counts.
     """
@@ -287,7 +287,7 @@ class RedisBackend:
         """Raise what went wrong, unless some server still works."""
         if len(self._shards) == 1 or all(shard.breaker.last_failed for shard in self._shards.values()):
             for reply in replies:
-                if isinstance(reply, BackendError) and not isinstance(reply, BackendFull):
+                if isinstance(reply, BackendError) and not isinstance(reply, BackendFull | BackendBusy):
                     raise reply
 
     async def _unlink_matching(self, shard: Shard, pattern: str) -> int:

@@ -1,7 +1,7 @@
 """Connections to one Redis or Valkey server: how they are opened, and our errors for what goes wrong."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -23,7 +23,7 @@ class Link:
     Args:
         address: The server.
         target: Database and TLS.
-        max_connections: Callers beyond them wait, within their deadline.
+        max_connections: Callers beyond them wait.
     """
 
     def __init__(self, address: Address, target: RedisTarget, *, max_connections: int) -> None:
@@ -48,15 +48,16 @@ class Link:
         self.client = Redis.from_pool(self.pool)
 
     @asynccontextmanager
-    async def round_trip(self, timeout_s: float) -> AsyncIterator[None]:
-        """Put a deadline on what happens inside.
+    async def round_trip(self, timeout_s: float) -> AsyncIterator[Callable[[], None]]:
+        """Put a deadline on what happens inside; who calls what it gives has that time again.
 
         Raises:
             BackendError: The deadline passed, the server is gone, or it refused; no secret is in it.
         """
+        clock = asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(timeout_s):
-                yield
+            async with asyncio.timeout(timeout_s) as deadline:
+                yield lambda: deadline.reschedule(clock() + timeout_s)
         except (RedisError, OSError) as error:
             raise self._credentials.translated(error, self.where, timeout_s) from (
                 None if self._credentials.are_in(str(error)) else error
@@ -65,7 +66,7 @@ class Link:
     async def close(self, *, in_use: bool = True) -> None:
         """Close all connections, or all that are idle; what is under way on them fails.
 
-        Does not wait long for a server that stalls: TLS ends with an exchange that takes two.
+        Does not wait long for what may hang.
         """
         with suppress(RedisError, OSError):
             async with asyncio.timeout(_CLOSE_S):

@@ -1,5 +1,6 @@
 """One server of the Redis tier: its round trips, and whether it works well enough to be asked."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -11,16 +12,20 @@ from redis.exceptions import AskError, ExecAbortError, MovedError, OutOfMemoryEr
 from tq_store.backends.breaker import Breaker
 from tq_store.backends.redis_link import Link
 from tq_store.backends.redis_target import Address, RedisTarget
-from tq_store.errors import BackendError, BackendFull, BackendUnavailable
+from tq_store.errors import BackendBusy, BackendError, BackendFull, BackendUnavailable
 from tq_store.results import ShardStats
 
 Command = tuple[bytes, ...]
 """A command's name, its key, and what else it takes."""
 
 _ROUND_TRIP_BYTES = 16 << 20
-_CONNECTIONS = 16
+_TRANSFERS = 16
+_LOOKUPS = 8
+_OTHERS = 4
+"""Connections for what an operator or the watch asks, whoever else waits."""
 _INLINE_BYTES = 4096
 _FETCHES = (b"GET", b"GETEX")
+_MOVERS = (*_FETCHES, b"SET")
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +57,10 @@ class ServerFacts:
 class Shard:
     """Sends commands to one server and answers for what becomes of them.
 
-    A round trip has a deadline, carries at most 16 MiB of blocks or a single block, and leaves no half-read
-    reply behind when it is cancelled. While the breaker is open, nothing is sent but probes.
+    A round trip carries at most 16 MiB of blocks or a single block, and leaves no half-read reply behind when
+    it is cancelled. It fails when nothing is heard for its deadline: a slow link is no dead server. Nor is a
+    busy one: commands beyond the connections wait for one as long, and are then lost without counting as
+    failures. While the breaker is open, nothing is sent but probes.
 
     Args:
         address: The server.
@@ -64,7 +71,9 @@ class Shard:
     def __init__(self, address: Address, target: RedisTarget, on_trouble: Callable[[], None]) -> None:
         self.address = address
         self.breaker = Breaker()
-        self._link = Link(address, target, max_connections=_CONNECTIONS)
+        self._link = Link(address, target, max_connections=_TRANSFERS + _LOOKUPS + _OTHERS)
+        self._transfers = asyncio.Semaphore(_TRANSFERS)
+        self._lookups = asyncio.Semaphore(_LOOKUPS)
         self._on_trouble = on_trouble
         self._block_bytes = 4 << 20
         self._failed_calls = self._lost_keys = 0
@@ -86,15 +95,16 @@ class Shard:
 
         Args:
             commands: Each on one key.
-            timeout_s: Deadline of each round trip, connecting included.
+            timeout_s: Longest wait for a connection, for connecting, and for each reply.
             asking: See `Elsewhere`.
         """
         replies: list[Any] = []
         while len(replies) < len(commands):
             group = commands[len(replies) : _end_of_round_trip(commands, len(replies), self._block_bytes)]
             try:
-                async with self._round_trip(timeout_s):
-                    replies += [self._meaning(reply) for reply in await self._exchange(group, asking)]
+                async with self._turn(group, timeout_s), self._round_trip(timeout_s) as extend:
+                    answers = await self._exchange(group, asking, extend)
+                    replies += [self._meaning(answer) for answer in answers]
             except BackendError as error:
                 num_lost = len(commands) - len(replies)
                 self._lost_keys += num_lost
@@ -168,11 +178,25 @@ class Shard:
         await self._link.close()
 
     @asynccontextmanager
-    async def _round_trip(self, timeout_s: float) -> AsyncIterator[None]:
+    async def _turn(self, commands: Sequence[Command], timeout_s: float) -> AsyncIterator[None]:
+        """Wait until few enough others are at it; what moves no blocks does not wait for what does."""
+        turns = self._transfers if commands[0][0] in _MOVERS else self._lookups
+        try:
+            async with asyncio.timeout(timeout_s):
+                await turns.acquire()
+        except TimeoutError as error:
+            raise BackendBusy(f"{self._link.where} has too much to do") from error
+        try:
+            yield
+        finally:
+            turns.release()
+
+    @asynccontextmanager
+    async def _round_trip(self, timeout_s: float) -> AsyncIterator[Callable[[], None]]:
         if self.breaker.is_open:
             raise BackendUnavailable(f"{self._link.where} failed too often and is left alone for now")
-        async with self._counted(), self._link.round_trip(timeout_s):
-            yield
+        async with self._counted(), self._link.round_trip(timeout_s) as extend:
+            yield extend
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
@@ -187,7 +211,9 @@ class Shard:
             raise
         self.breaker.succeeded()
 
-    async def _exchange(self, commands: Sequence[Command], asking: bool) -> list[Any]:
+    async def _exchange(
+        self, commands: Sequence[Command], asking: bool, extend: Callable[[], None]
+    ) -> list[Any]:
         """Send commands at once and read their replies; refusals are values here."""
         pool = self._link.pool
         connection = await pool.get_connection()
@@ -195,12 +221,14 @@ class Shard:
             for chunk in _packed(commands, asking):
                 # one by one: together they would be joined, which copies the blocks
                 await connection.send_packed_command([chunk])
+                extend()
             replies: list[Any] = []
             for _ in range(len(commands) * (2 if asking else 1)):
                 try:
                     replies.append(await connection.read_response())
                 except ResponseError as error:
                     replies.append(error)
+                extend()
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
