@@ -93,11 +93,11 @@ class TestPlacement:
             all_under_way = asyncio.Barrier(3)
             for shard in backend._shards.values():
 
-                async def exchange(commands: Any, asking: bool, real: Any = shard._exchange) -> Any:
+                async def exchange(commands: Any, *others: Any, real: Any = shard._exchange) -> Any:
                     sent.append(len(commands))
                     # were one asked after another, this would never end
                     await all_under_way.wait()
-                    return await real(commands, asking)
+                    return await real(commands, *others)
 
                 shard._exchange = exchange  # type: ignore[method-assign]
             assert await backend.contains(keys_of(blocks)) == [number % 2 == 0 for number in range(128)]
