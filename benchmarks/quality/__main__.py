@@ -1,7 +1,9 @@
 """`python -m benchmarks.quality`: what a compressed KV cache costs a real model, method by method."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -9,12 +11,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.arguments import conditions_of, parse_arguments
-from benchmarks.quality.measure import measure_texts
+from benchmarks.quality.conditions import Conditions
+from benchmarks.quality.measure import (
+    TEXT_METRICS,
+    Advance,
+    measure_ruler,
+    measure_store,
+    measure_texts,
+)
+from benchmarks.quality.methods.base import Method
 from benchmarks.quality.methods.catalogue import QUICK, catalogue, selected
-from benchmarks.quality.models import load_model
+from benchmarks.quality.models import LoadedModel, load_model
+from benchmarks.quality.report import write_report
 from benchmarks.quality.rows import Row, merged, read_rows, write_rows
 from tq_store.errors import TQStoreError
 
+_TASKS = {"niah_single_2": "single", "niah_multikey_1": "multikey", "vt": "vt", "qa_1": "qa"}
 _COLUMNS = {
     "bytes_per_token": ("B/token", "{:.0f}"),
     "kl_mean": ("mean KL", "{:.4f}"),
@@ -42,6 +54,16 @@ class Bars:
         self._progress.update(self._tasks[metric], completed=done)
 
 
+def print_scores(rows: Sequence[Row]) -> None:
+    """One line a row of retrieval: scores in percent."""
+    tasks = list(rows[0]["ruler"])
+    print(f"{'method':22}{'tokens':>9}" + "".join(f"{_TASKS[task]:>9}" for task in tasks))
+    for row in rows:
+        print(
+            f"{row['preset']:22}{row['tokens']:9}" + "".join(f"{row['ruler'][task]:9.1f}" for task in tasks)
+        )
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """One line a row, with the columns that were measured."""
     measured = {key for row in rows for key, value in row.items() if value is not None}
@@ -51,6 +73,26 @@ def print_rows(rows: Sequence[Row]) -> None:
         ratio = row["bytes_per_token_bf16"] / row["bytes_per_token"]
         cells = (form.format(row[key]) for key, (_, form) in columns.items())
         print(f"{row['preset']:22}{ratio:9.2f}" + "".join(f"{cell:>9}" for cell in cells))
+
+
+def measured(
+    loaded: LoadedModel,
+    methods: Sequence[Method],
+    conditions: Conditions,
+    parsed: Namespace,
+    advance: Advance,
+) -> list[Row]:
+    """Rows of all metrics that the command line asks for, on one model."""
+    rows: list[Row] = []
+    if set(TEXT_METRICS) & set(parsed.metrics):
+        rows += measure_texts(loaded, methods, conditions, parsed.metrics, advance)
+    if "store" in parsed.metrics:
+        rows += measure_store(loaded, methods, conditions, advance)
+    if "retrieval" in parsed.metrics:
+        for num_tokens in parsed.contexts:
+            at_length = replace(conditions, num_tokens=num_tokens)
+            rows += measure_ruler(loaded, methods, at_length, parsed.tasks, parsed.samples, advance)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,13 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             loaded = load_model(name, device=device, dtype=getattr(torch, parsed.dtype))
             with Progress(*bars, console=console, disable=not console.is_terminal) as progress:
                 advance = Bars(progress, loaded.name)
-                rows = measure_texts(loaded, methods, conditions, parsed.metrics, advance)
+                rows = measured(loaded, methods, conditions, parsed, advance)
             print(
                 f"{loaded.name}, {conditions.num_texts} x {conditions.num_tokens} tokens, "
                 f"{conditions.num_sinks} sinks, tail of {conditions.tail}"
             )
-            print_rows(rows)
-            write_rows(merged(read_rows(parsed.output), rows), parsed.output)
+            for measure, show in (("text", print_rows), ("store", print_rows), ("retrieval", print_scores)):
+                if part := [row for row in rows if row["measure"] == measure]:
+                    print(f"{measure}:")
+                    show(part)
+            rows = merged(read_rows(parsed.output), rows)
+            write_rows(rows, parsed.output)
+            write_report(rows, parsed.output.parent)
     except (ValueError, OSError, TQStoreError) as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
         return 2

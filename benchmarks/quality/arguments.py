@@ -7,12 +7,15 @@ from pathlib import Path
 from benchmarks.quality.conditions import Conditions
 from benchmarks.quality.measure import TEXT_METRICS
 from benchmarks.quality.rows import RESULTS
+from benchmarks.quality.ruler.tasks import TASKS
 from tq_connectors.hf.models import KNOWN_MODELS
 
 _METRICS = {
     "codec": "squared error on made-up vectors: Gaussian, sparse, with an outlier, with a common offset",
     "tensor": "inside each layer: errors of keys and values, correlation of scores, attention KL, output",
     "logits": "KL to the uncompressed run, agreement on the best token, paired perplexity",
+    "store": "logits of the second half of a text, decoded on blocks that came from a running tq-store",
+    "retrieval": "RULER's tasks niah_single_2, niah_multikey_1, vt and qa_1, scored as RULER does",
 }
 
 _EPILOG = """\
@@ -29,12 +32,15 @@ examples:
   python -m benchmarks.quality --only 'tq*' fp8              some methods, by glob
   python -m benchmarks.quality --model qwen2.5-coder-0.5b    the hard case; or a folder, or a .gguf file
   python -m benchmarks.quality --metrics logits --tail 128   as KIVI and others report themselves
+  python -m benchmarks.quality --metrics retrieval --only bf16 fp8 'tq?' --contexts 1024 2048
+  python -m benchmarks.quality --metrics store --only 'tq?'  blocks saved, fetched and attended on
   python -m benchmarks.quality --list                        what methods there are
 """
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
+    default_metrics = " ".join(TEXT_METRICS)
     metrics = "\n".join(f"  {name:10}{text}" for name, text in _METRICS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
@@ -52,7 +58,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="methods to measure")
     parser.add_argument(
-        "--metrics", nargs="+", choices=_METRICS, default=TEXT_METRICS, help="(default: all of them)"
+        "--metrics",
+        nargs="+",
+        choices=_METRICS,
+        default=TEXT_METRICS,
+        help=f"(default: {default_metrics})",
     )
     parser.add_argument("--quick", action="store_true", help="one text of 512 tokens and a few methods")
     parser.add_argument("--list", action="store_true", help="list the methods and stop")
@@ -71,6 +81,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("other", "same"),
         default=defaults.state_from,
         help="learn a codec's state on another text or on the start of the same one (default: %(default)s)",
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="of RULER (default: all)")
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        type=_at_least(512),
+        default=[1024, 2048],
+        metavar="N",
+        help="tokens of RULER's prompts with their answers (default: 1024 2048)",
+    )
+    parser.add_argument(
+        "--samples", type=_at_least(1), default=25, metavar="N", help="of each task (default: %(default)s)"
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(

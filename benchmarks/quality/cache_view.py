@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.methods.base import Method, Place
+from benchmarks.quality.methods.base import Method, Place, Sides
 
 
 class CacheView:
-    """Reads layers through a method; one object for one sequence.
+    """Reads layers through a method; one object for one sequence, which may grow from call to call.
 
     Args:
         method: How keys and values are kept.
@@ -33,6 +33,7 @@ class CacheView:
         self._num_sinks = num_sinks
         self._states: dict[int, Any] = dict(enumerate(states or ()))
         self._state_tokens = state_tokens
+        self._finished: dict[int, Sides] = {}
 
     def __call__(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
@@ -42,9 +43,21 @@ class CacheView:
             return keys, values
         if layer not in self._states:
             self._states[layer] = state_of(self._method, keys, values, self._num_sinks, self._state_tokens)
-        place = Place(layer=layer, num_layers=self._num_layers, num_sinks=self._num_sinks)
-        seen_keys, seen_values = self._method.read(keys.float(), values.float(), self._states[layer], place)
-        return self._with_sinks(keys, seen_keys), self._with_sinks(values, seen_values)
+        done = self._finished[layer][0].shape[0] if layer in self._finished else 0
+        place = Place(layer=layer, num_layers=self._num_layers, num_sinks=max(0, self._num_sinks - done))
+        seen = self._method.read(keys[done:].float(), values[done:].float(), self._states[layer], place)
+        if layer in self._finished:
+            before = self._finished[layer]
+            seen = torch.cat((before[0], seen[0])), torch.cat((before[1], seen[1]))
+        self._finish(layer, seen)
+        return self._with_sinks(keys, seen[0]), self._with_sinks(values, seen[1])
+
+    def _finish(self, layer: int, seen: Sides) -> None:
+        """Remember what was read of groups that are full: more tokens will not change them."""
+        group = self._method.group_tokens
+        num_finished = seen[0].shape[0] // group * group
+        if num_finished > self._num_sinks:
+            self._finished[layer] = seen[0][:num_finished], seen[1][:num_finished]
 
     def _with_sinks(self, raw: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         return torch.cat((raw[: self._num_sinks], seen[self._num_sinks :].to(raw)))

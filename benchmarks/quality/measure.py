@@ -14,8 +14,12 @@ from benchmarks.quality.logits import LogitLoss, compare, summary
 from benchmarks.quality.methods.base import Method
 from benchmarks.quality.models import LoadedModel
 from benchmarks.quality.passes import States, logits_of, states_of_text, view_of
+from benchmarks.quality.retrieval import measure_retrieval
 from benchmarks.quality.rows import Row
+from benchmarks.quality.ruler.material import load_material
+from benchmarks.quality.store import decode_through_store, running_store
 from benchmarks.quality.tensors import LayerLoss, TensorLosses, measure_tensors
+from tq_kernels import PRESETS
 
 TEXT_METRICS = ("codec", "tensor", "logits")
 
@@ -58,6 +62,72 @@ def measure_texts(
             **measured[method.name],
             **conditions.row(),
             **environment(loaded),
+        }
+        for method in methods
+    ]
+
+
+def measure_store(
+    loaded: LoadedModel, methods: Sequence[Method], conditions: Conditions, advance: Advance
+) -> list[Row]:
+    """Rows of those methods that are presets of ours, over the second half of every article.
+
+    Raises:
+        ValueError: The store did not give back what was saved.
+    """
+    texts = token_sequences(loaded.tokenizer, conditions.num_texts, conditions.num_tokens)
+    presets = [method for method in methods if method.name in PRESETS]
+    losses: dict[str, list[LogitLoss]] = {method.name: [] for method in presets}
+    blocks = dict.fromkeys(losses, 0)
+    done, total = 0, len(texts) * len(presets)
+    with running_store() as address:
+        for token_ids in texts:
+            reference = logits_of(loaded, token_ids, None)
+            for method in presets:
+                spec, page_tokens = PRESETS[method.name], conditions.page_tokens
+                loss, num_blocks = decode_through_store(
+                    loaded, token_ids, spec, address, page_tokens=page_tokens, reference=reference
+                )
+                losses[method.name].append(loss)
+                blocks[method.name] += num_blocks
+                advance("store", done := done + 1, total)
+    return [
+        {
+            **{"measure": "store", "model": loaded.name, "preset": method.name},
+            **size_of(loaded, method, conditions),
+            **summary(losses[method.name]),
+            "blocks": blocks[method.name],
+            **conditions.row(),
+            **environment(loaded),
+        }
+        for method in presets
+    ]
+
+
+def measure_ruler(
+    loaded: LoadedModel,
+    methods: Sequence[Method],
+    conditions: Conditions,
+    tasks: Sequence[str],
+    num_samples: int,
+    advance: Advance,
+) -> list[Row]:
+    """Rows of all methods on RULER's tasks at contexts of `conditions.num_tokens` tokens."""
+    states = None
+    if conditions.state_from == "other":
+        (other,) = token_sequences(loaded.tokenizer, 1, conditions.state_tokens)
+        states = states_of_text(loaded, other, methods, conditions)
+    scores = measure_retrieval(
+        loaded, load_material(), methods, conditions, states, tasks, num_samples, advance
+    )
+    return [
+        {
+            **{"measure": "retrieval", "model": loaded.name, "preset": method.name},
+            **size_of(loaded, method, conditions),
+            **scores[method.name],
+            **conditions.row(),
+            **environment(loaded),
+            "texts": None,
         }
         for method in methods
     ]

