@@ -2,14 +2,24 @@
 
 import pytest
 import torch
+from connectors.tiny_models import VOCABULARY, tiny_model, tokens
 
 from benchmarks.quality.articles import plain_text
 from benchmarks.quality.cache_view import CacheView
 from benchmarks.quality.codec import measure_codec
+from benchmarks.quality.conditions import Conditions
 from benchmarks.quality.logits import compare, summary
+from benchmarks.quality.measure import TEXT_METRICS, measure_ruler, measure_store, measure_texts
 from benchmarks.quality.methods.base import Geometry, Place
 from benchmarks.quality.methods.catalogue import catalogue, selected
-from benchmarks.quality.rows import KEYS, merged, read_rows, write_rows
+from benchmarks.quality.models import LoadedModel
+from benchmarks.quality.report import main as report
+from benchmarks.quality.retrieval import prompt_of
+from benchmarks.quality.rows import KEYS, merged, ordered, read_rows, write_rows
+from benchmarks.quality.ruler.material import Material, Question, Template
+from benchmarks.quality.ruler.scores import score
+from benchmarks.quality.ruler.tasks import TASKS, Sample, sample_of
+from benchmarks.quality.substitute import reading_through
 from benchmarks.quality.tensors import layer_loss
 from tq_kernels.codebook import LEVELS, TARGETS, distortion
 
@@ -102,11 +112,9 @@ def test_a_view_leaves_sinks_raw_and_learns_from_first_tokens():
     for raw, seen in ((keys, seen_keys), (values, seen_values)):
         assert torch.equal(raw[:4], seen[:4])
         assert not torch.equal(raw[4:8], seen[4:8])
-    again, _ = view(0, keys * 2, values)
-    same_state = CacheView(
-        METHODS["tq2-balanced"], 6, 4, states=[METHODS["tq2-balanced"].estimate(keys[4:64], values)]
-    )
-    torch.testing.assert_close(same_state(0, keys * 2, values)[0], again)
+    method = METHODS["tq2-balanced"]
+    given = CacheView(method, 6, 4, states=[method.estimate(keys[4:64], values[4:64])])
+    torch.testing.assert_close(given(0, keys, values), (seen_keys, seen_values))
 
 
 def test_losses_of_equal_logits_are_none():
@@ -186,3 +194,170 @@ def test_no_kind_of_vector_costs_a_preset_much_more_than_gaussian_ones(name, bit
     theory = distortion(LEVELS[bits], TARGETS[bits], 64)
     assert row["codec_value_gaussian"] == pytest.approx(theory, rel=0.05)
     assert max(row.values()) < 1.5 * theory
+
+
+@pytest.mark.parametrize("name", ["tq3", "tq3-balanced", "kivi4", "fp8"])
+def test_a_sequence_that_grows_is_read_as_if_it_had_come_at_once(name):
+    keys, values = sides(200)
+    growing, whole = (CacheView(METHODS[name], 6, 4, state_tokens=64) for _ in range(2))
+    growing(2, keys[:150], values[:150])
+    for num_tokens in (151, 192, 193, 200):
+        grown = growing(2, keys[:num_tokens], values[:num_tokens])
+    torch.testing.assert_close(grown, whole(2, keys, values))
+
+
+def test_a_tail_is_read_raw_by_each_query():
+    model = tiny_model("qwen2")
+    batch = torch.tensor([tokens(90)])
+    with torch.inference_mode():
+        plain = model(input_ids=batch).logits
+        for read, tail, same in (
+            (None, 0, True),
+            (None, 20, True),
+            (_doubled, 90, True),
+            (_doubled, 20, False),
+        ):
+            with reading_through(model, read, tail=tail):
+                logits = model(input_ids=batch).logits
+            assert torch.allclose(logits, plain, atol=1e-4) is same
+            assert torch.allclose(logits[:, :tail], plain[:, :tail], atol=1e-4) or not tail
+    assert model.config._attn_implementation == "sdpa"
+
+
+def _doubled(layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return 2 * keys, 2 * values
+
+
+class Letters:
+    """A tokenizer with a token for each character."""
+
+    chat_template = None
+    eos_token_id = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(index) for index in ids)
+
+
+MATERIAL = Material(
+    templates={
+        "niah": Template(
+            question="Some {type_needle_v} are in {context}. What are all {type_needle_v} for {query}?",
+            answer_prefix=" The {type_needle_v} for {query} are",
+            max_new_tokens=9,
+        ),
+        "variable_tracking": Template(
+            question="Track.\n{context}\nWhich are {query}?",
+            answer_prefix=" These {num_v}:",
+            max_new_tokens=9,
+        ),
+        "qa": Template(question="{context}\nQuestion: {query}", answer_prefix=" Answer:", max_new_tokens=9),
+    },
+    essay_words=["One", "two", "three.", "Four", "five."] * 400,
+    adjectives=["red", "green", "blue"],
+    nouns=["tree", "sea", "stone", "star"],
+    questions=[Question(text="Who?", answers=["she", "her"], document=1, related=[0])],
+    documents=["he was", "she was", "it was", "they were"],
+)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_are_as_long_as_they_may_be_and_hold_the_answer(task):
+    def count(sample: Sample) -> int:
+        return len(prompt_of(Letters(), sample))
+
+    for num_tokens in (1500, 3000):
+        sample = sample_of(task, MATERIAL, 0, num_tokens, count)
+        assert count(sample) + 9 <= num_tokens
+        assert task == "qa_1" or count(sample) > num_tokens - 150
+        assert any(answer in sample.user for answer in sample.answers)
+        assert sample == sample_of(task, MATERIAL, 0, num_tokens, count)
+    if task.startswith("niah"):
+        assert sample.user.startswith("A number is in")
+        assert sample.user.count("One of the special magic numbers for") == {"niah_single_2": 1}.get(task, 4)
+    if task == "vt":
+        assert sample.user.count("VAR") == 2 * 9
+        assert all(name in sample.user for name in sample.answers)
+    with pytest.raises(ValueError, match="too few"):
+        sample_of(task, MATERIAL, 0, 20, count)
+
+
+def test_scores_are_those_of_ruler():
+    assert score("vt", " abc, def", ["ABC", "DEF", "GHI", "JKL"]) == 0.5
+    assert score("qa_1", "It was Her.", ["she", "her"]) == 1
+    assert score("qa_1", "It was him.", ["she", "her"]) == 0
+    assert score("niah_single_2", "12\x0034567", ["1234567"]) == 0
+
+
+@pytest.fixture
+def loaded(tmp_path) -> LoadedModel:
+    model = tiny_model("llama", head_dim=64)
+    model.save_pretrained(tmp_path / "model")
+    geometry = Geometry(num_layers=3, num_kv_heads=2, head_dim=64)
+    return LoadedModel(
+        name="tiny", folder=tmp_path / "model", model=model, tokenizer=Letters(), geometry=geometry
+    )
+
+
+@pytest.fixture
+def texts(monkeypatch) -> None:
+    def of_length(tokenizer: object, count: int, num_tokens: int) -> list[list[int]]:
+        return [tokens(num_tokens, seed) for seed in range(count)]
+
+    monkeypatch.setattr("benchmarks.quality.measure.token_sequences", of_length)
+
+
+def test_a_whole_run_makes_rows_and_a_report(loaded, texts, tmp_path, capsys):
+    names = ["none", "fp8", "vllm-4bit_nc-all", "tq4", "tq2"]
+    steps = []
+    rows = measure_texts(
+        loaded,
+        [METHODS[name] for name in names],
+        Conditions(num_texts=2, num_tokens=192, state_tokens=64),
+        TEXT_METRICS,
+        lambda *step: steps.append(step),
+    )
+    assert [row["preset"] for row in rows] == names
+    losses = [row["kl_mean"] for row in rows]
+    assert losses[0] < 1e-6 < losses[1] < losses[3] < losses[4]
+    assert rows[4]["worst_layer_corr"] < rows[3]["worst_layer_corr"] < rows[0]["worst_layer_corr"] + 1e-9
+    assert {metric: (done, total) for metric, done, total in steps} == {"tensor": (6, 6), "logits": (12, 12)}
+    write_rows(rows, tmp_path / "quality.jsonl")
+    arguments = ["--rows", str(tmp_path / "quality.jsonl"), "--folder", str(tmp_path)]
+    pages = []
+    for _ in range(2):
+        assert report(arguments) == 0
+        pages.append((tmp_path / "quality.html").read_bytes())
+    assert pages[0] == pages[1]
+    assert pages[0].count(b"<svg") == 3
+    for name in names:
+        assert f"<td>{name}</td>".encode() in pages[0]
+    assert (tmp_path / "quality.svg").read_text().count("tiny") == 1
+    assert "quality.svg" in capsys.readouterr().out
+
+
+def test_without_rows_there_is_no_report(tmp_path, capsys):
+    assert report(["--rows", str(tmp_path / "nothing"), "--folder", str(tmp_path)]) == 1
+    assert "benchmarks.quality" in capsys.readouterr().err
+
+
+def test_a_second_half_is_decoded_on_blocks_from_a_store(loaded, texts):
+    methods = [METHODS[name] for name in ("vllm-4bit_nc", "fp8", "tq4", "tq4-balanced")]
+    conditions = Conditions(num_texts=1, num_tokens=256)
+    rows = measure_store(loaded, methods, conditions, lambda *_: None)
+    assert [(row["preset"], row["blocks"]) for row in rows] == [("fp8", 2), ("tq4", 2)]
+    assert all(0 < row["kl_mean"] < 0.2 for row in rows)
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_retrieval_is_scored_for_every_method(loaded, texts, monkeypatch):
+    monkeypatch.setattr("benchmarks.quality.measure.load_material", lambda: MATERIAL)
+    methods = [METHODS["fp8"], METHODS["tq4"]]
+    rows = measure_ruler(
+        loaded, methods, Conditions(num_tokens=900), ("niah_single_2", "qa_1"), 1, lambda *_: None
+    )
+    assert [row["preset"] for row in rows] == ["fp8", "tq4"]
+    assert all(set(row["ruler"]) == {"niah_single_2", "qa_1"} for row in rows)
+    assert all(tuple(ordered(row))[: len(KEYS)] == KEYS and row["tokens"] == 900 for row in rows)
