@@ -77,6 +77,7 @@ SECRET = "tqs_" + "ab" * 8 + "_" + "cd" * 32
     [
         ("", "declares no tenant"),
         ("[a", "is not TOML"),
+        ("a = " + "[" * 100_000, "is not TOML"),
         ("a = 1", "declares no tenant; write"),
         ('[""]', "declares no tenant; write"),
         (f'["{"x" * 65}"]', "declares no tenant; write"),

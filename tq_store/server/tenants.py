@@ -192,7 +192,7 @@ def load_tenants(path: Path) -> Tenants:
         raise ConfigError(f"tenants_file {path} has more than {_MAX_FILE_BYTES} bytes")
     try:
         tables = tomllib.loads(content.decode("utf-8"))
-    except ValueError as error:  # its message tells where, but may quote
+    except (ValueError, RecursionError) as error:  # whose message tells where, but may quote
         raise ConfigError(f"tenants_file {path} is not TOML") from error
     if not tables:
         raise ConfigError(f"tenants_file {path} declares no tenant; begin with a line [NAME]")
