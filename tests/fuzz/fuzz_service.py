@@ -50,6 +50,8 @@ CORPUS = [
     convert.pack_keys([sample_key(number) for number in range(3)]),
     convert.pack_purge(bytes(32)),
     convert.pack_inspect(sample_key(1)),
+    convert.pack_shared_get(bytes(16), [sample_key(1)]),
+    convert.pack_shared_put(bytes(16), [(sample_key(1), 512)]),
     *(pack_frame(frame) for frame in cut_block(0, sample_block(7)[1], key=sample_key(7))),
 ]
 
@@ -190,7 +192,9 @@ def fuzz(directory: Path, seed: int, keep_going: Callable[[int], bool]) -> Count
     key, block = sample_block(1)
     token_file = write_token(directory)
     with ExitStack() as open_things:
-        server = open_things.enter_context(running_server(token_file=token_file, **FULL))
+        server = open_things.enter_context(
+            running_server(token_file=token_file, local_socket=directory / "socket", **FULL)
+        )
         config = ClientConfig(token_file=token_file)
         client = open_things.enter_context(StoreClient(server.address, config=config))
         fuzzer = Fuzzer(server, random.Random(seed))

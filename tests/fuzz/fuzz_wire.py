@@ -131,6 +131,12 @@ TARGETS = {
     "stats": Target(convert.parse_stats, [convert.pack_stats(_STATS)]),
     "inspect": Target(convert.parse_inspect, [convert.pack_inspect(KEY)]),
     "copies": Target(convert.parse_copies, [convert.pack_copies([_COPY, _COPY])]),
+    "shared_get": Target(convert.parse_shared_get, [convert.pack_shared_get(bytes(16), [KEY])]),
+    "shared_put": Target(convert.parse_shared_put, [convert.pack_shared_put(bytes(16), [(KEY, 512)])]),
+    "shared_sizes": Target(
+        lambda data: convert.parse_shared_sizes(data, num_keys=3, segment_bytes=999),
+        [convert.pack_shared_sizes([0, 512, 300])],
+    ),
     "block_key": Target(lambda data: parse_key(data.decode("latin-1")), [KEY.hex().encode()]),
     "token": Target(_token, [_TOKEN.encode()]),
     "entry": Target(lambda data: parse_entry(data.decode("latin-1")), [str(_ENTRY).encode()]),

@@ -42,9 +42,10 @@ def file(tmp_path: Path) -> TenantsFile:
     return file
 
 
-@pytest.fixture
-def server(file: TenantsFile) -> Iterator[Server]:
-    with running_server(tenants_file=file.path, metrics_port=0) as started:
+@pytest.fixture(params=["streams", "shared memory"])
+def server(file: TenantsFile, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    listen = "127.0.0.1:0" if request.param == "streams" else f"unix:{tmp_path}/socket"
+    with running_server(listen=listen, tenants_file=file.path, metrics_port=0) as started:
         yield started
 
 

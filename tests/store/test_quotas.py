@@ -187,13 +187,17 @@ def file(tmp_path: Path) -> TenantsFile:
     return TenantsFile(tmp_path)
 
 
-def test_a_full_quota_refuses_the_rest_and_spares_other_tenants(file: TenantsFile) -> None:
+@pytest.mark.parametrize("road", ["streams", "shared memory"])
+def test_a_full_quota_refuses_the_rest_and_spares_other_tenants(
+    file: TenantsFile, tmp_path: Path, road: str
+) -> None:
+    listen = "127.0.0.1:0" if road == "streams" else f"unix:{tmp_path}/socket"
     file.add("small", bytes=3 * block_bytes(256))
     file.add("few", keys=2)
     file.add("free")
     blocks = sample_blocks(4)
     with (
-        running_server(tenants_file=file.path, metrics_port=0) as server,
+        running_server(listen=listen, tenants_file=file.path, metrics_port=0) as server,
         file.client(server.address, "small") as small,
         file.client(server.address, "few") as few,
         file.client(server.address, "free") as free,
