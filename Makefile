@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup check format test test-faults fuzz demo bench bench-gpu proto clean
+.PHONY: help setup check format test test-faults fuzz demo bench bench-gpu bench-quality proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,9 @@ bench: $(STAMP)  ## the measurements that run on any machine
 
 bench-gpu: $(STAMP)  ## GPU kernels against bf16, FP8's limit and peers; ARGS="--help" explains
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-quality: $(STAMP)  ## what compressed caches cost a real model, ours and others'; ARGS="--help" explains
+	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 proto: $(STAMP)  ## regenerate the RPC code from proto/
 	proto/generate.sh

@@ -35,6 +35,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {
 }
 _CODEC_KINDS = ("gaussian", "sparse", "outlier", "offset")
 _SHOWN_BY_LAYER = ("fp8", "vllm-4bit_nc-all", "vllm-3bit_nc-all", "kivi4", "tq4", "tq3")
+_LEAST_BASE = 60
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; color: #222 }
 table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums }
@@ -56,6 +57,11 @@ def page(rows: Sequence[Row]) -> str:
         parts.append(correlation_by_layer(main, _SHOWN_BY_LAYER))
     for group in grouped(rows, "text").values():
         parts += _text_section(group)
+    for group in grouped(rows, "store").values():
+        parts += _store_section(group)
+    for model in dict.fromkeys(row["model"] for row in rows if row["measure"] == "retrieval"):
+        scored = [row for row in rows if row["measure"] == "retrieval" and row["model"] == model]
+        parts += _retrieval_section(model, scored)
     head = f'<meta charset="utf-8"><title>Quality per byte</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
@@ -76,11 +82,6 @@ def _text_section(rows: Sequence[Row]) -> list[str]:
     title = f"{first['model']}: {first['texts']} x {first['tokens']} tokens, {first['sinks']} raw sinks"
     if first["tail"]:
         title += f", raw tail of {first['tail']}"
-    facts = {
-        f"state from {row['state']}; {row['dtype']} on {row['device']}, {row['machine']}; "
-        f"torch {row['torch']}, transformers {row['transformers']}; commit {row['commit']}"
-        for row in rows
-    }
     ordered = sorted(rows, key=lambda row: -row["bytes_per_token"])
     parts = [f"<h2>{html.escape(title)}</h2>", _table(ordered, _COLUMNS)]
     if any(row.get("codec_key_gaussian") is not None for row in rows):
@@ -90,7 +91,54 @@ def _text_section(rows: Sequence[Row]) -> list[str]:
             for kind in _CODEC_KINDS
         }
         parts += ["<h3>Squared error on made-up vectors</h3>", _table(ordered, columns)]
-    return [*parts, *(f'<p class="note">{html.escape(fact)}</p>' for fact in sorted(facts))]
+    return [*parts, *_notes(rows)]
+
+
+def _store_section(rows: Sequence[Row]) -> list[str]:
+    first = rows[0]
+    title = f"{first['model']}: decoded on blocks from a store, {first['texts']} x {first['tokens']} tokens"
+    about = (
+        "One replica prefilled the first half of each text and saved its blocks to a running tq-store over "
+        "gRPC; another fetched them and decoded the second half token by token, attending on their bytes. "
+        "Its own newest tokens are raw until they fill a page, so numbers are lower than above."
+    )
+    ordered = sorted(rows, key=lambda row: -row["bytes_per_token"])
+    columns = {**_COLUMNS, "blocks": ("blocks fetched", "{}")}
+    return [f"<h2>{html.escape(title)}</h2><p>{about}</p>", _table(ordered, columns), *_notes(rows)]
+
+
+def _retrieval_section(model: str, rows: Sequence[Row]) -> list[str]:
+    """Scores by task and length; those where bf16 itself scores 60 or less say nothing and are grey."""
+    lengths = sorted({row["tokens"] for row in rows})
+    tasks = list(dict.fromkeys(task for row in rows for task in row["ruler"]))
+    cells = [(task, length) for task in tasks for length in lengths]
+    scores = {(row["preset"], row["tokens"], task): row["ruler"].get(task) for row in rows for task in tasks}
+    header = "".join(f"<th>{html.escape(task)}, {length:,}</th>" for task, length in cells)
+    lines = []
+    for preset in dict.fromkeys(row["preset"] for row in rows):
+        line = f"<td>{html.escape(preset)}</td>"
+        for task, length in cells:
+            value, base = scores.get((preset, length, task)), scores.get(("bf16", length, task))
+            kind = ' class="note"' if base is not None and base <= _LEAST_BASE else ""
+            line += f"<td{kind}>{'' if value is None else f'{value:.1f}'}</td>"
+        lines.append(f"<tr>{line}</tr>")
+    samples = " or ".join(str(count) for count in sorted({row["samples"] for row in rows}))
+    about = f"Percent, {samples} samples each. Grey: bf16 itself scores {_LEAST_BASE} or less."
+    return [
+        f"<h2>{html.escape(model)}: RULER</h2><p>{about}</p>",
+        _wide_table(f"<th>method</th>{header}", lines),
+        *_notes(rows),
+    ]
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Circumstances of rows, each once."""
+    facts = {
+        f"state from {row['state']}; {row['dtype']} on {row['device']}, {row['machine']}; "
+        f"torch {row['torch']}, transformers {row['transformers']}; commit {row['commit']}"
+        for row in rows
+    }
+    return [f'<p class="note">{html.escape(fact)}</p>' for fact in sorted(facts)]
 
 
 def _table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
@@ -103,7 +151,12 @@ def _table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
         cells += ["" if row.get(key) is None else form.format(row[key]) for key, (_, form) in shown.items()]
         lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     header = "".join(f"<th>{title}</th>" for title in titles)
-    return f'<div class="wide"><table><thead><tr>{header}</tr></thead>{"".join(lines)}</table></div>'
+    return _wide_table(header, lines)
+
+
+def _wide_table(header: str, lines: Sequence[str]) -> str:
+    body = "".join(lines)
+    return f'<div class="wide"><table><thead><tr>{header}</tr></thead>{body}</table></div>'
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from connectors.tiny_models import VOCABULARY, tiny_model, tokens
+from project import readme_quality
 
 from benchmarks.quality.articles import plain_text
 from benchmarks.quality.cache_view import CacheView
@@ -14,6 +15,7 @@ from benchmarks.quality.methods.base import Geometry, Place
 from benchmarks.quality.methods.catalogue import catalogue, selected
 from benchmarks.quality.models import LoadedModel
 from benchmarks.quality.report import main as report
+from benchmarks.quality.report import page
 from benchmarks.quality.retrieval import prompt_of
 from benchmarks.quality.rows import KEYS, merged, ordered, read_rows, write_rows
 from benchmarks.quality.ruler.material import Material, Question, Template
@@ -338,6 +340,25 @@ def test_a_whole_run_makes_rows_and_a_report(loaded, texts, tmp_path, capsys):
     assert "quality.svg" in capsys.readouterr().out
 
 
+def test_the_table_of_the_readme_is_the_measured_one():
+    assert readme_quality.parts()[1] == readme_quality.table(read_rows()), (
+        "run `python -m tests.project.readme_quality`"
+    )
+
+
+def test_the_table_has_a_line_for_each_method_and_columns_for_each_model():
+    row = {"measure": "text", "tokens": 1024, "texts": 2, "sinks": 4, "tail": 0, "bytes_per_token": 1.0}
+    row |= {"bytes_per_token_bf16": 4, "kl_mean": 0.01234, "top1": 0.95, "ppl_ratio": 1.02, "device": "cpu"}
+    row |= {"torch": "2", "commit": "abc1234"}
+    rows = [{**row, "model": model, "preset": name} for model in ("a", "b") for name in ("fp8", "tq4")]
+    lines = readme_quality.table([*rows, {**row, "model": "a", "preset": "kivi2"}]).splitlines()
+    cells = "4.00x | 0.0123 | 95.0% | +2.0%"
+    assert f"| `tq4` | {cells} | {cells} |" in lines
+    assert f"| kivi2 | {cells} |  |  |  |  |" in lines
+    assert "abc1234" in lines[-1]
+    assert "make bench-quality" in readme_quality.table([])
+
+
 def test_without_rows_there_is_no_report(tmp_path, capsys):
     assert report(["--rows", str(tmp_path / "nothing"), "--folder", str(tmp_path)]) == 1
     assert "benchmarks.quality" in capsys.readouterr().err
@@ -350,6 +371,7 @@ def test_a_second_half_is_decoded_on_blocks_from_a_store(loaded, texts):
     assert [(row["preset"], row["blocks"]) for row in rows] == [("fp8", 2), ("tq4", 2)]
     assert all(0 < row["kl_mean"] < 0.2 for row in rows)
     assert loaded.model.config._attn_implementation == "sdpa"
+    assert page([ordered(row) for row in rows]).count("<td>tq4</td>") == 1
 
 
 def test_retrieval_is_scored_for_every_method(loaded, texts, monkeypatch):
@@ -361,3 +383,4 @@ def test_retrieval_is_scored_for_every_method(loaded, texts, monkeypatch):
     assert [row["preset"] for row in rows] == ["fp8", "tq4"]
     assert all(set(row["ruler"]) == {"niah_single_2", "qa_1"} for row in rows)
     assert all(tuple(ordered(row))[: len(KEYS)] == KEYS and row["tokens"] == 900 for row in rows)
+    assert page(rows).count("<td>tq4</td>") == 1
