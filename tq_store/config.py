@@ -127,7 +127,11 @@ class ServerConfig:
         default=None, metadata=about(PATH, "demand client certificates signed by this CA, PEM")
     )
     token_file: Path | None = field(
-        default=None, metadata=about(PATH, "demand one of the tokens in this file, one a line")
+        default=None,
+        metadata=about(
+            PATH,
+            "demand one of the tokens in this file, one a line, or what `tq-store token new` prints for them",
+        ),
     )
     tenants_file: Path | None = field(
         default=None,

@@ -19,6 +19,7 @@ from tq_store.rpc.token import TokenFile
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
 from tq_store.server.app import Server
+from tq_store.server.tokens import new_token
 
 NEW_TOKEN = "a-newer-token-of-some-length"
 PATIENT = ClientConfig(lookup_timeout_s=WAIT_S, max_attempts=1)
@@ -54,6 +55,17 @@ def test_a_wrong_token_lets_nobody_in(server: Server, tmp_path: Path) -> None:
         ):
             with pytest.raises(RpcDenied, match="missing or wrong; give the client a token_file"):
                 call()
+
+
+def test_a_token_file_may_hold_hashes_which_are_no_tokens_themselves(tmp_path: Path) -> None:
+    token, entry = new_token()
+    with running_server(token_file=write_token(tmp_path, f"{TOKEN}\n{entry}\n")) as server:
+        for accepted in (token, TOKEN):
+            with client_with(server, tmp_path / accepted, accepted) as client:
+                assert client.ping().version
+        for wrong in (str(entry), token[:-1] + ("0" if token[-1] != "0" else "1")):
+            with client_with(server, tmp_path / wrong, wrong) as client, pytest.raises(RpcDenied):
+                client.ping()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tq_store.keys import BlockKey
 from tq_store.rpc.token import METADATA_KEY, file_version, load_tokens
 from tq_store.server.calls import ANYBODY, Identity
 from tq_store.server.tenants import SOLE_TENANT, Tenant, Tenants, load_tenants
-from tq_store.server.tokens import matches, token_id_of
+from tq_store.server.tokens import TokenEntry, matches, parse_entry, token_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +54,28 @@ class SharedDirectory(OpenDirectory):
     """A token file: everybody who shows one of its tokens is the one tenant.
 
     Args:
-        tokens: Those that are accepted; named by their line in logs.
+        lines: Tokens, or entries that `tq-store token new` prints for them. In logs an entry goes by its id,
+            a token by its line.
     """
 
-    def __init__(self, tokens: Sequence[str]) -> None:
+    def __init__(self, lines: Sequence[str]) -> None:
         # hashes, so that all are of one length and no token stays in memory
-        self._digests = {str(line): _digest(token) for line, token in enumerate(tokens, 1)}
+        self._digests: dict[str, bytes] = {}
+        self._entries: dict[str, TokenEntry] = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = parse_entry(line)
+            except ValueError:
+                self._digests[str(number)] = _digest(line)
+            else:
+                self._entries[entry.id] = entry
 
     def identify(self, token: str | None) -> Identity | None:
         """The one tenant, or nobody; compares with all, so that the time does not tell which came close."""
-        shown = _digest(token or "")
+        token_id, shown = token_id_of(token or "") or "", _digest(token or "")
         fitting = [line for line, digest in self._digests.items() if hmac.compare_digest(shown, digest)]
+        if matches(token or "", self._entries.get(token_id)):
+            fitting.append(token_id)
         return Identity(tenant=SOLE_TENANT, token_id=fitting[0]) if fitting and token else None
 
 
