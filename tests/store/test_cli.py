@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from store.running_server import running_server, write_token
 from store.sample_blocks import NAMESPACE, sample_block, sample_blocks, sample_key
+from store.tenants_file import TenantsFile
 
 from tq_store import cli
 from tq_store.client import StoreClient
@@ -279,3 +280,27 @@ def test_a_new_token_is_shown_once_and_its_entry_lets_it_in(
         assert run(capsys, "stats", *shown)[0] == 0
     tenants.write_text("[search]\ntokens = 1")
     assert run(capsys, "token", "check", str(tenants))[0] == 2
+
+
+def test_a_hangup_reads_the_tokens_again_and_ends_nothing(tmp_path: Path) -> None:
+    tenants = TenantsFile(tmp_path)
+    tenants.add("search")
+    command = [sys.executable, "-m", "tq_store", "serve", "--listen", f"unix:{tmp_path}/socket"]
+    server = subprocess.Popen(
+        [*command, "--tenants-file", str(tenants.path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    assert server.stderr is not None
+    try:
+        assert "serves on" in server.stdout.readline()
+        server.send_signal(signal.SIGHUP)
+        assert "tokens were read again" in server.stderr.readline()
+        with tenants.client(f"unix:{tmp_path}/socket", "search") as client:
+            assert client.ping().version
+    finally:
+        server.terminate()
+        server.communicate(timeout=20)
+    assert server.returncode == 0
