@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tq_store.block import bf16_bytes
 from tq_store.errors import NotPermitted
-from tq_store.keys import BlockKey, split_key
+from tq_store.keys import DIGEST_BYTES, BlockKey, split_key
 from tq_store.results import PutOutcome
 from tq_store.server.activity import Activity
 from tq_store.server.calls import CALL, KEY_PREFIX_CHARS, Call
@@ -132,15 +132,11 @@ def _store_keys(call: Call, keys: Sequence[BlockKey]) -> list[BlockKey]:
     call.num_keys += len(keys)
     if not call.tenant.name:
         return list(keys)
-    namespaces: dict[bytes, bytes] = {}
-    renamed = []
-    for key in keys:
-        namespace, prefix_hash = split_key(key)
-        if namespace not in namespaces:
-            _check_allowed(call, namespace)
-            namespaces[namespace] = call.tenant.store_namespace(namespace)
-        renamed.append(BlockKey(namespaces[namespace] + prefix_hash))
-    return renamed
+    store_namespaces = {}
+    for namespace in {key[:DIGEST_BYTES] for key in keys}:
+        _check_allowed(call, namespace)
+        store_namespaces[namespace] = call.tenant.store_namespace(namespace)
+    return [BlockKey(store_namespaces[key[:DIGEST_BYTES]] + key[DIGEST_BYTES:]) for key in keys]
 
 
 def _check_allowed(call: Call, namespace: bytes) -> None:

@@ -23,7 +23,7 @@ import stat
 import struct
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Tenant:
         calls_at_once: Calls that it may have in flight.
         namespaces: The only ones that it may use; empty for all.
         is_admin: Whether it may see and purge what is not its own.
+        realm_tag: What the keys of its realm begin with; empty for the one tenant of a server without a file.
     """
 
     name: str
@@ -64,16 +65,16 @@ class Tenant:
     calls_at_once: int | None = None
     namespaces: frozenset[bytes] = frozenset()
     is_admin: bool = False
+    realm_tag: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        tag = _hash("tq-store realm v1", self.realm.encode())[:REALM_TAG_BYTES] if self.name else b""
+        object.__setattr__(self, "realm_tag", tag)
 
     @property
     def realm(self) -> str:
         """Whose blocks it sees; a group and a tenant of one name are two realms."""
         return f"group {self.group}" if self.group else f"tenant {self.name}"
-
-    @property
-    def realm_tag(self) -> bytes:
-        """What the keys of the realm begin with; empty for the one tenant of a server without a file."""
-        return _hash("tq-store realm v1", self.realm.encode())[:REALM_TAG_BYTES] if self.name else b""
 
     def store_namespace(self, namespace: bytes) -> bytes:
         """The namespace under which the store keeps what the tenant calls `namespace`, 32 bytes both."""
