@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help setup check format test test-faults fuzz demo bench bench-gpu bench-quality proto clean
+.PHONY: help setup check format test test-faults fuzz demo bench bench-store bench-gpu bench-quality proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,9 @@ demo: $(STAMP)  ## the main job on real input; ARGS="--preset k8v4 --document FI
 bench: $(STAMP)  ## the measurements that run on any machine
 	$(BIN)/python benchmarks/eviction.py
 	$(BIN)/python benchmarks/presets.py
+
+bench-store: $(STAMP)  ## the store against C clients of Redis, in five minutes; ARGS="--help" explains
+	$(BIN)/python -m benchmarks.store $(ARGS)
 
 bench-gpu: $(STAMP)  ## GPU kernels against bf16, FP8's limit and peers; ARGS="--help" explains
 	$(BIN)/python -m benchmarks.run $(ARGS)
