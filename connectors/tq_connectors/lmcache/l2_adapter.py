@@ -146,12 +146,15 @@ class TQStoreL2Adapter(L2AdapterInterface):
             "loads": self._loads,
             "deletions": self._deletions,
         }
+        usage = self.get_usage()
         return {
             "is_healthy": self._store.is_reachable,
             "type": type(self).__name__,
             "address": self._client.address,
             "stored_object_count": self._index.num_objects,
             "locked_key_count": self._index.num_locked,
+            "used_bytes": usage.total_bytes_used,
+            "max_capacity_bytes": usage.total_capacity_bytes,
             **{f"pending_{name}": queue.pending_tasks for name, queue in queues.items()},
             **{f"refused_{name}": queue.refused_tasks for name, queue in queues.items()},
             **self._store.counters,
