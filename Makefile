@@ -7,8 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+ENGINE ?= lmcache
+ENGINE_VENV ?= .venv-$(ENGINE)
 
-.PHONY: help setup check format test test-faults fuzz demo bench bench-store bench-gpu bench-quality proto clean
+.PHONY: help setup check format test test-engines test-faults fuzz demo bench bench-store bench-gpu bench-quality proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +41,10 @@ test: $(STAMP)  ## all tests with coverage, on real Redis, sockets, processes an
 	@command -v faketime >/dev/null || tests/install_faketime.sh
 	$(BIN)/python -m tq_connectors.hf.models
 	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=term-missing:skip-covered)
+
+test-engines:  ## the tests of one engine in an environment of its own; ENGINE=lmcache, ENGINE_VENV=elsewhere
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" tests/engines/$(ENGINE)/install.sh $(ENGINE_VENV)
+	tests/engines/$(ENGINE)/run.sh $(ENGINE_VENV) $(ARGS)
 
 test-faults: $(STAMP)  ## inject faults and count what breaks, four minutes; ARGS="--minutes 30 --seed 7" for longer
 	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || tests/install_redis.sh
@@ -71,4 +77,4 @@ proto: $(STAMP)  ## regenerate the RPC code from proto/
 	proto/generate.sh
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .venv-proto .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis out
+	rm -rf $(VENV) .venv-* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis out

@@ -37,21 +37,26 @@ class LMCacheServer:
         for adapter in adapters:
             self._command += ["--l2-adapter", json.dumps(adapter)]
         self._scheme = {"grpc": "grpc", "zmq": "tcp"}[transport]
-        self._starts = 0
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> "LMCacheServer":
+    def _launch(self) -> subprocess.Popen[bytes]:
         port = free_port()
-        self._starts += 1
         self.url = f"{self._scheme}://127.0.0.1:{port}"
         name = f"tq_test_{os.getpid()}_{port}"
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [*self._command, "--port", str(port), "--shm-name", name],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "LMCACHE_TRACK_USAGE": "false", "PYTHONHASHSEED": "0"},
             )
+
+    def fails_to_start(self) -> bool:
+        """Whether the process ends by itself, with a failure."""
+        return self._launch().wait(WAIT_S) != 0
+
+    def start(self) -> "LMCacheServer":
+        self._process = self._launch()
         client = RequestClientFactory.create(self.url)
         try:
             if not client.ping(None).result(timeout=WAIT_S):

@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[3]
 FILES = {
     "adapter": ["test_mock_l2_adapter.py", "test_l2_adapter_base.py", "test_fault_inject_l2_adapter.py"],
-    "controllers": ["test_store_controller.py", "test_prefetch_controller.py", "test_cache_salt_l2_eviction.py"],
+    "controllers": [
+        "test_store_controller.py",
+        "test_prefetch_controller.py",
+        "test_cache_salt_l2_eviction.py",
+    ],
     "storage manager": [
         "test_distributed_storage_manager.py",
         "test_runtime_adapters.py",
@@ -28,7 +32,17 @@ def test_ours_passes_what_lmcache_asks_of_its_own(part):
     files = [f"tests/v1/distributed/{name}" for name in FILES[part]]
     path = [str(ROOT), *(str(ROOT / name) for name in ("kernels", "connectors", "tests"))]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "engines.lmcache.ours_as_mock", "-p", "no:cacheprovider", *files],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "engines.lmcache.ours_as_mock",
+            "-p",
+            "no:cacheprovider",
+            *files,
+        ],
         cwd=upstream,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "LMCACHE_TRACK_USAGE": "false"},
         capture_output=True,

@@ -76,6 +76,10 @@ class Worker:
         )
         return bool(future.result(timeout=WAIT_S))
 
+    def forget(self) -> None:
+        """Make LMCache drop what it has in memory."""
+        self._client.clear(True).result(timeout=WAIT_S)
+
     def close(self) -> None:
         self._context.unregister()
         self._context.close()
