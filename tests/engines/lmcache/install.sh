@@ -15,8 +15,7 @@ fi
 pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check)
 "${pip[@]}" install "${TORCH:-torch==2.13.0}"
 "${pip[@]}" install --no-deps "lmcache==$version"
-"${pip[@]}" install --requirement "$here/requirements.txt"
-"${pip[@]}" install --no-deps --editable "$root"
+"${pip[@]}" install --requirement "$here/requirements.txt" --editable "$root[server]"
 
 # the release's sources hold its tests; pip looks at their metadata, for which they need not be built
 sources=$venv/lmcache-sources
