@@ -144,6 +144,7 @@ class TestCensus:
     ) -> None:
         redis_server.command("SET", "session:42", "someone else's")
         redis_server.command("RPUSH", redis_key(sample_key(99)), "a list")
+        redis_server.command("SET", "tq:1:not-a-digest:x", "someone else's too")
         async with opened(redis_server.url) as backend:
             await backend.put(sample_blocks(5, 1000) + sample_blocks(2, 500, namespace=OTHER_NAMESPACE))
             assert (await backend.stats()).namespaces == {}, "not asked to count"
@@ -170,7 +171,7 @@ class TestCensus:
         async with opened(redis_server.url) as backend:
             await backend.put(sample_blocks(2500))
             redis_server.command("CONFIG", "RESETSTAT")
-            await backend._census.take(list(backend._shards.values()), timeout_s=WAIT_S)
+            await backend._census.take(backend._servers.shards, timeout_s=WAIT_S)
             assert backend._census.namespaces[NAMESPACE.hex()].num_blocks == 2500
         statistics = redis_server.command("INFO", "commandstats")
         assert int(re.search(r"cmdstat_scan:calls=(\d+)", statistics)[1]) >= 4
@@ -181,7 +182,7 @@ class TestCensus:
         try:
             async with opened(server.url) as backend:
                 await backend.put(sample_blocks(3))
-                shards = list(backend._shards.values())
+                shards = backend._servers.shards
                 await backend._census.take(shards, timeout_s=WAIT_S)
                 server.kill()
                 await backend._census.take(shards, timeout_s=WAIT_S)
@@ -369,7 +370,7 @@ class TestRoundTrips:
         blocks = sample_blocks(3)
         async with opened(redis_server.url, timeout_s=0.5) as backend:
             await backend.put(blocks[:2])
-            (shard,) = backend._shards.values()
+            (shard,) = backend._servers.shards
             for _ in range(16):
                 await shard._transfers.acquire()
             assert await backend.contains(keys_of(blocks)) == [True, True, False], (

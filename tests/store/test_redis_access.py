@@ -148,7 +148,7 @@ async def test_strangers_are_turned_away_on_either_side(
 async def close_connections(server: GuardedServer, backend: RedisBackend) -> None:
     """From the server's side, and wait until ours has noticed."""
     server.admin("CLIENT", "KILL", "USER", "tq-store")
-    (shard,) = backend._shards.values()
+    (shard,) = backend._servers.shards
     connections = list(shard._link.pool._available_connections)
     assert connections
     async with asyncio.timeout(20):

@@ -14,6 +14,7 @@ import pytest
 from store.backend_contract import BackendContract
 from store.redis_arrangements import RedisCluster, free_port, running_cluster
 from store.redis_process import RedisProcess
+from store.running_server import wait_until
 from store.sample_blocks import (
     NAMESPACE,
     OTHER_NAMESPACE,
@@ -91,7 +92,7 @@ class TestPlacement:
             await backend.put(blocks[::2])
             sent: list[int] = []
             all_under_way = asyncio.Barrier(3)
-            for shard in backend._shards.values():
+            for shard in backend._servers.shards:
 
                 async def exchange(commands: Any, *others: Any, real: Any = shard._exchange) -> Any:
                     sent.append(len(commands))
@@ -156,12 +157,76 @@ class TestMovingSlots:
                 node.command("CLUSTER", "SETSLOT", slot, "NODE", target_id)
             assert await backend.get([key]) == [block], "sent on to the new owner"
             async with asyncio.timeout(WAIT_S):
-                while backend._topology.owner(redis_key(key).encode()).port != target.port:  # type: ignore[union-attr]
+                while backend._servers._topology.owner(redis_key(key).encode()).port != target.port:  # type: ignore[union-attr]
                     await asyncio.sleep(0.01)
             assert await backend.delete([key]) == [True]
             assert [shard.lost_keys for shard in backend.shards()] == [0, 0, 0]
         for node in cluster.nodes[:3]:
             node.command("CLUSTER", "SETSLOT", slot, "NODE", source_id)
+
+    async def test_masters_that_send_a_key_to_each_other_do_not_hold_up_the_call(
+        self, cluster: RedisCluster
+    ) -> None:
+        key = sample_key(1)
+        slot = cluster.nodes[0].command("CLUSTER", "KEYSLOT", redis_key(key))
+        source = cluster.master_of(redis_key(key))
+        target = next(node for node in cluster.nodes[:3] if node is not source)
+        source_id, target_id = (node.command("CLUSTER", "MYID") for node in (source, target))
+        async with opened(cluster.url) as backend:
+            source.command("CLUSTER", "SETSLOT", slot, "NODE", target_id)
+            try:
+                assert await backend.get([key]) == [None]
+                assert await backend.put([sample_block(1)]) == [PutOutcome.REFUSED]
+            finally:
+                source.command("CLUSTER", "SETSLOT", slot, "NODE", source_id)
+            (gone,) = [shard for shard in backend.shards() if shard.name == "gone"]
+            assert (gone.failed_calls, gone.lost_keys) == (0, 2)
+
+    async def test_a_slot_without_an_owner_costs_its_own_keys_only(self, cluster: RedisCluster) -> None:
+        blocks = sample_blocks(30)
+        key = blocks[7][0]
+        slot = cluster.nodes[0].command("CLUSTER", "KEYSLOT", redis_key(key))
+        source = cluster.master_of(redis_key(key))
+        for node in (source, *cluster.nodes):
+            node.command("CLUSTER", "DELSLOTS", slot)
+        try:
+            async with opened(cluster.url) as backend:
+                outcomes = [PutOutcome.STORED] * 30
+                outcomes[7] = PutOutcome.REFUSED
+                assert await backend.put(blocks) == outcomes
+                found: list[bytes | None] = list(bytes_of(blocks))
+                found[7] = None
+                assert await backend.get(keys_of(blocks)) == found
+                await backend.quarantine(key)
+                with pytest.raises(BackendUnavailable, match="no server of the redis cluster owns"):
+                    await backend.delete([key])
+                (gone,) = [shard for shard in backend.shards() if shard.name == "gone"]
+                assert (gone.failed_calls, gone.lost_keys) == (0, 3)
+        finally:
+            source.command("CLUSTER", "ADDSLOTS", slot)
+            assigned = "cluster_slots_assigned:16384"
+            for node in cluster.nodes:
+                await asyncio.to_thread(
+                    wait_until, lambda node=node: assigned in node.command("CLUSTER", "INFO")
+                )
+
+    async def test_the_watch_outlives_what_nobody_expected(
+        self, cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with opened(cluster.url) as backend:
+            servers = backend._servers
+            calls: list[int] = []
+
+            async def refresh() -> None:
+                calls.append(1)
+                raise ValueError("a reply that makes no sense")
+
+            monkeypatch.setattr(servers._topology, "refresh", refresh)
+            async with asyncio.timeout(WAIT_S):
+                while len(calls) < 2:
+                    servers._trouble.set()
+                    await asyncio.sleep(0.01)
+        assert "the redis tier's watch met something unexpected" in caplog.text
 
 
 class TestCensus:
@@ -169,7 +234,7 @@ class TestCensus:
         ours, theirs = sample_blocks(20, 1000), sample_blocks(7, 500, namespace=OTHER_NAMESPACE)
         async with opened(cluster.url) as backend:
             await backend.put(ours + theirs)
-            await backend._census.take(list(backend._shards.values()), timeout_s=10.0)
+            await backend._census.take(backend._servers.shards, timeout_s=10.0)
             assert (await backend.stats()).namespaces == {
                 NAMESPACE.hex(): NamespaceUsage(num_blocks=20, used_bytes=20 * 1256),
                 OTHER_NAMESPACE.hex(): NamespaceUsage(num_blocks=7, used_bytes=7 * 756),
@@ -247,6 +312,8 @@ class TestAMasterIsKilled:
                 before = stalled.lost_keys
                 assert await backend.contains(keys_of(blocks)) == expected
                 assert await backend.put([sample_block(1)]) in ([PutOutcome.PRESENT], [PutOutcome.REFUSED])
+                with pytest.raises(BackendError, match="left alone"):
+                    await backend.delete([next(iter(lost))])
                 with pytest.raises(BackendError, match="left alone"):
                     await backend.purge(NAMESPACE)
                 (stalled,) = [shard for shard in backend.shards() if shard.is_open]

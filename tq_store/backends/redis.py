@@ -1,35 +1,22 @@
-"""Blocks in Redis or Valkey, on one server or many: one key per block, every server asked at once."""
+"""Blocks in Redis or Valkey: under which key a block is, and what puts, gets and removes it."""
 
 import asyncio
-import logging
-from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from tq_store.backends.redis_advice import advice
 from tq_store.backends.redis_census import Census
-from tq_store.backends.redis_shard import Command, Elsewhere, Shard
-from tq_store.backends.redis_target import Address, RedisTarget, parse_target
-from tq_store.backends.redis_topology import topology_of
-from tq_store.errors import BackendBusy, BackendError, BackendFull, BackendUnavailable, ConfigError
+from tq_store.backends.redis_servers import RedisServers, all_answers
+from tq_store.backends.redis_shard import Command, Shard
+from tq_store.backends.redis_target import RedisTarget, parse_target
+from tq_store.errors import BackendError, BackendFull, BackendUnavailable, ConfigError
 from tq_store.keys import BlockKey, split_key
 from tq_store.results import BackendStats, PutOutcome, ShardStats
-
-_T = TypeVar("_T")
 
 _BLOCKS = "tq:1"
 _QUARANTINE = "tq:quarantine:1"
 _QUARANTINE_TTL_S = 24 * 3600
 _SCAN_KEYS = 1000
-_MAX_HOPS = 3
-_WATCH_S = 30.0
-"""How often the arrangement is looked at when nothing is wrong."""
-_PROBE_PAUSE_S = 0.5
-_GONE = "gone"
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +50,14 @@ class RedisBackend:
     renamed to ``tq:quarantine:1:{<key>}`` for a day, which is the same hash slot.
 
     With several servers, those that fail cost their own keys only: a read misses, a put is refused, both
-    counted by shard. When all of them fail, and with a single server, the error is raised. A task of its own
-    watches the arrangement, follows a failover, and probes servers that are left alone.
+    counted by shard. When all of them fail, and with a single server, the error is raised.
     """
 
     def __init__(self, target: RedisTarget, limits: RedisLimits) -> None:
-        self._target = target
         self._limits = limits
-        self._topology = topology_of(target, limits.lookup_timeout_s)
-        self._shards: dict[Address, Shard] = {}
-        self._gone_failed_calls = self._gone_lost_keys = 0
-        self._trouble = asyncio.Event()
-        self._learning = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._servers = RedisServers(target, probe_timeout_s=limits.lookup_timeout_s)
         self._census = Census()
+        self._counting: asyncio.Task[None] | None = None
         self._closed = False
 
     @classmethod
@@ -94,14 +75,10 @@ class RedisBackend:
         """
         backend = cls(parse_target(url, **access), limits or RedisLimits())
         try:
-            await backend._learn()
-            await backend._greet()
+            await backend._open()
         except BaseException:
             await backend.close()
             raise
-        backend._tasks.append(asyncio.create_task(backend._watch()))
-        if backend._limits.census_s is not None:
-            backend._tasks.append(asyncio.create_task(backend._count(backend._limits.census_s)))
         return backend
 
     @property
@@ -135,7 +112,7 @@ class RedisBackend:
         commands = [(b"SET", _redis_key(key), block, *options) for key, block in blocks]
         replies = await self._send(commands, self._limits.timeout_s)
         full = next((reply for reply in replies if isinstance(reply, BackendFull)), None)
-        if full is not None and len(self._shards) == 1:
+        if full is not None and len(self._servers.shards) == 1:
             raise full
         return [_outcome(reply) for reply in replies]
 
@@ -167,10 +144,11 @@ class RedisBackend:
             (b"EXPIRE", aside, b"%d" % _QUARANTINE_TTL_S),
             (b"EXEC",),
         ]
-        owner = self._topology.owner(here)
+        owner = self._servers.owner(here)
         if owner is not None:
             # what can fail within the transaction is only a key that is gone
-            self._check(await self._shard(owner).ask(transaction, timeout_s=self._limits.timeout_s))
+            replies = await owner.ask(transaction, timeout_s=self._limits.timeout_s)
+            self._servers.raise_if_all_fail(replies)
 
     async def purge(self, namespace: bytes | None = None) -> int:
         """Scan every server for the keys of a namespace digest, or all of tq-store's, and unlink them.
@@ -187,17 +165,15 @@ class RedisBackend:
             await self._unlink_matching(shard, f"{_QUARANTINE}:{{{_BLOCKS}:{suffix}")
             return await self._unlink_matching(shard, f"{_BLOCKS}:{suffix}")
 
-        removed = await asyncio.gather(*map(purge_one, self._shards.values()), return_exceptions=True)
+        removed = await asyncio.gather(*map(purge_one, self._servers.shards), return_exceptions=True)
         self._census.forget(namespace)
-        return sum(_found(removed))
+        return sum(all_answers(removed))
 
     async def stats(self) -> BackendStats:
         """What the servers that answer say of themselves, which includes keys and overhead not ours."""
         self._check_open()
-        answers = await asyncio.gather(
-            *(shard.facts(self._limits.timeout_s) for shard in self._shards.values()), return_exceptions=True
-        )
-        facts = _found([answer for answer in answers if not isinstance(answer, BackendError)] or answers)
+        timeout_s = self._limits.timeout_s
+        facts = await self._servers.ask_all([shard.facts(timeout_s) for shard in self._servers.shards])
         has_budget = all(fact.max_bytes for fact in facts)
         return BackendStats(
             num_blocks=sum(fact.num_keys for fact in facts),
@@ -209,86 +185,29 @@ class RedisBackend:
 
     def shards(self) -> list[ShardStats]:
         """How each server has behaved; ``gone`` sums up those that own keys no more."""
-        gone = ShardStats(
-            name=_GONE,
-            is_open=False,
-            failed_calls=self._gone_failed_calls,
-            lost_keys=self._gone_lost_keys,
-        )
-        stats = [shard.stats() for shard in self._shards.values()]
-        return [*stats, gone] if gone.failed_calls or gone.lost_keys else stats
+        return self._servers.stats()
 
     async def close(self) -> None:
         """Close all connections; calls under way fail with BackendUnavailable."""
         self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
-        for shard in self._shards.values():
-            await shard.close()
-        await self._topology.close()
+        if self._counting is not None:
+            self._counting.cancel()
+            await asyncio.wait([self._counting])
+        await self._servers.close()
+
+    async def _open(self) -> None:
+        limits = self._limits
+        await self._servers.open(timeout_s=limits.timeout_s, has_ttl=limits.ttl_s is not None)
+        if limits.census_s is not None:
+            self._counting = asyncio.create_task(self._count(limits.census_s))
 
     def _check_open(self) -> None:
         if self._closed:
             raise BackendUnavailable("the redis tier is closed")
 
-    def _shard(self, address: Address) -> Shard:
-        if address not in self._shards:
-            self._shards[address] = Shard(address, self._target, self._trouble.set)
-        return self._shards[address]
-
     async def _send(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
-        """One reply per command, or the error for want of which there is none; each goes to its key's owner.
-
-        Raises:
-            BackendError: Some commands failed, and no server is known to work.
-        """
         self._check_open()
-        replies: list[Any] = [None] * len(commands)
-        routes: dict[int, Elsewhere] = {}
-        for position, (_, key, *_) in enumerate(commands):
-            owner = self._topology.owner(key)
-            if owner is None:
-                self._gone_lost_keys += 1
-                replies[position] = BackendUnavailable("no server of the redis cluster owns this key's slot")
-            else:
-                routes[position] = Elsewhere(owner, asking=False)
-        for _ in range(_MAX_HOPS):
-            groups: dict[Elsewhere, list[int]] = defaultdict(list)
-            for position, route in routes.items():
-                groups[route].append(position)
-            answers = await asyncio.gather(
-                *(
-                    self._shard(route.address).ask(
-                        [commands[position] for position in positions],
-                        timeout_s=timeout_s,
-                        asking=route.asking,
-                    )
-                    for route, positions in groups.items()
-                )
-            )
-            routes.clear()
-            for positions, answer in zip(groups.values(), answers, strict=True):
-                for position, reply in zip(positions, answer, strict=True):
-                    if isinstance(reply, Elsewhere):
-                        routes[position] = reply
-                    else:
-                        replies[position] = reply
-            if not routes:
-                break
-        for position, route in routes.items():
-            self._gone_lost_keys += 1
-            replies[position] = BackendUnavailable(f"redis at {route.address} sends a key elsewhere again")
-        self._check(replies)
-        return replies
-
-    def _check(self, replies: Sequence[Any]) -> None:
-        """Raise what went wrong, unless some server still works."""
-        if len(self._shards) == 1 or all(shard.breaker.last_failed for shard in self._shards.values()):
-            for reply in replies:
-                if isinstance(reply, BackendError) and not isinstance(reply, BackendFull | BackendBusy):
-                    raise reply
+        return await self._servers.send(commands, timeout_s)
 
     async def _unlink_matching(self, shard: Shard, pattern: str) -> int:
         cursor, num_removed = 0, 0
@@ -297,64 +216,13 @@ class RedisBackend:
                 cursor, match=pattern, count=_SCAN_KEYS, timeout_s=self._limits.timeout_s
             )
             removed = await self._send([(b"UNLINK", key) for key in found], self._limits.timeout_s)
-            num_removed += sum(reply for reply in _found(removed) if isinstance(reply, int))
+            num_removed += sum(reply for reply in all_answers(removed) if isinstance(reply, int))
             if cursor == 0:
                 return num_removed
 
-    async def _learn(self) -> None:
-        """Find out who owns which key, and let go of servers that own none."""
-        async with self._learning:
-            await self._topology.refresh()
-            primaries = self._topology.primaries
-            for address in primaries:
-                self._shard(address)
-            for address in self._shards.keys() - primaries:
-                shard = self._shards.pop(address)
-                stats = shard.stats()
-                self._gone_failed_calls += stats.failed_calls
-                self._gone_lost_keys += stats.lost_keys
-                _log.info("redis at %s owns no keys any more", address)
-                await shard.retire()
-
-    async def _greet(self) -> None:
-        """Probe all servers, and say what in their settings will hurt.
-
-        Raises:
-            BackendError: None answers.
-        """
-        shards = list(self._shards.values())
-        answers = await asyncio.gather(
-            *(shard.probe(self._limits.timeout_s) for shard in shards), return_exceptions=True
-        )
-        _found([answer for answer in answers if not isinstance(answer, BackendError)] or answers)
-        for shard in shards:
-            with suppress(BackendError):
-                facts = await shard.facts(self._limits.timeout_s)
-                for sentence in advice(facts, has_ttl=self._limits.ttl_s is not None):
-                    _log.warning("redis at %s: %s", shard.address, sentence)
-
-    async def _watch(self) -> None:
-        """Follow the arrangement: at once when something is wrong, otherwise now and then."""
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_WATCH_S):
-                    await self._trouble.wait()
-            self._trouble.clear()
-            try:
-                await self._learn()
-            except BackendError as error:
-                _log.info("%s", error)
-            await asyncio.gather(*(self._probe(shard) for shard in self._shards.values()))
-            await asyncio.sleep(_PROBE_PAUSE_S)
-
-    async def _probe(self, shard: Shard) -> None:
-        if shard.breaker.is_open:
-            with suppress(BackendError):
-                await shard.probe(self._limits.lookup_timeout_s)
-
     async def _count(self, rest_s: float) -> None:
         while True:
-            await self._census.take(list(self._shards.values()), timeout_s=self._limits.timeout_s)
+            await self._census.take(self._servers.shards, timeout_s=self._limits.timeout_s)
             await asyncio.sleep(rest_s)
 
 
@@ -367,13 +235,3 @@ def _outcome(reply: Any) -> PutOutcome:
     if isinstance(reply, BackendError):
         return PutOutcome.REFUSED
     return PutOutcome.PRESENT if reply is None else PutOutcome.STORED
-
-
-def _found(answers: Sequence[_T | BaseException]) -> list[_T]:
-    """The answers, if none is an error; otherwise raises the first."""
-    found = []
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-        found.append(answer)
-    return found
