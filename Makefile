@@ -39,6 +39,7 @@ format: $(STAMP)  ## rewrite files the way check wants them
 test: $(STAMP)  ## all tests with coverage, on real Redis, sockets, processes and the real model; ARGS picks some
 	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || tests/install_redis.sh
 	@command -v faketime >/dev/null || tests/install_faketime.sh
+	@tests/install_tools.sh
 	$(BIN)/python -m tq_connectors.hf.models
 	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=term-missing:skip-covered)
 

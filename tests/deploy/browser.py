@@ -1,0 +1,51 @@
+"""The status page of a busy server in a real browser; `python -m tests.deploy.browser` takes its picture."""
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
+
+PICTURE = Path(__file__).parents[2] / "deploy" / "status-page.png"
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, without a window."""
+    names = ("chromium-headless-shell", "chromium", "chromium-browser")
+    path = next(filter(None, map(shutil.which, names)), None)
+    assert path is not None, "no Chromium on the PATH; run tests/install_tools.sh"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path)
+        yield started
+        started.close()
+
+
+def take_picture() -> None:
+    """Of a server with three models in it, after half a minute of saving and loading."""
+    from store.running_server import running_server
+    from store.sample_blocks import keys_of, sample_blocks, sample_key
+
+    from tq_store.client import StoreClient
+
+    settings = {"metrics_port": 0, "memory_budget_bytes": 160 << 20}
+    with running_server(**settings) as server, StoreClient(server.address) as client, browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1100, "height": 900}, color_scheme="light")
+        assert server.metrics_url is not None
+        page.goto(server.metrics_url.removesuffix("/metrics"))
+        for turn in range(120):
+            namespace = hashlib.sha256(b"%d" % (turn % 7 % 3)).digest()
+            blocks = sample_blocks(4, 1 << 20, namespace, first=turn * 2 % 60)
+            client.put(blocks)
+            client.lookup([*keys_of(blocks), sample_key(10**6 + turn, namespace)])
+            list(client.get(keys_of(blocks)[: 1 + turn // 10 % 4]))
+            page.wait_for_timeout(150 + 20 * (turn // 8 % 8))
+        page.screenshot(path=PICTURE, full_page=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    take_picture()
