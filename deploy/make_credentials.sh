@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Make a small authority of your own, certificates, tokens and the settings that go with them, for a first set-up:
+# Make what a first set-up needs: a small authority, certificates, tokens, the password of the shared tier.
 #   deploy/make_credentials.sh DIRECTORY [NAME-OR-ADDRESS-OF-THE-SERVER ...]
-# Bring certificates of your organisation in their place when you have them.
+# Put certificates of your organisation in their place when you have them. TQ_STORE is the command that makes
+# tokens, tq-store where it is not set.
 set -euo pipefail
 umask 077
-[ $# -ge 1 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
+if [ $# -lt 1 ]; then
+    sed -n '2,5s/^# //p' "$0" >&2
+    exit 2
+fi
 directory=$1
 shift
-[ ! -e "$directory" ] || { echo "$directory is there already; move it away first" >&2; exit 1; }
+if [ -e "$directory" ]; then
+    echo "$directory is there already; move it away first" >&2
+    exit 1
+fi
 mkdir -p "$directory"
 cd "$directory"
 
@@ -15,19 +22,50 @@ names="DNS:localhost,IP:127.0.0.1,DNS:tq-store,DNS:valkey"
 for name in "$@"; do
     if [[ $name =~ ^[0-9.]+$|: ]]; then names+=",IP:$name"; else names+=",DNS:$name"; fi
 done
-key=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
-openssl req -x509 "${key[@]}" -days 3650 -subj "/CN=tq-store authority" -keyout ca.key -out ca.pem 2>/dev/null
-for name in server valkey; do
-    openssl req "${key[@]}" -subj "/CN=tq-store $name" -keyout "$name.key" -out "$name.csr" 2>/dev/null
-    openssl x509 -req -in "$name.csr" -CA ca.pem -CAkey ca.key -CAcreateserial -days 825 -out "$name.pem" \
-        -extfile <(printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names") 2>/dev/null
-    rm "$name.csr"
+fresh=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
+openssl req -x509 "${fresh[@]}" -days 3650 -subj "/CN=tq-store authority" -keyout ca.key -out ca.pem 2>openssl.log
+printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names" >names
+for server in server valkey; do
+    openssl req "${fresh[@]}" -subj "/CN=tq-store $server" -keyout "$server.key" -out "$server.csr" 2>>openssl.log
+    openssl x509 -req -in "$server.csr" -CA ca.pem -CAkey ca.key -CAcreateserial -days 825 -extfile names \
+        -out "$server.pem" 2>>openssl.log
+done
+rm names ./*.csr openssl.log
+
+# a token for each replica, so that one can be taken back; the server keeps hashes of them only
+for holder in replica-a replica-b operator; do
+    ${TQ_STORE:-tq-store} token new "$holder" >"$holder.token" 2>entry
+    entries+=("$(grep -oE '"[0-9a-f]{16}:[0-9a-f]{64}"' entry)")
+done
+rm entry
+cat >tenants.toml <<END
+# replicas of one tenant share their blocks; RUNBOOK.md says how to replace a token
+[replicas]
+tokens = [
+    ${entries[0]},  # replica-a.token
+    ${entries[1]},  # replica-b.token
+]
+
+[operator]
+tokens = [${entries[2]}]
+admin = true
+END
+for replica in replica-a replica-b operator; do
+    cat >"$replica.toml" <<END
+[client]
+address = "${1:-127.0.0.1}:7437"
+tls_ca = "$PWD/ca.pem"
+token_file = "$PWD/$replica.token"
+END
 done
 
-# one token a replica, so that one can be taken back
-for replica in a b; do openssl rand -hex 32 >"replica-$replica.token"; done
-cat replica-?.token >tokens
-openssl rand -base64 18 >grafana_password
-password=$(openssl rand -hex 32)
-echo "user default off
-user tq-store on >$password resetchannels ~tq:* -@all +@read +@write +@connection +info +dbsize -@dangerous +info" >valkey.acl
+openssl rand -hex 32 >valkey_password
+cat >valkey.acl <<END
+user default off
+user tq-store on >$(cat valkey_password) ~tq:* -@all +@read +@write +@connection +cluster|slots -@dangerous +info
+END
+openssl rand -hex 16 >grafana_password
+cat >compose.env <<END
+TQ_STORE_SECRETS=$PWD
+TQ_STORE_USER=$(id -u):$(id -g)
+END
