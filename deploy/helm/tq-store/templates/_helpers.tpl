@@ -16,9 +16,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
-{{- define "tq-store.tokenSecret" -}}
-{{- if .Values.tokens.secret }}{{ .Values.tokens.secret }}
-{{- else if .Values.tokens.inline }}{{ include "tq-store.name" . }}-tokens
-{{- else }}{{ fail "name a Secret with tokens: --set tokens.secret=NAME (deploy/README.md makes one)" }}
+{{- define "tq-store.tenantsSecret" -}}
+{{- if .Values.tenants.secret }}{{ .Values.tenants.secret }}
+{{- else if .Values.tenants.inline }}{{ include "tq-store.name" . }}-tenants
+{{- else }}{{ fail "name a Secret with the tenants: --set tenants.secret=NAME (deploy/README.md makes one)" }}
 {{- end }}
 {{- end }}

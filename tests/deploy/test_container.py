@@ -1,0 +1,143 @@
+"""The image and the compose file, by a linter, by Docker's own parser, and by running what they say."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store.running_server import WAIT_S, running_server
+
+from tq_store.config import ServerConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+BIN = Path(sys.executable).parent
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def instructions(name: str) -> list[str]:
+    return re.findall(rf"^\s*{name} +(.*)$", DOCKERFILE, flags=re.MULTILINE)
+
+
+def test_the_linter_of_dockerfiles_is_content() -> None:
+    done = subprocess.run([BIN / "hadolint", DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_image_is_not_root_and_is_made_in_two_stages() -> None:
+    last_stage = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert re.search(r"^USER 10001:10001$", last_stage, flags=re.MULTILINE)
+    assert len(instructions("FROM")) == 2
+    assert "apt-get" not in DOCKERFILE
+
+
+def test_what_the_image_installs_is_the_server_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for copied in instructions("COPY"):
+        *names, target = copied.split()
+        if not names[0].startswith("--"):
+            for name in names:
+                subprocess.run(["cp", "-r", ROOT / name, source / target], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("tq_store-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+    tops = {name.split("/")[0] for name in names}
+    assert [top for top in tops if not top.endswith(".dist-info")] == ["tq_store"]
+    assert {"tq_store/py.typed", "tq_store/server/static/status.css"} <= set(names)
+    needed = [
+        line
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist:")
+        and ("extra" not in line or "extra == 'server'" in line.replace('"', "'"))
+    ]
+    assert len(needed) > 5
+    assert not [line for line in needed if re.search(r"torch|triton|numpy|transformers", line)]
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    assert "*" in ignored
+    for copied in instructions("COPY")[:-1]:
+        assert all(f"!{name}" in ignored for name in copied.split()[:-1])
+
+
+def test_the_health_check_of_the_image_tells_a_ready_server_from_none() -> None:
+    (check,) = re.findall(r"HEALTHCHECK.*?CMD (\[.*\])", DOCKERFILE)
+    command: list[str] = json.loads(check)
+    with running_server(metrics_port=0) as server:
+        assert server.metrics_url is not None
+        port = server.metrics_url.split(":")[2].split("/")[0]
+        ours = [part.replace("9464", port) for part in [sys.executable, *command[1:]]]
+        assert subprocess.run(ours, timeout=WAIT_S).returncode == 0
+    assert subprocess.run(ours, timeout=WAIT_S, stderr=subprocess.DEVNULL).returncode == 1
+
+
+def compose(**environment: str) -> subprocess.CompletedProcess[str]:
+    """The compose file as Docker's parser understands it, with its variables filled in."""
+    command = [BIN / "docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--format", "json"]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={"PATH": os.environ["PATH"]} | environment
+    )
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, Any]:
+    done = compose(TQ_STORE_SECRETS="/secrets", TQ_STORE_USER="1000:1000")
+    assert done.returncode == 0, done.stderr
+    parsed: dict[str, Any] = json.loads(done.stdout)
+    return parsed
+
+
+def test_compose_starts_nothing_without_secrets() -> None:
+    done = compose()
+    assert done.returncode != 0
+    assert "required variable TQ_STORE_SECRETS is missing" in done.stderr
+
+
+def test_every_container_is_bounded_and_unprivileged(composed: dict[str, Any]) -> None:
+    assert set(composed["services"]) == {"tq-store", "valkey", "prometheus", "grafana"}
+    for name, service in composed["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert int(service["mem_limit"]) > 0, name
+        assert service["restart"] == "unless-stopped", name
+        assert ":" in service["image"] or name == "tq-store", f"{name} floats"
+        for port in service.get("ports", []):
+            assert port.get("host_ip") == "127.0.0.1" or (name, port["target"]) == ("tq-store", 7437)
+    assert composed["networks"]["cache"]["internal"] is True
+    assert list(composed["services"]["valkey"]["networks"]) == ["cache"]
+    for config in composed["configs"].values():
+        assert Path(config["file"]).is_file()
+    assert all(secret["file"].startswith("/secrets/") for secret in composed["secrets"].values())
+
+
+def test_the_settings_in_compose_are_settings_of_the_server(composed: dict[str, Any]) -> None:
+    file = Path(composed["configs"]["server.toml"]["file"])
+    config = load_config(ServerConfig, arguments={}, file=file, environment={})
+    service = composed["services"]["tq-store"]
+    mounted = {f"/run/secrets/{secret['source']}" for secret in service["secrets"]}
+    named = set(re.findall(r'"(/run/secrets/[^"]+)"', file.read_text(encoding="utf-8")))
+    assert named == mounted
+    assert config.metrics_port == 9464
+    assert config.redis_url == "rediss://valkey:6379"
+    queues = config.write_queue_bytes
+    needed = 1.15 * config.memory_budget_bytes + config.max_inflight_bytes + queues + (256 << 20)
+    assert int(service["mem_limit"]) >= needed
+
+
+def test_valkey_in_compose_takes_tls_only_and_evicts(composed: dict[str, Any]) -> None:
+    text = Path(composed["configs"]["valkey.conf"]["file"]).read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    settings = {line[0]: line[1:] for line in lines if line}
+    assert settings["port"] == ["0"]
+    assert settings["maxmemory-policy"] == ["allkeys-lfu"]
+    mounted = {f"/run/secrets/{secret['source']}" for secret in composed["services"]["valkey"]["secrets"]}
+    assert {value[0] for name, value in settings.items() if name.endswith("file")} == mounted
