@@ -1,4 +1,4 @@
-"""What Prometheus makes of a server: scrapes, and the alerts that fire when what happened goes on happening."""
+"""What Prometheus makes of a server: scrapes, and the alerts that fire when what happened goes on."""
 
 import json
 import math
@@ -67,9 +67,14 @@ def check(
 ) -> None:
     """See that these alerts fire on the series, and no others but perhaps those in `maybe`."""
     quiet = [name for name in alert_names() if name not in {*firing, *maybe}]
-    expected = [_expectation(f'group(ALERTS{{alertname="{name}", alertstate="firing"}})') for name in firing]
-    pattern = "|".join(quiet)
-    expected.append(_expectation(f'absent(ALERTS{{alertname=~"{pattern}", alertstate="firing"}})'))
+    expected = [
+        _expectation(f'group by (alertname) (ALERTS{{alertname="{name}", alertstate="firing"}})', name)
+        for name in firing
+    ]
+    others = "|".join(quiet)
+    expected.append(
+        _expectation(f'group by (alertname) (ALERTS{{alertname=~"{others}", alertstate="firing"}})')
+    )
     test = {
         "rule_files": [str(ALERTS)],
         "evaluation_interval": "1m",
@@ -87,8 +92,9 @@ def check(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _expectation(expression: str) -> dict[str, object]:
-    return {"expr": expression, "eval_time": f"{_MINUTES - 10}m", "exp_samples": [{"labels": "{}", "value": 1}]}
+def _expectation(expression: str, *names: str) -> dict[str, object]:
+    samples = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in names]
+    return {"expr": expression, "eval_time": f"{_MINUTES - 10}m", "exp_samples": samples}
 
 
 def _selector(name: str, labels: tuple[tuple[str, str], ...]) -> str:

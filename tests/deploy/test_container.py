@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deploy.sizing import memory_needed
 from store.running_server import WAIT_S, running_server
 
 from tq_store.config import ServerConfig, load_config
@@ -128,9 +129,7 @@ def test_the_settings_in_compose_are_settings_of_the_server(composed: dict[str, 
     assert named == mounted
     assert config.metrics_port == 9464
     assert config.redis_url == "rediss://valkey:6379"
-    queues = config.write_queue_bytes
-    needed = 1.15 * config.memory_budget_bytes + config.max_inflight_bytes + queues + (256 << 20)
-    assert int(service["mem_limit"]) >= needed
+    assert int(service["mem_limit"]) >= memory_needed(config)
 
 
 def test_valkey_in_compose_takes_tls_only_and_evicts(composed: dict[str, Any]) -> None:

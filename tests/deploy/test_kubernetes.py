@@ -8,6 +8,7 @@ import helm_python
 import kubernetes_validate
 import pytest
 import yaml
+from deploy.sizing import memory_needed
 
 from tq_store.config import ServerConfig, load_config
 
@@ -92,8 +93,7 @@ def test_the_settings_are_settings_of_the_server_and_each_file_is_mounted(
         assert any(path.startswith(f"{mount}/") for mount in mounts), path
     room = {"Gi": 1 << 30}[container["resources"]["limits"]["memory"][-2:]]
     room *= int(container["resources"]["limits"]["memory"][:-2])
-    queues = 2 * config.write_queue_bytes
-    assert room >= 1.15 * config.memory_budget_bytes + config.max_inflight_bytes + queues
+    assert room >= memory_needed(config)
 
 
 def test_a_server_runs_unprivileged_and_is_probed_where_it_answers() -> None:
