@@ -30,7 +30,7 @@ for server in server valkey; do
     openssl x509 -req -in "$server.csr" -CA ca.pem -CAkey ca.key -CAcreateserial -days 825 -extfile names \
         -out "$server.pem" 2>>openssl.log
 done
-rm names ./*.csr openssl.log
+rm names ca.srl ./*.csr openssl.log
 
 # a token for each replica, so that one can be taken back; the server keeps hashes of them only
 for holder in replica-a replica-b operator; do
@@ -62,7 +62,7 @@ done
 openssl rand -hex 32 >valkey_password
 cat >valkey.acl <<END
 user default off
-user tq-store on >$(cat valkey_password) ~tq:* -@all +@read +@write +@connection +cluster|slots -@dangerous +info
+user tq-store on >$(cat valkey_password) resetkeys ~tq:* resetchannels -@all +@connection +info +dbsize +scan +exists +strlen +get +getex +set +unlink +rename +expire +multi +exec +asking +cluster|slots
 END
 openssl rand -hex 16 >grafana_password
 cat >compose.env <<END
