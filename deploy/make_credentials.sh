@@ -34,7 +34,7 @@ rm names ca.srl ./*.csr openssl.log
 
 # a token for each replica, so that one can be taken back; the server keeps hashes of them only
 for holder in replica-a replica-b operator; do
-    ${TQ_STORE:-tq-store} token new "$holder" >"$holder.token" 2>entry
+    ${TQ_STORE:-tq-store} token new "${holder%-?}" >"$holder.token" 2>entry
     entries+=("$(grep -oE '"[0-9a-f]{16}:[0-9a-f]{64}"' entry)")
 done
 rm entry
@@ -65,6 +65,17 @@ user default off
 user tq-store on >$(cat valkey_password) resetkeys ~tq:* resetchannels -@all +@connection +info +dbsize +scan +exists +strlen +get +getex +set +unlink +rename +expire +multi +exec +asking +cluster|slots
 END
 openssl rand -hex 16 >grafana_password
+cat >server.toml <<END
+# for a server on the same machine as a Valkey on port 6380
+[server]
+tls_cert = "$PWD/server.pem"
+tls_key = "$PWD/server.key"
+tenants_file = "$PWD/tenants.toml"
+redis_url = "rediss://127.0.0.1:6380"
+redis_user = "tq-store"
+redis_password_file = "$PWD/valkey_password"
+redis_tls_ca = "$PWD/ca.pem"
+END
 cat >compose.env <<END
 TQ_STORE_SECRETS=$PWD
 TQ_STORE_USER=$(id -u):$(id -g)

@@ -1,9 +1,9 @@
-"""What a replica does with a store, without an engine: to see that a set-up works, and from two places shares.
+"""What a replica does with a store, without an engine: to see that a set-up works.
 
     python deploy/replica.py --config out/secrets/replica-a.toml
 
-It has a prompt of 4,096 tokens, the same wherever it runs. Pages that the store has are loaded and compared with
-what they must be; the others are made and saved.
+It has a prompt of 4,096 tokens, the same wherever it runs. Pages that the store has are loaded and compared
+with what they must be; the others are made and saved.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def _block(key: BlockKey) -> bytes:
-    """The block of a key, as large as that of a model of 8B parameters in 4 bits; its bytes follow from the key."""
+    """The block of a key, as large as for an 8B model in 4 bits; its bytes follow from the key."""
     _, prefix_hash = split_key(key)
     info = BlockInfo(
         namespace=_NAMESPACE.digest(),

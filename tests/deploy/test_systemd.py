@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deploy.sizing import memory_needed
+
+from tq_store.config import ServerConfig, load_config
+
 UNIT = Path(__file__).parents[2] / "deploy" / "systemd" / "tq-store.service"
 MAX_EXPOSURE = 20  # in tenths of systemd's points; a unit without hardening has 96
 
@@ -31,3 +35,10 @@ def test_the_service_is_shut_in() -> None:
     text = UNIT.read_text(encoding="utf-8")
     for line in ("DynamicUser=yes", "ProtectSystem=strict", "NoNewPrivileges=yes", "MemoryMax=12G"):
         assert line in text.splitlines()
+
+
+def test_its_settings_are_settings_of_the_server_and_fit_its_memory() -> None:
+    state = {"disk_path": "/var/lib/tq-store/blocks"}
+    config = load_config(ServerConfig, arguments=state, file=UNIT.with_name("server.toml"), environment={})
+    assert config.tenants_file == Path("/etc/tq-store/tenants.toml")
+    assert memory_needed(config) < 11 << 30
