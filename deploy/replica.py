@@ -2,8 +2,8 @@
 
     python deploy/replica.py --config out/secrets/replica-a.toml
 
-It has a prompt of 4,096 tokens, the same wherever it runs. Pages that the store has are loaded and compared
-with what they must be; the others are made and saved.
+It has a prompt of 4,096 tokens, the same wherever it runs; `--prompt 2` is another. Pages that the store has
+are loaded and compared with what they must be; the others are made and saved.
 """
 
 import argparse
@@ -42,8 +42,9 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, help="TOML file with a table [client]")
     parser.add_argument("--address", help="another server than the file's")
+    parser.add_argument("--prompt", type=int, default=1, help="which prompt")
     options = parser.parse_args()
-    keys = block_keys(_NAMESPACE, random.Random(1).choices(range(100_000), k=_NUM_TOKENS))
+    keys = block_keys(_NAMESPACE, random.Random(options.prompt).choices(range(100_000), k=_NUM_TOKENS))
     try:
         arguments = {"address": options.address} if options.address else {}
         config = load_config(ClientConfig, arguments=arguments, file=options.config, environment=os.environ)

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,35 +37,14 @@ def test_the_image_is_not_root_and_is_made_in_two_stages() -> None:
     assert "apt-get" not in DOCKERFILE
 
 
-def test_what_the_image_installs_is_the_server_alone(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for copied in instructions("COPY"):
-        *names, target = copied.split()
-        if not names[0].startswith("--"):
-            for name in names:
-                subprocess.run(["cp", "-r", ROOT / name, source / target], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source]
-    subprocess.run(command, check=True)
-    (wheel,) = tmp_path.glob("tq_store-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
-    tops = {name.split("/")[0] for name in names}
-    assert [top for top in tops if not top.endswith(".dist-info")] == ["tq_store"]
-    assert {"tq_store/py.typed", "tq_store/server/static/status.css"} <= set(names)
-    needed = [
-        line
-        for line in metadata.splitlines()
-        if line.startswith("Requires-Dist:")
-        and ("extra" not in line or re.search(r"extra == .(server|otel).", line))
-    ]
-    assert len(needed) > 5
-    assert not [line for line in needed if re.search(r"torch|triton|numpy|transformers", line)]
+def test_the_build_is_sent_what_it_copies_and_nothing_else() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    copied = {
+        name for line in instructions("COPY") for name in line.split()[:-1] if not line.startswith("--")
+    }
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
     assert "*" in ignored
-    for copied in instructions("COPY")[:-1]:
-        assert all(f"!{name}" in ignored for name in copied.split()[:-1])
+    assert all((ROOT / name).exists() for name in copied)
 
 
 def test_the_health_check_of_the_image_tells_a_ready_server_from_none() -> None:
