@@ -115,7 +115,7 @@ def test_a_server_that_is_killed_again_and_again(tmp_path: Path) -> None:
 
 
 def test_more_memory_than_the_settings_explain(tmp_path: Path) -> None:
-    held = bytearray(os.urandom(1) * (600 << 20))  # by this process, which the server is part of
+    held = bytearray(b"x") * (600 << 20)  # by this process, which the server is part of
     with running_server(metrics_port=0, memory_budget_bytes=1 << 20, max_inflight_bytes=1 << 20) as server:
         Drill(tmp_path, server).provokes(MEMORY)
     assert held
