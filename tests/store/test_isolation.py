@@ -291,6 +291,12 @@ def test_tokens_are_rotated_without_a_restart(file: TenantsFile, server: Server)
     assert metric(server, "tq_store_credential_reloads_total", result="ok") == 2
 
 
+def test_tokens_are_read_again_when_a_server_is_told(file: TenantsFile, server: Server) -> None:
+    new = file.add("a")
+    server.reload()
+    assert may_call(file, server, "a", new)
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_file_that_breaks_changes_nothing_and_is_complained_about_once(
     file: TenantsFile, server: Server, caplog: pytest.LogCaptureFixture

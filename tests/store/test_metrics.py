@@ -102,6 +102,8 @@ def test_labels_of_tenants_are_bounded() -> None:
     for number in range(3 * MAX_TENANT_LABELS):
         metrics.limited(f"tenant{number % (2 * MAX_TENANT_LABELS)}", "rate")
     value = metrics.registry.get_sample_value
+    metrics.audit_dropped()
+    assert value("tq_store_audit_dropped_total") == 1
     assert value("tq_store_tenant_limited_total", {"tenant": "tenant0", "limit": "rate"}) == 2
     others = value("tq_store_tenant_limited_total", {"tenant": "other", "limit": "rate"})
     assert others == MAX_TENANT_LABELS
