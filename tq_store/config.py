@@ -62,7 +62,7 @@ class ServerConfig:
     )
     disk_coding: str = field(
         default="none",
-        metadata=about(CODING, "compress blocks on disk: 3 to 8 % smaller, and no faster on a disk of today"),
+        metadata=about(CODING, "compress blocks on disk: 3 to 8 % smaller, for a core's time"),
     )
     redis_url: str | None = field(
         default=None,
@@ -76,7 +76,7 @@ class ServerConfig:
     )
     redis_coding: str = field(
         default="none",
-        metadata=about(CODING, "compress blocks in the shared tier: pays on links of up to 1 Gbit/s"),
+        metadata=about(CODING, "compress blocks in the shared tier: 3 to 8 % smaller, for a core's time"),
     )
     redis_user: str | None = field(
         default=None, metadata=about(TEXT, "ACL user of the shared tier, where its URL names none", "NAME")
