@@ -55,6 +55,7 @@ test-faults: $(STAMP)  ## inject faults and count what breaks, four minutes; ARG
 fuzz: $(STAMP)  ## throw mutated input at every parser, and broken calls at a server, for four minutes
 	$(BIN)/python tests/fuzz/fuzz_block.py --seconds 60
 	$(BIN)/python tests/fuzz/fuzz_coded.py --seconds 30
+	$(BIN)/python tests/fuzz/fuzz_cold.py --seconds 30
 	$(BIN)/python tests/fuzz/fuzz_wire.py --seconds 60
 	$(BIN)/python tests/fuzz/fuzz_service.py --seconds 60
 

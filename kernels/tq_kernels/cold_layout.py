@@ -1,11 +1,14 @@
 """Sizes and offsets of a cold page, in plain integers; `proto/BLOCK_FORMAT.md` draws a section."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 from tq_kernels.layout import can_rotate
 from tq_kernels.spec import DEFAULT_ROTATION_SEED
 
+CODEC_ID = 2
+PACKING_ID = 1
 LANES = 8
 """Readers of a section that run side by side; token t belongs to lane t mod 8."""
 SECTION_VERSION = 1
@@ -80,6 +83,12 @@ class ColdLayout:
             raise ValueError(f"section_bytes must be even and in [{least}, {most}], not {self.section_bytes}")
         if not 0 <= self.rotation_seed < 1 << 64:
             raise ValueError(f"rotation_seed must be in [0, 2**64), not {self.rotation_seed}")
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 over every parameter but the shape: 32 bytes, part of a cache's identity."""
+        parts = f"codec={CODEC_ID};packing={PACKING_ID};section={self.section_bytes}"
+        return hashlib.sha256(f"{parts};rotation=1:{self.rotation_seed}".encode()).digest()
 
     @property
     def center_offset(self) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 import struct
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_the_layout_has_no_gaps() -> None:
         assert place % min(struct.calcsize("<" + code), 8) == 0
         offset += struct.calcsize("<" + code)
     assert offset == CODED_HEADER_BYTES == 56
+
+
+def test_the_documented_table_is_the_layout() -> None:
+    document = (Path(__file__).parents[2] / "proto" / "BLOCK_FORMAT.md").read_text()
+    section = document.partition("\n## Coded block\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| `(\w+)` \|", section, re.MULTILINE)
+    assert {name: (int(offset), int(size)) for offset, size, name in rows} == {
+        name: (offset, struct.calcsize("<" + code)) for name, (offset, code) in CODED_LAYOUT.items()
+    }
+    assert f"{HEADER_BYTES} to {MAX_BLOCK_BYTES:,}" in section
+    assert f"`{MAGIC.hex(' ').upper()}`" in section
+    assert f"window above {MAX_WINDOW_BYTES >> 20} MiB" in section
 
 
 @settings(max_examples=60, deadline=None)
