@@ -8,6 +8,7 @@ A target may raise what its parser says that it raises, and nothing else.
 """
 
 import argparse
+import asyncio
 import random
 import tempfile
 import time
@@ -16,6 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from redis._parsers import BaseParser
+from redis.exceptions import InvalidResponse
+
+from tq_store.backends.redis_reader import Inbox
+from tq_store.backends.redis_target import parse_target
 from tq_store.config import ServerConfig, load_config
 from tq_store.errors import ConfigError
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, parse_key
@@ -113,6 +119,31 @@ def _config(file: Path) -> ServerConfig:
     return load_config(ServerConfig, arguments={}, file=file, environment={})
 
 
+class _Transport:
+    """What a reader of Redis replies needs of one."""
+
+    def get_protocol(self) -> asyncio.Protocol:
+        return asyncio.Protocol()
+
+    def abort(self) -> None:
+        pass
+
+
+def _redis_replies(data: bytes) -> None:
+    """Fed in small pieces, until the reader gives up."""
+    reader = Inbox(_Transport(), parse_error=BaseParser.parse_error)
+    while data and not isinstance(reader.failure, InvalidResponse):
+        room = reader.get_buffer(-1)
+        taken = min(len(room), 7, len(data))
+        assert taken, "a reader without room for more"
+        room[:taken] = data[:taken]
+        del room
+        reader.buffer_updated(taken)
+        data = data[taken:]
+    if reader.failure is not None:
+        raise reader.failure
+
+
 _PUT = _pack_stream([*_small_frames(0, bytes(40), KEY), *_small_frames(1, bytes(10), KEY)])
 _GET = _pack_stream([*_small_frames(0, bytes(40)), Frame(index=1), *_small_frames(2, bytes(10))])
 _COPY = convert.TierCopy(tier="disk", block_bytes=9, header=bytes(9), problem="short")
@@ -142,6 +173,17 @@ TARGETS = {
     "entry": Target(lambda data: parse_entry(data.decode("latin-1")), [str(_ENTRY).encode()]),
     "peer": Target(
         lambda data: is_local_peer(data.decode("latin-1")), [b"ipv4:127.0.0.1:5", b"ipv6:[::1]:5"]
+    ),
+    "redis_replies": Target(
+        _redis_replies, [b"*2\r\n$3\r\nabc\r\n:-7\r\n$-1\r\n", b"-ERR no\r\n+OK\r\n*0\r\n"], InvalidResponse
+    ),
+    "redis_url": Target(
+        lambda data: parse_target(data.decode("latin-1")),
+        [b"redis://u:p%40@h:1/2", b"rediss+sentinel://a,b:2/s/3", b"unix://:p@/r.sock?db=1"],
+        ConfigError,
+    ),
+    "password_file": Target(
+        _as_file(lambda path: parse_target("redis://h", password_file=path)), [b"a word\n"], ConfigError
     ),
     "tenants_file": Target(_as_file(load_tenants), [_TENANTS.encode()], ConfigError),
     "token_file": Target(_as_file(load_tokens), [_TOKEN.encode() + b"\n" + b"x" * 16], ConfigError),

@@ -67,17 +67,21 @@ def _offset(master: RedisProcess, name: str) -> int:
 
 
 @contextmanager
-def running_cluster(directory: Path, *, node_timeout_ms: int) -> Iterator[RedisCluster]:
-    """A failover takes the timeout, and a second or two."""
+def running_cluster(
+    directory: Path, *, node_timeout_ms: int, certificates: Path | None = None
+) -> Iterator[RedisCluster]:
+    """A failover takes the timeout, and two or three seconds."""
     options = (
         *("--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms)),
         *("--cluster-require-full-coverage", "no", "--cluster-replica-validity-factor", "0"),
         *("--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0"),
+        *(() if certificates is None else ("--tls-cluster", "yes")),
     )
     with ExitStack() as stack:
         nodes = []
         for number in range(6):
-            nodes.append(RedisProcess(directory / str(number), *options, port=free_port()))
+            place = directory / str(number)
+            nodes.append(RedisProcess(place, *options, port=free_port(), certificates=certificates))
             stack.callback(nodes[-1].kill)
         for share, master in enumerate(nodes[:3]):
             master.command("CLUSTER", "SET-CONFIG-EPOCH", str(share + 1))

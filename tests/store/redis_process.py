@@ -16,10 +16,13 @@ import pytest
 class RedisProcess:
     """A server in a directory of its own; nothing is saved to disk.
 
-    Listens on a unix socket, or on a port of the loopback address if one is given.
+    Listens on a unix socket, or on a port of the loopback address if one is given; with a directory of
+    certificates, by TLS alone, with its replicas and the rest of its cluster too.
     """
 
-    def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, *options: str, port: int | None = None, certificates: Path | None = None
+    ) -> None:
         directory.mkdir(exist_ok=True)
         self.socket = directory / "redis.sock"
         self.port = port
@@ -27,6 +30,13 @@ class RedisProcess:
         self._how_to_reach = ["-s", str(self.socket)] if port is None else ["-p", str(port)]
         self._command = [server_binary(), "--dir", str(directory), "--bind", "127.0.0.1"]
         self._command += ["--port", str(port or 0), *(() if port else ("--unixsocket", str(self.socket)))]
+        if certificates is not None:
+            ca, *pairs = ("ca.pem", "client.pem", "client.key", "server.pem", "server.key")
+            client_cert, client_key, cert, key = (str(certificates / name) for name in pairs)
+            authority = str(certificates / ca)
+            self._how_to_reach += ["--tls", "--cacert", authority, "--cert", client_cert, "--key", client_key]
+            self._command += ["--port", "0", "--tls-port", str(port), "--tls-ca-cert-file", authority]
+            self._command += ["--tls-cert-file", cert, "--tls-key-file", key, "--tls-replication", "yes"]
         self._command += ["--save", "", "--appendonly", "no", *options]
         self.start()
 

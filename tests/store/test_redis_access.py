@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from store.backend_contract import BackendContract
-from store.redis_arrangements import free_port
+from store.redis_arrangements import free_port, running_cluster
 from store.redis_process import RedisProcess
 from store.running_server import make_certificates, running_server, wait_until
 from store.sample_blocks import bytes_of, keys_of, sample_block, sample_blocks
@@ -202,6 +202,24 @@ def test_two_servers_share_it_and_each_is_its_near_cache(
         assert stats.counters["hits_memory"] == 5, "the second time from its own memory"
         assert [shard.name for shard in stats.shards["redis"]] == [f"127.0.0.1:{server.port}"]
     assert "hunter2" not in caplog.text
+
+
+async def test_a_cluster_over_tls(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    files = {"tls_ca": "ca.pem", "tls_cert": "client.pem", "tls_key": "client.key"}
+    access = {name: tmp_path / file for name, file in files.items()}
+    blocks = sample_blocks(40, 20_000)
+    with running_cluster(tmp_path, node_timeout_ms=15_000, certificates=tmp_path) as cluster:
+        url = cluster.url.replace("redis+cluster", "rediss+cluster")
+        backend = await RedisBackend.open(url, limits=LIMITS, **access)
+        try:
+            assert await backend.put(blocks) == [PutOutcome.STORED] * 40
+            assert await backend.get(keys_of(blocks)) == bytes_of(blocks)
+            assert len(backend.shards()) == 3
+        finally:
+            await backend.close()
+        with pytest.raises(BackendUnavailable, match="no node of the redis cluster tells its slots"):
+            await RedisBackend.open(cluster.url, limits=LIMITS)
 
 
 async def test_a_stalled_server_does_not_stall_the_close(server: GuardedServer) -> None:

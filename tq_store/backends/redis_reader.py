@@ -12,7 +12,8 @@ from redis.exceptions import InvalidResponse
 from tq_store.block import MAX_BLOCK_BYTES
 
 _INBOX_BYTES = 64 << 10
-_MAX_VALUE_BYTES = MAX_BLOCK_BYTES
+_MAX_VALUE_BYTES = 2 * MAX_BLOCK_BYTES
+"""Room for the largest block in any container; Redis itself stores no more in one value."""
 _MAX_ITEMS = 1 << 20
 _END = b"\r\n"
 
@@ -26,12 +27,12 @@ class ReplyReader(BaseParser):
 
     def __init__(self, socket_read_size: int) -> None:
         del socket_read_size  # a socket is read into whatever room there is
-        self._inbox: _Inbox | None = None
+        self._inbox: Inbox | None = None
 
     def on_connect(self, connection: Any) -> None:
         """Take over what arrives; what leaves goes on through the connection's stream."""
         transport = connection._writer.transport  # noqa: SLF001  # parsers live inside their connection
-        self._inbox = _Inbox(transport, parse_error=self.parse_error)
+        self._inbox = Inbox(transport, parse_error=self.parse_error)
         transport.set_protocol(self._inbox)
 
     def on_disconnect(self) -> None:
@@ -58,7 +59,7 @@ class ReplyReader(BaseParser):
         return reply
 
 
-class _Inbox(asyncio.BufferedProtocol):
+class Inbox(asyncio.BufferedProtocol):
     """Cuts what arrives into replies, as it arrives.
 
     Stands between a transport and the protocol that it had, which still hears of everything but the data.
@@ -77,19 +78,20 @@ class _Inbox(asyncio.BufferedProtocol):
         self._num_to_skip = 0
         self._arrays: list[tuple[int, list[Any]]] = []
         self._replies: deque[Any] = deque()
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
+        """Why there are no more replies than those that wait."""
         self._waiter: asyncio.Future[None] | None = None
 
     @property
     def is_dirty(self) -> bool:
         """Whether something has arrived that nobody has read."""
-        return bool(self._replies or self._failure or self._value is not None or self._start < self._end)
+        return bool(self._replies or self.failure or self._value is not None or self._start < self._end)
 
     async def next_reply(self) -> Any:
         """Wait for a reply."""
         while not self._replies:
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self._replies.popleft()
@@ -139,7 +141,7 @@ class _Inbox(asyncio.BufferedProtocol):
         self._behind.resume_writing()
 
     def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or error
+        self.failure = self.failure or error
         self._wake()
 
     def _wake(self) -> None:
