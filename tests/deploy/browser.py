@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from playwright.sync_api import Browser, sync_playwright
 
@@ -31,8 +32,13 @@ def take_picture() -> None:
 
     from tq_store.client import StoreClient
 
-    settings = {"metrics_port": 0, "memory_budget_bytes": 160 << 20}
-    with running_server(**settings) as server, StoreClient(server.address) as client, browser() as chromium:
+    settings = {"metrics_port": 0, "memory_budget_bytes": 160 << 20, "disk_budget_bytes": 1 << 30}
+    with (
+        TemporaryDirectory() as disk,
+        running_server(disk_path=Path(disk), **settings) as server,
+        StoreClient(server.address) as client,
+        browser() as chromium,
+    ):
         page = chromium.new_page(viewport={"width": 1100, "height": 900}, color_scheme="light")
         assert server.metrics_url is not None
         page.goto(server.metrics_url.removesuffix("/metrics"))

@@ -1,19 +1,26 @@
 """The image and the compose file, by a linter, by Docker's own parser, and by running what they say."""
 
+import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from deploy.sizing import memory_needed
-from store.running_server import WAIT_S, running_server
+from store.redis_process import server_binary, started, stop
+from store.running_server import WAIT_S, running_server, wait_until
+from store.sample_blocks import keys_of, sample_blocks
 
-from tq_store.config import ServerConfig, load_config
+from tq_store.client import StoreClient
+from tq_store.config import ClientConfig, ServerConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -108,6 +115,67 @@ def test_the_settings_in_compose_are_settings_of_the_server(composed: dict[str, 
     assert config.metrics_port == 9464
     assert config.redis_url == "rediss://valkey:6379"
     assert int(service["mem_limit"]) >= memory_needed(config)
+
+
+def test_what_is_in_the_containers_works_together(composed: dict[str, Any], tmp_path: Path) -> None:
+    environment = os.environ | {"TQ_STORE": str(BIN / "tq-store")}
+    secrets = tmp_path / "secrets"
+    subprocess.run([DEPLOY / "make_credentials.sh", secrets], check=True, env=environment)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    names = {
+        "/run/secrets": str(secrets),
+        "valkey:6379": f"127.0.0.1:{port}",
+        "tls-port 6379": f"tls-port {port}",
+    }
+    names |= {"/data": str(tmp_path), "0.0.0.0:7437": "127.0.0.1:0", '"0.0.0.0"': '"127.0.0.1"', "9464": "0"}
+    for config in ("server.toml", "valkey.conf"):
+        text = Path(composed["configs"][config]["file"]).read_text(encoding="utf-8")
+        for theirs, ours in names.items():
+            text = text.replace(theirs, ours)
+        (tmp_path / config).write_text(text)
+    valkey = started([server_binary(), str(tmp_path / "valkey.conf")])
+    try:
+        check = composed["services"]["valkey"]["healthcheck"]["test"][1].replace("/run/secrets", str(secrets))
+        check = check.replace(
+            "valkey-cli", f"redis-cli -p {port}" if shutil.which("redis-cli") else f"valkey-cli -p {port}"
+        )
+        assert subprocess.run(check, shell=True, capture_output=True).returncode == 0
+        config = load_config(ServerConfig, arguments={}, file=tmp_path / "server.toml", environment={})
+        client_config = load_config(
+            ClientConfig, arguments={"address": "127.0.0.1:1"}, file=secrets / "operator.toml", environment={}
+        )
+        blocks = sample_blocks(3)
+        for round_ in ("saves", "loads"):
+            fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+            with (
+                running_server(**fields) as server,
+                StoreClient(server.address, config=client_config) as client,
+            ):
+                if round_ == "saves":
+                    client.put(blocks)
+                    wait_until(lambda: client.stats().tiers["redis"].num_blocks == 3)
+                assert client.lookup(keys_of(blocks)) == 3
+    finally:
+        stop(valkey)
+    check_again = subprocess.run(check, shell=True, capture_output=True)
+    assert check_again.returncode != 0
+
+
+def test_prometheus_takes_its_configuration(composed: dict[str, Any]) -> None:
+    file = composed["configs"]["prometheus.yaml"]["file"]
+    done = subprocess.run(
+        ["promtool", "check", "config", "--syntax-only", file], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    parsed = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    assert [job["job_name"] for job in parsed["scrape_configs"]] == ["tq-store"]
+    mounted = {config["target"] for config in composed["services"]["prometheus"]["configs"]}
+    assert set(parsed["rule_files"]) <= mounted
+    source = yaml.safe_load(
+        Path(composed["configs"]["grafana-datasource.yaml"]["file"]).read_text(encoding="utf-8")
+    )
+    assert source["datasources"][0]["url"] == "http://prometheus:9090"
 
 
 def test_valkey_in_compose_takes_tls_only_and_evicts(composed: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,15 @@ class OpenPut:
         yield pb.BlockFrame(offset=100, data=self._data[100:])
 
 
+def answers_to(server: ServerProcess, path: str) -> str:
+    """What the metrics port says, or why it does not."""
+    try:
+        with urllib.request.urlopen(server.metrics_url.replace("metrics", path), timeout=WAIT_S) as answer:
+            return str(answer.read().decode().strip())
+    except urllib.error.HTTPError as error:
+        return str(error)
+
+
 def watch_health(channel: grpc.Channel) -> Iterator[int]:
     """Statuses as they change; the first is there when this returns."""
     answers = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
@@ -61,6 +72,8 @@ def test_a_signal_lets_calls_in_flight_finish_and_takes_no_new_ones(
         wait_until(server.is_receiving)
         server.send(number)
         assert next(statuses) == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert answers_to(server, "livez") == "alive"
+        assert answers_to(server, "readyz").endswith("503: Service Unavailable")
         with pytest.raises(grpc.RpcError, match="the server is shutting down") as refused:
             stubs.BlockStoreStub(channel).Ping(pb.PingRequest(), timeout=WAIT_S)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

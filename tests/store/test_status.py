@@ -1,4 +1,6 @@
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -8,6 +10,7 @@ from store.running_server import WAIT_S, running_server, wait_until
 from store.sample_blocks import NAMESPACE, keys_of, sample_blocks, sample_key
 
 from tq_store.client import StoreClient
+from tq_store.server import app
 from tq_store.server.activity import Activity
 from tq_store.server.app import Server
 from tq_store.server.pages import Pages
@@ -193,6 +196,21 @@ def test_health_says_no_when_the_server_is_stuck_or_draining() -> None:
     assert [ask("/livez"), ask("/readyz")] == ["200 OK"] * 2
     is_well = False
     assert [ask("/livez"), ask("/readyz")] == ["503 Service Unavailable"] * 2
+
+
+def test_a_server_whose_loop_is_stuck_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_ALIVE_S", 0.05)
+    loop, go_on = asyncio.new_event_loop(), threading.Event()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    assert app._answers(loop)
+    loop.call_soon_threadsafe(go_on.wait)
+    assert not app._answers(loop)
+    go_on.set()
+    wait_until(lambda: app._answers(loop))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 def test_history_is_drawn_on_one_scale() -> None:

@@ -284,9 +284,11 @@ def _memory_socket(path: Path) -> Path:
 
 def _answers(loop: asyncio.AbstractEventLoop) -> bool:
     """Whether the event loop gets round to its work; asked from another thread."""
+    turn = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop)
     try:
-        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(_ALIVE_S)
+        turn.result(_ALIVE_S)
     except TimeoutError:
+        turn.cancel()
         return False
     return True
 
