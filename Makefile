@@ -73,7 +73,7 @@ bench-gpu: $(STAMP)  ## GPU kernels against bf16, FP8's limit and peers; ARGS="-
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 bench-quality: $(STAMP)  ## what compressed caches cost a real model, ours and others'; ARGS="--help" explains
-	$(BIN)/python -m benchmarks.quality $(ARGS)
+	GOMP_SPINCOUNT=10000 $(BIN)/python -m benchmarks.quality $(ARGS)
 
 proto: $(STAMP)  ## regenerate the RPC code from proto/
 	proto/generate.sh

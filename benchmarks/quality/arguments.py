@@ -71,7 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("tokens", 32, None, f"length of each text (default: {defaults.num_tokens})"),
         ("texts", 1, None, f"how many texts (default: {defaults.num_texts})"),
         ("sinks", 0, defaults.num_sinks, "raw first tokens (default: %(default)s)"),
-        ("tail", 0, defaults.tail, "raw newest tokens (default: %(default)s)"),
+        ("tail", 0, defaults.tail, "raw newest tokens in logits and retrieval (default: %(default)s)"),
         ("page-tokens", 16, defaults.page_tokens, "tokens in our pages (default: %(default)s)"),
         ("state-tokens", 16, defaults.state_tokens, "of which state is learned (default: %(default)s)"),
     ):
@@ -96,7 +96,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", default="float32", help="of weights and activations (default: %(default)s)"
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and activations (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="(default: %(default)s)")
     return parser.parse_args(arguments)

@@ -44,18 +44,22 @@ def load_model(name_or_path: str, *, device: torch.device, dtype: torch.dtype) -
         dtype: Of its weights and activations.
 
     Raises:
-        ValueError: Neither of the three, or a GGUF file of an unknown architecture.
+        ValueError: Neither of the three, or a GGUF file that transformers cannot read either.
         ModelFetchError: A download failed.
     """
-    path = Path(name_or_path)
+    path, options = Path(name_or_path), {}
     if path.suffix == ".gguf" and path.is_file():
-        name, folder = path.stem, _converted(path)
+        name, folder = path.stem, path.parent
+        try:
+            folder = _converted(path)
+        except ValueError:  # an architecture that our converter does not know, but transformers may
+            options = {"gguf_file": path.name}
     else:
         known = [model.name for model in KNOWN_MODELS if model.name.startswith(name_or_path)]
         name = known[0] if len(known) == 1 else name_or_path
         folder = fetch_model(name)
         name = Path(name).name
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     model.to(device)
     config = model.config.get_text_config()
     geometry = Geometry(
@@ -63,7 +67,7 @@ def load_model(name_or_path: str, *, device: torch.device, dtype: torch.dtype) -
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     return LoadedModel(name=name, folder=folder, model=model, tokenizer=tokenizer, geometry=geometry)
 
 

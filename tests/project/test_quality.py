@@ -1,11 +1,16 @@
 """The quality harness: its methods, texts, metrics and rows."""
 
+import bz2
+import os
+
 import pytest
 import torch
+from connectors.test_models import write_gguf
 from connectors.tiny_models import VOCABULARY, tiny_model, tokens
 from project import readme_quality
 
-from benchmarks.quality.articles import plain_text
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.articles import plain_text, token_sequences
 from benchmarks.quality.cache_view import CacheView
 from benchmarks.quality.codec import measure_codec
 from benchmarks.quality.conditions import Conditions
@@ -13,7 +18,7 @@ from benchmarks.quality.logits import compare, summary
 from benchmarks.quality.measure import TEXT_METRICS, measure_ruler, measure_store, measure_texts
 from benchmarks.quality.methods.base import Geometry, Place
 from benchmarks.quality.methods.catalogue import catalogue, selected
-from benchmarks.quality.models import LoadedModel
+from benchmarks.quality.models import LoadedModel, load_model
 from benchmarks.quality.report import main as report
 from benchmarks.quality.report import page
 from benchmarks.quality.retrieval import prompt_of
@@ -357,6 +362,79 @@ def test_the_table_has_a_line_for_each_method_and_columns_for_each_model():
     assert f"| kivi2 | {cells} |  |  |  |  |" in lines
     assert "abc1234" in lines[-1]
     assert "make bench-quality" in readme_quality.table([])
+
+
+def test_the_command_measures_a_gguf_file(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TQ_CONNECTORS_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "small.gguf", "qwen2")
+    options = ["--model", str(tmp_path / "small.gguf"), "--output", str(tmp_path / "out" / "quality.jsonl")]
+    options += ["--only", "fp8", "tq4", "--tokens", "128", "--texts", "1", "--state-tokens", "64"]
+    for metrics in (["logits"], ["codec", "tensor", "logits"]):
+        assert main([*options, "--metrics", *metrics]) == 0
+        rows = read_rows(tmp_path / "out" / "quality.jsonl")
+        assert [(row["model"], row["preset"]) for row in rows] == [("small", "fp8"), ("small", "tq4")]
+        assert all(row["kl_mean"] > 0 for row in rows)
+        assert all((row["worst_layer_corr"] is not None) == ("tensor" in metrics) for row in rows)
+    assert (tmp_path / "out" / "quality.html").exists()
+    assert "small, 1 x 128 tokens, 4 sinks, tail of 0" in capsys.readouterr().out
+
+
+def test_transformers_reads_gguf_files_that_our_converter_does_not_know(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQ_CONNECTORS_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "small.gguf", "mistral")
+    asked = []
+
+    def load(folder: object, **options: object) -> object:
+        asked.append((folder, options.get("gguf_file")))
+        return tiny_model("mistral")
+
+    for loader in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(f"benchmarks.quality.models.{loader}.from_pretrained", load)
+    loaded = load_model(str(tmp_path / "small.gguf"), device=torch.device("cpu"), dtype=torch.float32)
+    assert asked == [(tmp_path, "small.gguf")] * 2
+    assert (loaded.name, loaded.geometry) == ("small", Geometry(num_layers=3, num_kv_heads=2, head_dim=32))
+    assert os.listdir(tmp_path / "cache" / "models") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "tq9"], "no method is called 'tq9'"),
+        (["--only", "tq4", "--page-tokens", "30"], "page_tokens must be a positive multiple of 16"),
+        (["--model", "nothing"], "no model 'nothing'"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(
+    options, message, texts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TQ_CONNECTORS_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "small.gguf", "qwen2")
+    if "--model" not in options:
+        options = [
+            *options,
+            "--model",
+            str(tmp_path / "small.gguf"),
+            "--tokens",
+            "64",
+            "--state-tokens",
+            "32",
+        ]
+    assert main([*options, "--output", str(tmp_path / "rows")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_articles_come_in_order_and_only_if_they_are_long_enough(tmp_path):
+    redirect, short = "#REDIRECT [[Other]]", "Short."
+    long, longer = "Long words. " * 20, "Longer words. " * 30
+    xml = "".join(
+        f'<page><text xml:space="preserve">{text}</text></page>' for text in (redirect, long, short, longer)
+    )
+    (tmp_path / "extract.bz2").write_bytes(bz2.compress(xml.encode()))
+    first, second = token_sequences(Letters(), 2, 100, tmp_path / "extract.bz2")
+    assert Letters().decode(first, True)[:4] == "".join(chr(ord(letter) % VOCABULARY) for letter in "Long")
+    assert len(first) == len(second) == 100
+    with pytest.raises(ValueError, match="only 2 articles have 100 tokens"):
+        token_sequences(Letters(), 3, 100, tmp_path / "extract.bz2")
 
 
 def test_without_rows_there_is_no_report(tmp_path, capsys):
