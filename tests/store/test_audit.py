@@ -21,7 +21,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 def test_who_did_what_with_which_outcome(tmp_path: Path) -> None:
     file, log = TenantsFile(tmp_path), tmp_path / "audit.jsonl"
-    file.add("a", keys=2)
+    file.add("a", bytes=1500)
     file.add("ops", admin=True)
     blocks = sample_blocks(3)
     with (
@@ -33,7 +33,7 @@ def test_who_did_what_with_which_outcome(tmp_path: Path) -> None:
         a.put(blocks[:2])
         a.lookup(keys_of(blocks))
         with pytest.raises(RpcOverLimit):
-            a.put(blocks[2:])
+            a.put([sample_block(9, 2000)])
         with pytest.raises(RpcDenied):
             a.stats()
         a.delete(keys_of(blocks)[:2])

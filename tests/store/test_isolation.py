@@ -18,6 +18,7 @@ from store.sample_blocks import (
     sample_blocks,
     sample_key,
 )
+from store.some_quotas import quotas_over
 from store.tenants_file import TenantsFile
 
 from tq_store.client import StoreClient
@@ -316,12 +317,10 @@ def test_a_file_that_breaks_changes_nothing_and_is_complained_about_once(
 
 def test_a_call_past_the_interceptor_is_nobodys() -> None:
     from tq_store.server.audit import AuditLog, NoSink
-    from tq_store.server.metrics import Metrics
-    from tq_store.server.quotas import Quotas
     from tq_store.server.reception import Reception
 
     async def identify() -> None:
-        Reception(Quotas(Metrics(frozenset()), lambda _: ()), AuditLog(NoSink())).identify("Get", "unix:")
+        Reception(quotas_over(), AuditLog(NoSink())).identify("Get", "unix:")
 
     with pytest.raises(LookupError):
         asyncio.run(identify())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from store.running_server import WAIT_S, running_server, write_token
 from store.sample_blocks import NAMESPACE, sample_block, sample_key
+from store.some_quotas import quotas_over
 
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
@@ -14,8 +15,6 @@ from tq_store.server import reception as reception_module
 from tq_store.server.app import Server
 from tq_store.server.audit import AuditLog, NoSink
 from tq_store.server.calls import ANYBODY, IDENTITY, Identity, is_local_peer
-from tq_store.server.metrics import Metrics
-from tq_store.server.quotas import Quotas
 from tq_store.server.reception import Reception
 from tq_store.server.tenants import Tenant
 
@@ -46,7 +45,7 @@ def test_which_peers_are_this_machine(peer: str, is_local: bool) -> None:
 
 
 def reception(**settings: bool) -> Reception:
-    return Reception(Quotas(Metrics(frozenset()), lambda _: ()), AuditLog(NoSink()), **settings)
+    return Reception(quotas_over(), AuditLog(NoSink()), **settings)
 
 
 @pytest.mark.parametrize("method", ["Stats", "Inspect"])

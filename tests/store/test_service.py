@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from store.redis_process import RedisProcess
 from store.running_server import WAIT_S, running_server, wait_until
 from store.sample_blocks import NAMESPACE, OTHER_NAMESPACE, keys_of, sample_block, sample_blocks, sample_key
+from store.some_quotas import quotas_over
 
 from tq_store.client import StoreClient
 from tq_store.config import ServerConfig
@@ -35,14 +36,13 @@ from tq_store.server.audit import AuditLog, NoSink
 from tq_store.server.calls import ANYBODY, IDENTITY
 from tq_store.server.gate import CallGate
 from tq_store.server.metrics import Metrics
-from tq_store.server.quotas import Quotas
 from tq_store.server.reception import Reception
 
 
 def open_gate(metrics: Metrics) -> CallGate:
     """A gate for one call at once, which anybody makes."""
     IDENTITY.set(ANYBODY)
-    reception = Reception(Quotas(metrics, lambda _: ()), AuditLog(NoSink()))
+    reception = Reception(quotas_over(metrics=metrics), AuditLog(NoSink()))
     return CallGate(metrics, reception, call_timeout_s=WAIT_S, max_calls=1)
 
 

@@ -50,12 +50,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class Counted(Protocol):
+class Counted(Backend, Protocol):
     """A backend that knows at every moment what each namespace takes up in it."""
 
     @property
     def usage(self) -> UsageCounter:
         """Its count; for reading."""
+
+    async def first_to_go(self, group: bytes, *, num_bytes: int, num_blocks: int) -> list[BlockKey]:
+        """Blocks of a group of namespaces that come to both sizes, the least worth keeping first."""
 
 
 @runtime_checkable

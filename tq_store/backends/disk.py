@@ -126,6 +126,11 @@ class DiskBackend:
         """Remove the files of a namespace digest, or all, also from quarantine; flushed before it returns."""
         return (await self._in_threads(self._writers, self._purge, [(namespace,)]))[0]
 
+    async def first_to_go(self, group: bytes, *, num_bytes: int, num_blocks: int) -> list[BlockKey]:
+        """Blocks of a group, the least worth keeping first."""
+        call = (group, num_bytes, num_blocks)
+        return (await self._in_threads(self._readers, self._first_to_go, [call]))[0]
+
     async def stats(self) -> BackendStats:
         """What is held now; quarantined blocks do not count."""
         self._check_open()
@@ -256,6 +261,10 @@ class DiskBackend:
                 return PutOutcome.STORED
         finally:
             partial.unlink(missing_ok=True)
+
+    def _first_to_go(self, group: bytes, num_bytes: int, num_blocks: int) -> list[BlockKey]:
+        with self._lock:
+            return self._policy.first_to_go(group, num_bytes=num_bytes, num_blocks=num_blocks)
 
     def _drop(self, key: BlockKey) -> bool:
         with self._lock:

@@ -80,6 +80,10 @@ class MemoryBackend:
             namespaces=self.usage.largest(MAX_NAMESPACES),
         )
 
+    async def first_to_go(self, group: bytes, *, num_bytes: int, num_blocks: int) -> list[BlockKey]:
+        """Blocks of a group, the least worth keeping first."""
+        return self._policy.first_to_go(group, num_bytes=num_bytes, num_blocks=num_blocks)
+
     async def close(self) -> None:
         """Let go of all blocks."""
         self._closed = True

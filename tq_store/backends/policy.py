@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from tq_store.keys import BlockKey
@@ -115,6 +116,22 @@ class S3Fifo:
         elif entry := self._main.pop(key, None):
             self._main_bytes -= entry.size_bytes
         return entry is not None
+
+    def first_to_go(self, prefix: bytes, *, num_bytes: int, num_blocks: int) -> list[BlockKey]:
+        """Blocks whose keys begin with `prefix`, those without a use first, otherwise in their order.
+
+        Stops when they come to both sizes. May look at all blocks, so it is for now and then.
+        """
+        chosen: list[BlockKey] = []
+        for is_used in (False, True):
+            for key, entry in chain(self._small.items(), self._main.items()):
+                if num_bytes <= 0 and num_blocks <= 0:
+                    return chosen
+                if bool(entry.uses) == is_used and key.startswith(prefix):
+                    chosen.append(key)
+                    num_bytes -= entry.size_bytes
+                    num_blocks -= 1
+        return chosen
 
     def _shrink_small(self) -> list[BlockKey]:
         key, entry = self._small.popitem(last=False)

@@ -55,7 +55,7 @@ class Access:
     ) -> tuple[Reception, TenantStore]:
         """The way in for calls, and the store as they may see it; from now on tokens may change."""
         realms = RealmUsage(tiers)
-        self._quotas = Quotas(self._metrics, realms.of)
+        self._quotas = Quotas(self._metrics, realms, store.delete)
         self._tasks.append(asyncio.create_task(self._credentials.watch()))
         if self._config.tenants_file is not None:
             self._tasks.append(asyncio.create_task(realms.watch()))

@@ -119,6 +119,9 @@ TENANT_WRITTEN_BYTES = _counter("tenant_written_bytes", "Block bytes that a tena
 TENANT_LIMITED = _counter(
     "tenant_limited", "Calls refused by a limit of the tenant: bytes, keys, rate or calls.", "tenant", "limit"
 )
+TENANT_EVICTED_BLOCKS = _counter(
+    "tenant_evicted_blocks", "Blocks removed to make room in the quota of the tenant that put.", "tenant"
+)
 TENANT_USED_BYTES = _gauge("tenant_used_bytes", "Bytes that count against a tenant's quota.", "tenant")
 TENANT_BLOCKS = _gauge("tenant_blocks", "Blocks that count against a tenant's quota.", "tenant")
 TENANT_QUOTA_BYTES = _gauge("tenant_quota_bytes", "A tenant's quota of bytes, where it has one.", "tenant")

@@ -42,6 +42,7 @@ class Metrics:
         self._tenant_read = _counter(table.TENANT_READ_BYTES, self.registry)
         self._tenant_written = _counter(table.TENANT_WRITTEN_BYTES, self.registry)
         self._tenant_limited = _counter(table.TENANT_LIMITED, self.registry)
+        self._tenant_evicted = _counter(table.TENANT_EVICTED_BLOCKS, self.registry)
         self._denied = _counter(table.DENIED, self.registry)
         self._reloads = _counter(table.CREDENTIAL_RELOADS, self.registry)
         self._audit_dropped = _counter(table.AUDIT_DROPPED, self.registry)
@@ -114,6 +115,10 @@ class Metrics:
     def limited(self, tenant: str, limit: str) -> None:
         """A limit of a tenant (``bytes``, ``keys``, ``rate`` or ``calls``) refused a call."""
         self._tenant_limited.labels(self.tenant_label(tenant), limit).inc()
+
+    def evicted(self, tenant: str, num_blocks: int) -> None:
+        """Blocks were removed to make room in a tenant's quota."""
+        self._tenant_evicted.labels(self.tenant_label(tenant)).inc(num_blocks)
 
     def reloaded(self, result: str) -> None:
         """A file of credentials was read again, ``ok`` or ``failed``."""

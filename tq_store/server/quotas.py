@@ -1,11 +1,14 @@
 """Limits of tenants: how often they may call, and how much they may hold."""
 
+import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from tq_store.errors import OverLimit
+from tq_store.keys import BlockKey
 from tq_store.results import NamespaceUsage
 from tq_store.server.calls import Call
 from tq_store.server.metrics import Metrics
@@ -15,6 +18,10 @@ from tq_store.server.tenants import Tenant
 _FULL_RETRY_S = 60.0
 """When a tenant that holds all it may should try again: nothing is sure to have gone by then."""
 _BUSY_RETRY_S = 0.1
+_SPARE_PART = 20
+"""Of a full quota this part is freed at once: looking for what may go is not for every block."""
+_MOST_REMOVED = 4096
+_MOST_ROUNDS = 8
 
 
 @dataclass(slots=True)
@@ -33,6 +40,29 @@ class _Pending:
     num_blocks: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Excess:
+    """What would be too much; nothing where a number is not positive."""
+
+    num_bytes: int
+    num_blocks: int
+
+    @property
+    def is_any(self) -> bool:
+        """Whether anything would."""
+        return self.num_bytes > 0 or self.num_blocks > 0
+
+
+class Realms(Protocol):
+    """What quotas ask of the media; `RealmUsage` answers."""
+
+    def of(self, tag: bytes) -> Iterable[NamespaceUsage]:
+        """What a realm holds, medium by medium."""
+
+    async def first_to_go(self, tag: bytes, *, num_bytes: int, num_blocks: int) -> list[BlockKey]:
+        """Blocks of a realm that come to about both sizes; empty where nothing is to be chosen."""
+
+
 class Quotas:
     """Keeps tenants within their limits. Called from one event loop.
 
@@ -41,21 +71,25 @@ class Quotas:
 
     Args:
         metrics: Told of each refusal.
-        usage_of: What a realm, by its tag, holds in each medium.
+        realms: What realms hold, and what of it could go.
+        remove: Removes blocks from every tier; says which were there.
         clock: Seconds, monotonic.
     """
 
     def __init__(
         self,
         metrics: Metrics,
-        usage_of: Callable[[bytes], Iterable[NamespaceUsage]],
+        realms: Realms,
+        remove: Callable[[Sequence[BlockKey]], Awaitable[Sequence[bool]]],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
-        self._usage_of = usage_of
+        self._realms = realms
+        self._remove = remove
         self._clock = clock
         self._allowances: dict[str, _Allowance] = {}
+        self._making_room: defaultdict[bytes, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._num_active: Counter[str] = Counter()
         self._pending: defaultdict[bytes, _Pending] = defaultdict(_Pending)
 
@@ -100,22 +134,27 @@ class Quotas:
             )
         allowance.calls -= 1
 
-    def reserve(self, call: Call, num_bytes: int, *, num_blocks: int = 1) -> None:
+    async def reserve(self, call: Call, num_bytes: int, *, num_blocks: int = 1) -> None:
         """Have room in a quota for what a call is about to store, until `release`.
 
+        Where there is none, blocks of the realm go, the least worth keeping first, and some more, so that the
+        next call finds room.
+
         Raises:
-            OverLimit: There is none.
+            OverLimit: It is more than the whole quota, or what could go is not this server's to choose.
         """
         tenant = call.tenant
         if tenant.quota_bytes is None and tenant.quota_keys is None:
             return
-        usage, pending = self.usage(tenant), self._pending[tenant.realm_tag]
-        used_bytes = usage.used_bytes + pending.num_bytes + num_bytes
-        if tenant.quota_bytes is not None and used_bytes > tenant.quota_bytes:
+        if self._excess(tenant, num_bytes, num_blocks).is_any:
+            async with self._making_room[tenant.realm_tag]:
+                await self._make_room(tenant, num_bytes, num_blocks)
+        excess = self._excess(tenant, num_bytes, num_blocks)
+        if excess.num_bytes > 0:
             self._refuse(tenant, "bytes", f"{num_bytes} bytes more would exceed {tenant.quota_bytes} bytes")
-        used_keys = usage.num_blocks + pending.num_blocks + num_blocks
-        if tenant.quota_keys is not None and used_keys > tenant.quota_keys:
+        if excess.num_blocks > 0:
             self._refuse(tenant, "keys", f"{num_blocks} blocks more would exceed {tenant.quota_keys} blocks")
+        pending = self._pending[tenant.realm_tag]
         pending.num_bytes += num_bytes
         pending.num_blocks += num_blocks
         call.reserved = (num_bytes, num_blocks)
@@ -134,7 +173,7 @@ class Quotas:
 
     def usage(self, tenant: Tenant) -> TenantUsage:
         """What a tenant's realm holds; for a group, what all its tenants hold together."""
-        media = [*self._usage_of(tenant.realm_tag), NamespaceUsage(num_blocks=0, used_bytes=0)]
+        media = [*self._realms.of(tenant.realm_tag), NamespaceUsage(num_blocks=0, used_bytes=0)]
         return TenantUsage(
             tenant=tenant.name,
             num_blocks=max(usage.num_blocks for usage in media),
@@ -151,6 +190,38 @@ class Quotas:
             known = by_label.get(label)
             by_label[label] = replace(held, tenant=label) if known is None else _sum(known, held)
         return list(by_label.values())
+
+    def _excess(self, tenant: Tenant, num_bytes: int, num_blocks: int) -> "_Excess":
+        """What a tenant would hold beyond its quotas."""
+        usage = self.usage(tenant)
+        pending = self._pending.get(tenant.realm_tag, _Pending())
+        used_bytes = usage.used_bytes + pending.num_bytes + num_bytes
+        used_blocks = usage.num_blocks + pending.num_blocks + num_blocks
+        return _Excess(
+            num_bytes=used_bytes - (used_bytes if tenant.quota_bytes is None else tenant.quota_bytes),
+            num_blocks=used_blocks - (used_blocks if tenant.quota_keys is None else tenant.quota_keys),
+        )
+
+    async def _make_room(self, tenant: Tenant, num_bytes: int, num_blocks: int) -> None:
+        """Remove blocks of the realm until these would fit, if they can; one call of a realm at a time."""
+        quota_bytes, quota_keys = tenant.quota_bytes, tenant.quota_keys
+        if num_bytes > (quota_bytes or num_bytes) or num_blocks > (quota_keys or num_blocks):
+            return
+        for _ in range(_MOST_ROUNDS):
+            excess = self._excess(tenant, num_bytes, num_blocks)
+            if not excess.is_any:
+                return
+            keys = await self._realms.first_to_go(
+                tenant.realm_tag,
+                num_bytes=excess.num_bytes + (quota_bytes or 0) // _SPARE_PART if excess.num_bytes > 0 else 0,
+                num_blocks=excess.num_blocks + (quota_keys or 0) // _SPARE_PART
+                if excess.num_blocks > 0
+                else 0,
+            )
+            if not keys:
+                return
+            removed = await self._remove(keys[:_MOST_REMOVED])
+            self._metrics.evicted(tenant.name, sum(removed))
 
     def _refuse(self, tenant: Tenant, limit: str, what: str) -> None:
         self._metrics.limited(tenant.name, limit)

@@ -159,7 +159,7 @@ class BlockStoreService:
                     total_bytes += frame.block_bytes
                     if total_bytes > MAX_PUT_BYTES:
                         raise ValueError(f"the blocks of one put come to more than {MAX_PUT_BYTES} bytes")
-                    self._store.expect(frame.block_bytes)
+                    await self._store.expect(frame.block_bytes)
                     await self._inward.take(frame.block_bytes)
                     held_bytes = frame.block_bytes
                 self._metrics.received(len(frame.data))
@@ -197,7 +197,7 @@ class BlockStoreService:
         outcomes: list[PutOutcome] = []
         offset = 0
         for key, num_bytes in blocks:
-            self._store.expect(num_bytes)
+            await self._store.expect(num_bytes)
             await self._inward.take(num_bytes)
             try:
                 data = await segment.read(offset, num_bytes)

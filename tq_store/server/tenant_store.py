@@ -67,13 +67,13 @@ class TenantStore:
         )
         return blocks
 
-    def expect(self, num_bytes: int) -> None:
+    async def expect(self, num_bytes: int) -> None:
         """A block of this length is about to be received: better refused now than when it is there.
 
         Raises:
             OverLimit: The tenant has no room for it.
         """
-        self._quotas.reserve(CALL.get(), num_bytes)
+        await self._quotas.reserve(CALL.get(), num_bytes)
 
     async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
         """Check blocks and store them.
@@ -84,7 +84,7 @@ class TenantStore:
         call = CALL.get()
         keys = _store_keys(call, [key for key, _ in blocks])
         if call.reserved is None:
-            self._quotas.reserve(call, sum(len(block) for _, block in blocks), num_blocks=len(blocks))
+            await self._quotas.reserve(call, sum(len(block) for _, block in blocks), num_blocks=len(blocks))
         outcomes = await self._store.put([(key, block) for key, (_, block) in zip(keys, blocks, strict=True)])
         stored = [
             block
