@@ -37,11 +37,11 @@ def new_inbox() -> tuple[Inbox, Transport]:
 def feed(inbox: Inbox, data: bytes, piece_bytes: int = 1 << 20) -> None:
     """As a transport does: no more at once than there is room for, and than the socket has."""
     while data:
+        # it holds the room until it asks for more, as a transport does
         room = inbox.get_buffer(-1)
         taken = min(len(room), piece_bytes, len(data))
         assert taken
         room[:taken] = data[:taken]
-        del room
         inbox.buffer_updated(taken)
         data = data[taken:]
 

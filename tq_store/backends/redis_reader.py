@@ -115,7 +115,9 @@ class Inbox(asyncio.BufferedProtocol):
         if self._value is None:
             self._end += nbytes
         else:
-            self._room = self._room[nbytes:]
+            # the transport still holds the view that it wrote to, and a value with views is copied
+            written, self._room = self._room, self._room[nbytes:]
+            written.release()
         try:
             self._cut()
         except (ValueError, InvalidResponse) as error:
