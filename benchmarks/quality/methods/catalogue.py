@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 from benchmarks.quality.methods import casts, kivi, paper_split, stock_vllm
 from benchmarks.quality.methods.base import Method
+from benchmarks.quality.methods.cold import cold_methods
 from benchmarks.quality.methods.pages import page_methods
 
 QUICK = ("fp8", "vllm-4bit_nc-all", "vllm-3bit_nc-all", "tq4", "tq3")
@@ -20,6 +21,7 @@ def catalogue(page_tokens: int) -> list[Method]:
         *(kivi.KIVI4, kivi.KIVI2, *kivi.FINE),
         *paper_split.SPLITS,
         *page_methods(page_tokens),
+        *cold_methods(page_tokens),
     ]
 
 

@@ -50,14 +50,20 @@ class Pages:
         """See `Method`; a page that is not full is filled up with its mean key, which moves no centre."""
         num_tokens = keys.shape[0]
         layout = self._layout(*keys.shape[1:])
+        keys, values = self._whole(keys, values)
+        pages = quantize(keys, values, layout, key_balance=state)
+        read_keys, read_values = dequantize(pages, layout, key_balance=state)
+        return read_keys[:num_tokens], read_values[:num_tokens]
+
+    def _whole(self, keys: torch.Tensor, values: torch.Tensor) -> Sides:
+        """Whole pages."""
+        num_tokens = keys.shape[0]
         missing = -num_tokens % self.page_tokens
         if missing:
             mean = keys[num_tokens + missing - self.page_tokens :].mean(0, keepdim=True)
             keys = torch.cat((keys, mean.expand(missing, -1, -1)))
             values = torch.cat((values, torch.zeros_like(values[:1]).expand(missing, -1, -1)))
-        pages = quantize(keys, values, layout, key_balance=state)
-        read_keys, read_values = dequantize(pages, layout, key_balance=state)
-        return read_keys[:num_tokens], read_values[:num_tokens]
+        return keys, values
 
     def _layout(self, num_kv_heads: int, head_dim: int) -> PageLayout:
         return PageLayout(
