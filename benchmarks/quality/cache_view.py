@@ -15,7 +15,8 @@ class CacheView:
         method: How keys and values are kept.
         num_layers: Of the model.
         num_sinks: First tokens that stay raw.
-        states: State of every layer, or None to estimate each from the sequence's own first tokens.
+        states: State of every layer, or None to estimate each from the sequence's own first tokens; the
+            first call must then bring the queries of all of them.
         state_tokens: How many of them, sinks included.
     """
 
@@ -36,13 +37,14 @@ class CacheView:
         self._finished: dict[int, Sides] = {}
 
     def __call__(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[num_tokens, num_kv_heads, head_dim]`` as attention sees them."""
         if keys.shape[0] <= self._num_sinks:
             return keys, values
         if layer not in self._states:
-            self._states[layer] = state_of(self._method, keys, values, self._num_sinks, self._state_tokens)
+            first = self._num_sinks, self._state_tokens
+            self._states[layer] = state_of(self._method, queries, keys, values, *first)
         done = self._finished[layer][0].shape[0] if layer in self._finished else 0
         place = Place(layer=layer, num_layers=self._num_layers, num_sinks=max(0, self._num_sinks - done))
         seen = self._method.read(keys[done:].float(), values[done:].float(), self._states[layer], place)
@@ -64,8 +66,13 @@ class CacheView:
 
 
 def state_of(
-    method: Method, keys: torch.Tensor, values: torch.Tensor, num_sinks: int, state_tokens: int
+    method: Method,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    num_sinks: int,
+    state_tokens: int,
 ) -> Any:
     """State of one layer from the first tokens of a sequence, sinks left out."""
     part = slice(num_sinks, state_tokens)
-    return method.estimate(keys[part].float(), values[part].float())
+    return method.estimate(queries[part].float(), keys[part].float(), values[part].float())

@@ -31,8 +31,10 @@ def measure_codec(method: Method, geometry: Geometry, num_sinks: int) -> Row:
     """Relative squared error of keys and of values, by kind of input; keys of ``offset`` about their mean."""
     place = Place(layer=geometry.num_layers // 2, num_layers=geometry.num_layers, num_sinks=num_sinks)
     row: Row = {}
-    for kind, vectors in inputs(geometry.head_dim).items():
-        state = state_of(method, vectors, vectors, num_sinks, _NUM_TOKENS)
+    made = inputs(geometry.head_dim)
+    queries = made["gaussian"]
+    for kind, vectors in made.items():
+        state = state_of(method, queries, vectors, vectors, num_sinks, _NUM_TOKENS)
         for side, read in zip(("key", "value"), method.read(vectors, vectors, state, place), strict=True):
             error = (read - vectors)[num_sinks:].square().sum()
             mean = vectors.mean(0) if side == "key" and kind == "offset" else 0

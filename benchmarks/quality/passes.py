@@ -40,7 +40,8 @@ def states_of_text(
         layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> None:
         for method in methods:
-            state = state_of(method, keys, values, conditions.num_sinks, conditions.state_tokens)
+            first = conditions.num_sinks, conditions.state_tokens
+            state = state_of(method, queries, keys, values, *first)
             states[method.name].append(state)
 
     observe_pass(loaded, token_ids[: conditions.state_tokens], observe)

@@ -11,8 +11,9 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION_NAME = "quality"
 
-ReadLayer = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Layer and its keys and values ``[num_tokens, num_kv_heads, head_dim]``, to those that attention sees."""
+ReadLayer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Layer, its newest queries ``[num_queries, num_heads, head_dim]``, and its keys and values ``[num_tokens,
+num_kv_heads, head_dim]``, to the keys and values that attention sees."""
 
 Observe = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
 """Told of a layer, its queries ``[num_queries, num_heads, head_dim]``, keys, values and softmax scale."""
@@ -46,9 +47,10 @@ def reading_through(
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         keys, values = (side[0].transpose(0, 1) for side in (key, value))
+        queries = query[0].transpose(0, 1)
         if observe is not None:
-            observe(layer, query[0].transpose(0, 1), keys, values, scale)
-        read_keys, read_values = (keys, values) if read is None else read(layer, keys, values)
+            observe(layer, queries, keys, values, scale)
+        read_keys, read_values = (keys, values) if read is None else read(layer, queries, keys, values)
         if tail:
             mask = _visible(attention_mask, query.shape[2], key.shape[2], query.device)
             raw, seen = (keys, values), (read_keys, read_values)

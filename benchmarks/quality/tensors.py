@@ -96,7 +96,7 @@ def measure_tensors(
         take(
             layer,
             {
-                name: layer_loss(queries, raw, view(layer, *raw), scale, num_sinks)
+                name: layer_loss(queries, raw, view(layer, queries, *raw), scale, num_sinks)
                 for name, view in views.items()
             },
         )

@@ -30,6 +30,7 @@ from benchmarks.quality.substitute import reading_through
 from benchmarks.quality.tensors import layer_loss
 from tq_kernels.codebook import LEVELS, TARGETS, distortion
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 GEOMETRY = Geometry(num_layers=6, num_kv_heads=2, head_dim=64)
 METHODS = {method.name: method for method in catalogue(page_tokens=64)}
 MIDDLE = Place(layer=3, num_layers=6, num_sinks=4)
@@ -49,7 +50,9 @@ def error(side: torch.Tensor, read: torch.Tensor) -> float:
 def test_every_method_reads_back_about_what_it_was_given(name):
     keys, values = sides()
     method = METHODS[name]
-    read_keys, read_values = method.read(keys, values, method.estimate(keys[4:100], values[4:100]), MIDDLE)
+    read_keys, read_values = method.read(
+        keys, values, method.estimate(keys[4:100], keys[4:100], values[4:100]), MIDDLE
+    )
     assert read_keys.shape == keys.shape
     for side, read in ((keys[4:], read_keys[4:]), (values[4:], read_values[4:])):
         assert error(side, read) < 0.25
@@ -59,7 +62,7 @@ def test_every_method_reads_back_about_what_it_was_given(name):
 def test_a_token_depends_on_no_token_after_its_group(name):
     keys, values = sides(400)
     method = METHODS[name]
-    state = method.estimate(keys[4:100], values[4:100])
+    state = method.estimate(keys[4:100], keys[4:100], values[4:100])
     whole = method.read(keys, values, state, MIDDLE)
     num_tokens = 256 if method.group_tokens > 1 else 100
     assert num_tokens % method.group_tokens == 0
@@ -81,7 +84,7 @@ def test_a_token_depends_on_no_token_after_its_group(name):
 def test_errors_on_gaussian_vectors_are_those_of_the_codes(name, key_error, value_error):
     keys, values = sides(1024, head_dim=128)
     method = METHODS[name]
-    read_keys, read_values = method.read(keys, values, method.estimate(keys, values), MIDDLE)
+    read_keys, read_values = method.read(keys, values, method.estimate(keys, keys, values), MIDDLE)
     assert error(keys[4:], read_keys[4:]) == pytest.approx(key_error, rel=0.06)
     assert error(values, read_values) == pytest.approx(value_error, rel=0.06)
 
@@ -115,13 +118,13 @@ def test_stock_vllm_leaves_boundary_layers_raw():
 def test_a_view_leaves_sinks_raw_and_learns_from_first_tokens():
     keys, values = sides()
     view = CacheView(METHODS["tq2-balanced"], 6, 4, state_tokens=64)
-    seen_keys, seen_values = view(0, keys, values)
+    seen_keys, seen_values = view(0, keys, keys, values)
     for raw, seen in ((keys, seen_keys), (values, seen_values)):
         assert torch.equal(raw[:4], seen[:4])
         assert not torch.equal(raw[4:8], seen[4:8])
     method = METHODS["tq2-balanced"]
-    given = CacheView(method, 6, 4, states=[method.estimate(keys[4:64], values[4:64])])
-    torch.testing.assert_close(given(0, keys, values), (seen_keys, seen_values))
+    given = CacheView(method, 6, 4, states=[method.estimate(keys[4:64], keys[4:64], values[4:64])])
+    torch.testing.assert_close(given(0, keys, keys, values), (seen_keys, seen_values))
 
 
 def test_losses_of_equal_logits_are_none():
@@ -207,10 +210,10 @@ def test_no_kind_of_vector_costs_a_preset_much_more_than_gaussian_ones(name, bit
 def test_a_sequence_that_grows_is_read_as_if_it_had_come_at_once(name):
     keys, values = sides(200)
     growing, whole = (CacheView(METHODS[name], 6, 4, state_tokens=64) for _ in range(2))
-    growing(2, keys[:150], values[:150])
+    growing(2, keys[:150], keys[:150], values[:150])
     for num_tokens in (151, 192, 193, 200):
-        grown = growing(2, keys[:num_tokens], values[:num_tokens])
-    torch.testing.assert_close(grown, whole(2, keys, values))
+        grown = growing(2, keys[num_tokens - 1 : num_tokens], keys[:num_tokens], values[:num_tokens])
+    torch.testing.assert_close(grown, whole(2, keys, keys, values))
 
 
 def test_a_tail_is_read_raw_by_each_query():
@@ -231,7 +234,7 @@ def test_a_tail_is_read_raw_by_each_query():
     assert model.config._attn_implementation == "sdpa"
 
 
-def _doubled(layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _doubled(layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Pair:
     return 2 * keys, 2 * values
 
 

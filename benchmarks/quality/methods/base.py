@@ -66,8 +66,14 @@ class Method(Protocol):
         """Bytes that really hold so many tokens: codes, scales, centres, padding, headers, raw sinks."""
         ...
 
-    def estimate(self, keys: torch.Tensor, values: torch.Tensor) -> Any:
-        """State of one layer, from keys and values of some first tokens, sinks left out; None without any."""
+    def estimate(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        """State of one layer, from some first tokens with the sinks left out; None without any.
+
+        Args:
+            queries: ``[num_tokens, num_heads, head_dim]`` float32, after RoPE.
+            keys: ``[num_tokens, num_kv_heads, head_dim]`` float32, after RoPE.
+            values: The shape of the keys.
+        """
         ...
 
     def read(self, keys: torch.Tensor, values: torch.Tensor, state: Any, place: Place) -> Sides:

@@ -20,7 +20,7 @@ class Cast:
         cast_bytes = geometry.raw_bytes_per_token * self.dtype.itemsize / 2
         return cast_bytes * (num_tokens - num_sinks) + geometry.raw_bytes_per_token * num_sinks
 
-    def estimate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def estimate(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """No state."""
 
     def read(self, keys: torch.Tensor, values: torch.Tensor, state: None, place: Place) -> Sides:

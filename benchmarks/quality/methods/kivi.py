@@ -29,7 +29,7 @@ class Kivi:
             + geometry.raw_bytes_per_token * num_sinks
         )
 
-    def estimate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def estimate(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """No state."""
 
     def read(self, keys: torch.Tensor, values: torch.Tensor, state: None, place: Place) -> Sides:

@@ -37,7 +37,9 @@ class Pages:
         block_bytes = HEADER_BYTES + layout.page_bytes * geometry.num_layers
         return num_tokens / self.page_tokens * block_bytes + geometry.raw_bytes_per_token * num_sinks
 
-    def estimate(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+    def estimate(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor | None:
         """Balance ``[num_kv_heads, head_dim]``: spread of channels to the power `balance`, mean log 0."""
         if not self.balance:
             return None

@@ -29,7 +29,7 @@ class PaperSplit:
         token_bytes = 2 * geometry.num_layers * geometry.num_kv_heads * vector_bytes
         return token_bytes * (num_tokens - num_sinks) + geometry.raw_bytes_per_token * num_sinks
 
-    def estimate(self, keys: torch.Tensor, values: torch.Tensor) -> Sides:
+    def estimate(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Sides:
         """Order of the channels by energy, the largest first, per head: ``[num_kv_heads, head_dim]`` each."""
         orders = [side.square().mean(0).argsort(-1, descending=True) for side in (keys, values)]
         return orders[0], orders[1]

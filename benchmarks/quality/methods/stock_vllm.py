@@ -47,7 +47,7 @@ class StockVLLM:
         token_bytes = geometry.num_kv_heads * layer_bytes
         return token_bytes * (num_tokens - num_sinks) + geometry.raw_bytes_per_token * num_sinks
 
-    def estimate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def estimate(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """No state."""
 
     def read(self, keys: torch.Tensor, values: torch.Tensor, state: None, place: Place) -> Sides:
