@@ -31,6 +31,8 @@ from tq_store.settings import (
 _REDIS_LOGIN = ("user", "password_file", "sentinel_user", "sentinel_password_file")
 DEFAULT_ADDRESS = "127.0.0.1:7437"
 CODING = choice("none", "zstd")
+_LONGEST_S = 20 * 86_400
+"""Of a deadline: grpc counts some of them in 32 bits of milliseconds."""
 _KUBERNETES_NAME = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP)(_.+)?)")
 _KUBERNETES_VALUE = re.compile(r"(tcp|udp)://.*")
 
@@ -361,7 +363,7 @@ def _from_file(config_type: type[Config], file: Path) -> Mapping[str, Any]:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config file {file} is not TOML: {error}") from error
     for name, table in content.items():
         if name not in _TABLES:
@@ -382,6 +384,8 @@ def _check_positive(config: ServerConfig | ClientConfig, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{name} is {value}; it must be greater than 0")
+        if name.endswith("_s") and not value <= _LONGEST_S:
+            raise ConfigError(f"{name} is {value}; it must be at most {_LONGEST_S} seconds, 20 days")
 
 
 def split_address(address: str) -> tuple[str, int | None]:

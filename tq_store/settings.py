@@ -1,5 +1,6 @@
 """How one setting is written: its kind of value, its names in file, command line and environment."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
@@ -70,7 +71,10 @@ def _parse_quantity(value: Any, units: Mapping[str, float], *, fold: Callable[[s
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     if not match or fold(match[2]) not in units:
         raise ValueError("not a number with a unit")
-    return float(match[1]) * units[fold(match[2])]
+    quantity = float(match[1]) * units[fold(match[2])]
+    if not math.isfinite(quantity):
+        raise ValueError("more digits than a number has")
+    return quantity
 
 
 def _parse_size(value: Any) -> int:

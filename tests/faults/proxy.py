@@ -83,22 +83,20 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        try:
-            host, port = self._upstream.rsplit(":", 1)
-            opened = (
-                asyncio.open_unix_connection(port) if host == "unix" else asyncio.open_connection(host, port)
-            )
-            above_reader, above_writer = await opened
-        except OSError:
-            writer.transport.abort()
-            return
-        try:
-            # cancelled by `stop` alone, and asyncio's streams complain of handlers that were cancelled
-            with contextlib.suppress(asyncio.CancelledError):
+        # cancelled by `stop` alone, and asyncio's streams complain of handlers that were cancelled
+        with contextlib.suppress(asyncio.CancelledError, OSError):
+            above_reader, above_writer = await self._open_upstream()
+            try:
                 await self._pass_on(reader, above_writer, above_reader, writer)
-        finally:
-            for end in (writer, above_writer):
-                end.transport.abort()
+            finally:
+                above_writer.transport.abort()
+        writer.transport.abort()
+
+    async def _open_upstream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, port = self._upstream.rsplit(":", 1)
+        if host == "unix":
+            return await asyncio.open_unix_connection(port)
+        return await asyncio.open_connection(host, port)
 
     async def _pass_on(
         self,

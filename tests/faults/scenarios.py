@@ -7,11 +7,13 @@ from faults import (
     flips,
     full_disk,
     kills,
+    redis_links,
     rolling_restart,
     single_flight,
     slow,
     sockets,
     two_writers,
+    version_skew,
     warm_restart,
 )
 from faults.trial import Trial
@@ -20,11 +22,13 @@ SCENARIOS: dict[str, Callable[[Trial], None]] = {
     "kills": kills.run,
     "flips": flips.run,
     "sockets": sockets.run,
+    "redis-links": redis_links.run,
     "full-disk": full_disk.run,
     "clock": clock.run,
     "slow": slow.run,
     "single-flight": single_flight.run,
     "warm-restart": warm_restart.run,
     "two-writers": two_writers.run,
+    "version-skew": version_skew.run,
     "rolling-restart": rolling_restart.run,
 }

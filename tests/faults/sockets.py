@@ -21,7 +21,7 @@ _ROUNDS = 25
 _AT_ONCE = 6
 _PAGES = 12
 _SAVED_PAGES = 4
-_COUNTED_AS = {
+COUNTED_AS = {
     Kind.CUT: "truncations",
     Kind.RESET: "truncations",
     Kind.LOSS: "truncations",
@@ -56,7 +56,7 @@ def _one(trial: Trial, server: ServerProcess, document: int, fault: Fault) -> No
     with proxied(server.address, fault) as proxy, engine(proxy.address, result, HASTY) as struck:
         _work(struck, document)
         if proxy.struck:
-            result.count(_COUNTED_AS[fault.kind], proxy.struck)
+            result.count(COUNTED_AS[fault.kind], proxy.struck)
 
 
 def _work(one: Engine, document: int) -> None:

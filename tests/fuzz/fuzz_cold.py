@@ -1,18 +1,9 @@
-r"""Fuzz target over the reader of cold pages, with a mutating driver that needs nothing installed.
+"""Fuzz target over the reader of cold pages: refused as damaged, or finite numbers, and left as they are."""
 
-::
-
-    PYTHONPATH=kernels python tests/fuzz/fuzz_cold.py --seconds 60
-
-A page must be refused as damaged or give finite numbers, and stay as it is. `TestOneInput` is for drivers
-guided by coverage, as in `fuzz_block.py`.
-"""
-
-import argparse
+import functools
 import random
-import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,6 +14,7 @@ LAYOUT = ColdLayout(head_dim=16, num_kv_heads=1, page_tokens=16, section_bytes=s
 _SIZES = {"B": 1, "H": 2, "h": 2}
 
 
+@functools.cache
 def corpus() -> list[bytes]:
     """Sound pages of several kinds of vectors."""
     generator = torch.Generator().manual_seed(0)
@@ -30,9 +22,9 @@ def corpus() -> list[bytes]:
     return [quantize(keys, values, LAYOUT).numpy().tobytes() for keys in kinds for values in kinds]
 
 
-def mutated(rng: random.Random, pages: list[bytes]) -> bytes:
+def generate(rng: random.Random) -> bytes:
     """A page after up to three mutations, of the same length."""
-    data = bytearray(rng.choice(pages))
+    data = bytearray(rng.choice(corpus()))
     for _ in range(rng.randint(0, 3)):
         kind = rng.choice(["bit", "field", "state", "run", "zeros"])
         start = rng.randrange(len(data))
@@ -66,40 +58,17 @@ def outcome(data: bytes) -> str:
     return "read"
 
 
-def TestOneInput(data: bytes) -> None:
-    """Silent, or an exception; bytes are cut and filled up to a page."""
-    outcome(data[: LAYOUT.page_bytes].ljust(LAYOUT.page_bytes, b"\0"))
+def outcomes(data: bytes) -> Iterator[str]:
+    """Bytes are cut and filled up to a page."""
+    yield outcome(data[: LAYOUT.page_bytes].ljust(LAYOUT.page_bytes, b"\0"))
 
 
-def fuzz(seed: int, keep_going: Callable[[int], bool]) -> Counter[str]:
-    """Feed mutations to the reader for as long as `keep_going(runs so far)` holds.
-
-    Raises:
-        AssertionError: An exception got out; the message holds the input.
-    """
-    rng, seen, runs, pages = random.Random(seed), Counter[str](), 0, corpus()
-    while keep_going(runs):
-        data = mutated(rng, pages)
-        try:
-            seen[outcome(data)] += 1
-        except Exception as error:
-            raise AssertionError(f"{error!r} on run {runs} of seed {seed}, input {data.hex()}") from error
-        runs += 1
-    return seen
-
-
-def main() -> None:
-    """Fuzz for a time and print what was seen; a finding ends it with a traceback and status 1."""
-    parser = argparse.ArgumentParser(description="Fuzz the reader of cold pages.")
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
-    args = parser.parse_args()
+@contextmanager
+def opened() -> Iterator[Callable[[bytes], Iterator[str]]]:
+    """With one thread, as pages are small."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
-    deadline = time.monotonic() + args.seconds
-    seen = fuzz(seed, lambda _: time.monotonic() < deadline)
-    print(f"seed {seed}, {seen.total()} inputs:", *(f"{n} {name}" for name, n in seen.most_common()))
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        yield outcomes
+    finally:
+        torch.set_num_threads(num_threads)

@@ -1,235 +1,238 @@
-"""Fuzz target over the whole service: malformed, oversized and slow calls against a running server.
+"""Fuzz target over a running server: malformed, oversized and slow calls, and bytes that are no calls at all.
 
-::
-
-    python tests/fuzz/fuzz_service.py --seconds 60
-
-Every call must end, with a status that tells the caller what is wrong; the server must stay whole: nothing of
-a broken call is left, and what was stored before is still there.
+Whatever comes, the server answers with a status that blames the caller, holds nothing for those that are
+gone, logs no error, and serves the next well-formed call.
 """
 
-import argparse
+import logging
 import random
 import socket
-import sys
+import tempfile
 import threading
-import time
 import urllib.request
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import grpc
-from fuzz.fuzz_wire import mutated
+from fuzz import fuzz_frames, fuzz_messages
+from fuzz.driver import mutated, unpacked_list
 from store.running_server import TOKEN, running_server, wait_until, write_token
-from store.sample_blocks import sample_block, sample_blocks, sample_key
+from store.sample_blocks import sample_block
 
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
-from tq_store.rpc import convert
 from tq_store.rpc.convert import METHODS, SERVICE_NAME
-from tq_store.rpc.frames import cut_block, pack_frame
-from tq_store.rpc.limits import MAX_KEYS
+from tq_store.rpc.limits import MAX_MESSAGE_BYTES
+from tq_store.rpc.token import METADATA_KEY, bearer
+from tq_store.rpc.v1 import block_store_pb2 as pb
+from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
 from tq_store.server.app import Server
 
-CALL_TIMEOUT_S = 1.0
-PATIENCE_S = 20.0
+_METHODS = [*sorted(METHODS), "Prefetch", "", "Get/Put"]
+_CALL, _SLOW_PUT, _HTTP2, _HTTP1, _SHAPE = range(5)
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+_REQUEST = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: text/plain\r\n\r\n"
+_HTTP2_PIECES = [
+    # length, type, flags, stream of frames: too long, of unknown type, on a stream that is not open
+    *(b"\xff\xff\xff\x00\x00\x00\x00\x00\x01", b"\x00\x00\x00\x63\x00\x00\x00\x00\x00", _SETTINGS),
+    *(
+        b"\x00\x00\x04\x03\x00\x00\x00\x00\x01\x00\x00\x00\x08",
+        b"\x00\x00\x08\x06\x00\x00\x00\x00\x00pingping",
+    ),
+    *(
+        b"\x00\x00\x04\x08\x00\x00\x00\x00\x00\x7f\xff\xff\xff",
+        b"\x00\x00\x05\x01\x04\x00\x00\x00\x01\x82\x86\x84\x41\xff",
+    ),
+    *(
+        b"\x00\x00\x01\x09\x04\x00\x00\x00\x01\x00",
+        b"\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x04\xff\xff\xff\xff",
+    ),
+]
+_HTTP1_PIECES = [
+    b"\r\n",
+    b"\x00",
+    b"GET ",
+    b"POST ",
+    b" HTTP/9.9",
+    b"A: b\r\n" * 200,
+    b"/" * 9000,
+    b"%",
+    b"\xff",
+]
+_BLAMES_CALLER = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+}
+_SHOWN = ((METADATA_KEY, bearer(TOKEN)),)
+_CALL_TIMEOUT_S = 2.0
 _SHAPE_S = 0.5
 """grpc answers a call without a request with nothing at all, until the caller gives up."""
-FULL = {"call_timeout_s": CALL_TIMEOUT_S, "metrics_port": 0, "memory_budget_bytes": 64 << 20}
-_HELD_SOCKETS = 20
-HONEST = frozenset({"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAUTHENTICATED"})
-HONEST_OF_GRPC = frozenset({"UNIMPLEMENTED", "CANCELLED", "UNAVAILABLE"})
-"""Said of methods that do not exist, calls of a wrong shape and connections that break HTTP/2."""
-
-CORPUS = [
-    convert.pack_keys([sample_key(number) for number in range(3)]),
-    convert.pack_purge(bytes(32)),
-    convert.pack_inspect(sample_key(1)),
-    convert.pack_shared_get(bytes(16), [sample_key(1)]),
-    convert.pack_shared_put(bytes(16), [(sample_key(1), 512)]),
-    *(pack_frame(frame) for frame in cut_block(0, sample_block(7)[1], key=sample_key(7))),
-]
+_PATIENCE_S = 20.0
+_SLOW_AT_ONCE = 24
+_LINGERING = 24
+_MAX_OPEN = 200
 
 
-class Fuzzer:
-    """Makes calls of one seed, one after the other.
+def generate(rng: random.Random) -> bytes:
+    """A kind, and what goes with it."""
+    kind = rng.choices(range(5), weights=(32, 2, 5, 3, 1))[0]
+    if kind == _HTTP2:
+        return bytes([kind]) + mutated(rng, _PREFACE + _SETTINGS, _HTTP2_PIECES)
+    if kind == _HTTP1:
+        return bytes([kind]) + mutated(rng, _REQUEST, _HTTP1_PIECES)
+    if kind == _SLOW_PUT:
+        return bytes([kind]) + fuzz_frames.generate(rng)
+    # the highest bit asks for a token that is none
+    method = rng.randrange(len(_METHODS))
+    choice = method | (0x80 if rng.random() < 0.05 else 0)
+    if _METHODS[method] == "Put" or kind == _SHAPE:
+        return bytes([kind, choice]) + fuzz_frames.generate(rng)[1:]
+    message = fuzz_messages.generate(rng)[1:]
+    if rng.random() < 0.02:
+        message = bytes(rng.choice([MAX_MESSAGE_BYTES - 1, MAX_MESSAGE_BYTES + 1, 4 * MAX_MESSAGE_BYTES]))
+    return bytes([kind, choice]) + message
 
-    Args:
-        server: With the token of the tests.
-        rng: Decides everything.
-    """
 
-    def __init__(self, server: Server, rng: random.Random) -> None:
-        self._server = server
-        self._rng = rng
-        self._channel = grpc.insecure_channel(server.address)
-        self._sockets: list[socket.socket] = []
-        self.seen: Counter[str] = Counter()
+@contextmanager
+def opened() -> Iterator[Callable[[bytes], Iterator[str]]]:
+    """With a server of small limits, which afterwards must be idle and healthy and have logged no error."""
+    errors: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            running_server(
+                token_file=write_token(Path(directory)),
+                local_socket=Path(directory) / "socket",
+                memory_budget_bytes=1 << 20,
+                max_inflight_bytes=1 << 20,
+                call_timeout_s=_CALL_TIMEOUT_S,
+                max_concurrent_calls=4 * _SLOW_AT_ONCE,
+                metrics_port=0,
+            ) as server,
+        ):
+            with _Caller(server) as caller:
+                yield caller.feed
+            wait_until(lambda: _is_idle(server))
+            key, block = sample_block(1)
+            config = ClientConfig(token_file=Path(directory) / "token", lookup_timeout_s=_PATIENCE_S)
+            with StoreClient(server.address, config=config) as client:
+                client.put([(key, block)])
+                assert [served for _, served in client.get([key])] == [block], "the server stores no more"
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert not errors, f"the server logged {errors[:3]}"
 
-    def run(self) -> None:
-        """One call of some kind."""
-        kinds = [self._unary, self._stream, self._oversized, self._shape, self._raw, self._slow]
-        (kind,) = self._rng.choices(kinds, weights=[40, 40, 8, 8, 8, 1])
-        kind()
 
-    def close(self) -> None:
-        """Let go of all connections."""
+class _Caller:
+    """Calls a server, keeps some calls and sockets open on purpose, and sees after each that it answers."""
+
+    def __init__(self, server: Server) -> None:
+        host, port = server.address.rsplit(":", 1)
+        self._grpc = (host, int(port))
+        assert server.metrics_url is not None
+        self._http = (host, int(server.metrics_url.rsplit(":", 1)[1].split("/")[0]))
+        options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+        self._channel = grpc.insecure_channel(server.address, options=options)
+        self._lingering: deque[socket.socket] = deque()
+        self._slow: deque[tuple[grpc.Future, threading.Event]] = deque()
+
+    def __enter__(self) -> "_Caller":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _call, may_end in self._slow:
+            may_end.set()
+        for left in self._lingering:
+            left.close()
         self._channel.close()
-        for held in self._sockets:
-            held.close()
 
-    def _metadata(self) -> list[tuple[str, str]]:
-        if self._rng.random() < 0.9:
-            return [("authorization", f"Bearer {TOKEN}")]
-        junk = "".join(self._rng.choices('ab/:\\ "%=', k=self._rng.choice([0, 5, 500])))
-        return [("authorization", "Bearer " + junk), ("x-" + "y" * 9, junk.strip()), ("traceparent", "00-zz")]
+    def feed(self, data: bytes) -> Iterator[str]:
+        kind = (data or b"\0")[0] % 5
+        if kind == _HTTP2:
+            yield self._send_raw(self._grpc, data[1:])
+        elif kind == _HTTP1:
+            yield self._send_raw(self._http, data[1:])
+        elif kind == _SLOW_PUT:
+            yield self._put_slowly(unpacked_list(data[2:]))
+        else:
+            choice = (data[1:2] or b"\0")[0]
+            token = "Bearer not-the-token" if choice & 0x80 else bearer(TOKEN)
+            yield self._call(kind, _METHODS[(choice & 0x7F) % len(_METHODS)], data[2:], token)
+        stubs.BlockStoreStub(self._channel).Ping(pb.PingRequest(), timeout=_PATIENCE_S, metadata=_SHOWN)
 
-    def _finish(self, what: str, call: Callable[[], object], also: frozenset[str] = frozenset()) -> None:
-        """Make a call to its end, and see that the end is honest."""
+    def _call(self, kind: int, method: str, data: bytes, token: str) -> str:
+        path, shown = f"/{SERVICE_NAME}/{method}", ((METADATA_KEY, token),)
         try:
-            answer = call()
-            if not isinstance(answer, bytes):
-                list(answer)  # type: ignore[call-overload]
-            status = "OK"
+            if kind == _SHAPE:
+                messages = iter(unpacked_list(data))
+                for _ in self._channel.stream_stream(path)(messages, timeout=_SHAPE_S, metadata=shown):
+                    pass
+            elif method == "Put":
+                messages = iter(unpacked_list(data))
+                self._channel.stream_unary(path)(messages, timeout=_PATIENCE_S, metadata=shown)
+            elif method == "Get":
+                for _ in self._channel.unary_stream(path)(data, timeout=_PATIENCE_S, metadata=shown):
+                    pass
+            else:
+                self._channel.unary_unary(path)(data, timeout=_PATIENCE_S, metadata=shown)
         except grpc.RpcError as error:
-            status = error.code().name
-        assert status in HONEST | also, f"{what} ended with {status}"
-        self.seen[f"{what} {status}"] += 1
+            status, details = error.code(), error.details()
+        else:
+            return f"{method or 'nameless'} answered"
+        assert status in _BLAMES_CALLER, f"{method} was answered with {status}: {details}"
+        return f"{'misshapen ' if kind == _SHAPE else ''}{method or 'nameless'} {status.name}"
 
-    def _path(self, method: str) -> str:
-        return f"/{SERVICE_NAME}/{method}"
+    def _put_slowly(self, frames: list[bytes]) -> str:
+        """Send some frames and then nothing, until the server ends it or too many are open."""
+        may_end = threading.Event()
 
-    def _unary(self) -> None:
-        method = self._rng.choice(sorted(METHODS - {"Put"}))
-        call = self._channel.unary_stream(self._path(method), None, None)
-        request = mutated(self._rng, CORPUS)
-        metadata = self._metadata()
-        self._finish("malformed", lambda: call(request, metadata=metadata, timeout=PATIENCE_S))
+        def trickle() -> Iterator[bytes]:
+            yield from frames
+            may_end.wait(_PATIENCE_S)
 
-    def _stream(self) -> None:
-        blocks = sample_blocks(self._rng.randint(1, 3), self._rng.choice([1, 300, 70_000]), first=100)
-        frames = [
-            pack_frame(frame)
-            for index, (key, data) in enumerate(blocks)
-            for frame in cut_block(index, data, key=key)
-        ]
-        for _ in range(self._rng.randint(0, 3)):
-            at = self._rng.randrange(len(frames))
-            frames[at : at + 1] = self._rng.choice(
-                [[], [frames[at], frames[at]], [mutated(self._rng, frames)], frames[::-1]]
-            )
-            frames = frames or [b""]
-        call = self._channel.stream_unary(self._path("Put"), None, None)
-        metadata = self._metadata()
-        self._finish("frames", lambda: call(iter(frames), metadata=metadata, timeout=PATIENCE_S))
+        call = self._channel.stream_unary(f"/{SERVICE_NAME}/Put").future(
+            trickle(), timeout=_PATIENCE_S, metadata=_SHOWN
+        )
+        self._slow.append((call, may_end))
+        if len(self._slow) < _SLOW_AT_ONCE:
+            return "slow put"
+        oldest, may_end = self._slow.popleft()
+        may_end.set()
+        error = oldest.exception(_PATIENCE_S)
+        assert error is None or error.code() in _BLAMES_CALLER, f"a slow put was answered with {error.code()}"
+        return "slow put ended"
 
-    def _oversized(self) -> None:
-        keys = convert.pack_keys([sample_key(1)] * (MAX_KEYS + 1))
-        request = self._rng.choice([keys, bytes(3 << 20), b"\x0a\xff\xff\xff\x7f"])
-        path = self._path(self._rng.choice(["Get", "Lookup", "Delete"]))
-        call = self._channel.unary_stream(path, None, None)
-        metadata = self._metadata()
-        self._finish("oversized", lambda: call(request, metadata=metadata, timeout=PATIENCE_S))
-
-    def _slow(self) -> None:
-        """A put that stalls, for longer than a call may last."""
-        (first, *_) = cut_block(0, sample_block(8, 2 << 20)[1], key=sample_key(8))
-        is_over = threading.Event()
-
-        def frames() -> Iterator[bytes]:
-            yield pack_frame(first)
-            is_over.wait(PATIENCE_S)
-
-        call = self._channel.stream_unary(self._path("Put"), None, None)
-        metadata = self._metadata()
+    def _send_raw(self, address: tuple[str, int], data: bytes) -> str:
+        """Send bytes and keep the socket for a while, reading nothing."""
         try:
-            self._finish("slow", lambda: call(frames(), metadata=metadata, timeout=PATIENCE_S))
-        finally:
-            is_over.set()
-
-    def _shape(self) -> None:
-        """A method that does not exist, or one called as what it is not."""
-        path = self._rng.choice([self._path("Made-up"), "/x", "/" + "y" * 200 + "/z", self._path("Get")])
-        call = self._channel.stream_stream(path, None, None)
-        requests = [mutated(self._rng, CORPUS) for _ in range(self._rng.randint(0, 3))]
-        metadata = self._metadata()
-        self._finish(
-            "shape", lambda: call(iter(requests), metadata=metadata, timeout=_SHAPE_S), HONEST_OF_GRPC
-        )
-
-    def _raw(self) -> None:
-        """A connection that does not speak HTTP/2, or begins to and then falls silent."""
-        host, _, port = self._server.address.rpartition(":")
-        connection = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
-        opening = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        junk = self._rng.randbytes(self._rng.choice([0, 9, 4000]))
-        connection.sendall(self._rng.choice([junk, opening + junk, opening[:9], b"GET / HTTP/1.1\r\n\r\n"]))
-        self._sockets.append(connection)
-        if len(self._sockets) > _HELD_SOCKETS:
-            self._sockets.pop(0).close()
-        self.seen["raw"] += 1
+            opened = socket.create_connection(address, timeout=_PATIENCE_S)
+            self._lingering.append(opened)
+            opened.sendall(data)
+        except OSError:
+            return "cut off"
+        if len(self._lingering) > _LINGERING:
+            self._lingering.popleft().close()
+        return "raw bytes"
 
 
-def _gauge(server: Server, name: str) -> float:
+def _is_idle(server: Server) -> bool:
+    """Nothing in flight, nothing held and no connection left open, as its metrics say."""
+
     assert server.metrics_url is not None
-    with urllib.request.urlopen(server.metrics_url, timeout=PATIENCE_S) as answer:
-        lines = answer.read().decode().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name} "))
-    return float(line.split()[1])
-
-
-def fuzz(directory: Path, seed: int, keep_going: Callable[[int], bool]) -> Counter[str]:
-    """Call a server for as long as `keep_going(calls so far)` holds; returns what was seen.
-
-    Raises:
-        AssertionError: A call ended dishonestly, or the server did not stay whole; the message says which.
-    """
-    key, block = sample_block(1)
-    token_file = write_token(directory)
-    with ExitStack() as open_things:
-        server = open_things.enter_context(
-            running_server(token_file=token_file, local_socket=directory / "socket", **FULL)
-        )
-        config = ClientConfig(token_file=token_file)
-        client = open_things.enter_context(StoreClient(server.address, config=config))
-        fuzzer = Fuzzer(server, random.Random(seed))
-        open_things.callback(fuzzer.close)
-        calls = 0
-        while keep_going(calls):
-            try:
-                fuzzer.run()
-            except AssertionError as error:
-                raise AssertionError(f"{error}; call {calls} of seed {seed}") from error
-            calls += 1
-        client.put([(key, block)])
-        assert [got for _, got in client.get([key])] == [block], "what is stored does not come back"
-        for name in ("active_requests", "inflight_bytes", "outflight_bytes"):
-            wait_until(lambda name=name: _gauge(server, f"tq_store_{name}") == 0)
-        assert _gauge(server, "process_open_fds") < 200 + _HELD_SOCKETS, "connections are left open"
-        return fuzzer.seen
-
-
-def main() -> None:
-    """Fuzz for a time and print what was seen; a finding ends it with a traceback and status 1."""
-    import tempfile
-
-    parser = argparse.ArgumentParser(description="Fuzz a running server.")
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
-    args = parser.parse_args()
-    seed = random.SystemRandom().getrandbits(32) if args.seed is None else args.seed
-    deadline = time.monotonic() + args.seconds
-    with tempfile.TemporaryDirectory() as directory:
-        seen = fuzz(Path(directory), seed, lambda _: time.monotonic() < deadline)
-    print(f"seed {seed}, {seen.total()} calls:")
-    for what, count in sorted(seen.items()):
-        print(f"{count:8} {what}")
-
-
-if __name__ == "__main__":
-    main()
+    with urllib.request.urlopen(server.metrics_url, timeout=_PATIENCE_S) as answer:
+        text = answer.read().decode()
+    gauges = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    held = ("inflight_bytes", "outflight_bytes", "active_requests")
+    return float(gauges["process_open_fds"]) < _MAX_OPEN and all(
+        float(gauges[f"tq_store_{name}"]) == 0 for name in held
+    )

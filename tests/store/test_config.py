@@ -75,6 +75,11 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_not_ours() -> None:
         ({"arguments": {"listen": "nowhere"}}, "'nowhere' is not an address"),
         ({"arguments": {"memory_budget": 0}}, "memory_budget_bytes is 0; it must be greater than 0"),
         ({"arguments": {"max_inflight": 0}}, "max_inflight_bytes is 0"),
+        (
+            {"arguments": {"call_timeout": "21000h"}},
+            "call_timeout_s is 75600000.0; it must be at most 1728000",
+        ),
+        ({"arguments": {"grace": "9" * 400}}, "grace (arguments): '999"),
         ({"arguments": {"disk_path": "/d", "disk_budget": 0}}, "disk_budget_bytes is 0"),
         ({"arguments": {"disk_path": "/d"}}, "disk_path and disk_budget go together"),
         ({"arguments": {"redis_user": "me"}}, "redis_user is for a shared tier; set redis_url too"),
@@ -104,6 +109,7 @@ def test_wrong_settings_are_explained(sources: dict[str, Any], complaint: str) -
         ("[server]\nlisten = 5", "5 is not understood"),
         ("[server]\nmemory_budget = [1]", r"[1] is not understood"),
         ("[server", "is not TOML"),
+        ("x = " + "[" * 5000, "is not TOML"),
     ],
 )
 def test_wrong_files_are_explained(tmp_path: Path, text: str, complaint: str) -> None:

@@ -188,6 +188,26 @@ def test_a_store_that_does_not_answer_does_not_hide_the_rest(
     assert "did not tell its statistics" in caplog.text
 
 
+def test_a_client_that_goes_away_is_no_news_and_a_fault_is_logged(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def application(environ: object, start_response: object) -> list[bytes]:
+        raise AssertionError
+
+    endpoint = MetricsEndpoint(application, host="127.0.0.1", port=0)
+    try:
+        for error in (TimeoutError("timed out"), ConnectionResetError(), KeyError("a fault of ours")):
+            try:
+                raise error
+            except Exception:
+                endpoint._server.handle_error(None, ("127.0.0.1", 1))
+    finally:
+        endpoint.close()
+    assert [record.getMessage() for record in caplog.records] == ["a request on the metrics port failed"]
+    assert "a fault of ours" in caplog.text
+    assert not capsys.readouterr().err
+
+
 def test_a_port_in_use_stops_the_start(server: Server) -> None:
     assert server.metrics_url is not None
     port = int(server.metrics_url.split(":")[2].split("/")[0])

@@ -114,10 +114,10 @@ def test_urls_that_make_no_sense_are_not_repeated(url: str) -> None:
     ("url", "access", "complaint"),
     [
         ("redis://:hunter2@h", {"password_file": "password"}, "stands in its URL and in a file"),
-        ("redis://h", {"user": "me"}, "has a user, me, and no password"),
-        ("redis://me@h", {}, "has a user, me, and no password"),
+        ("redis://h", {"user": "me"}, "has a user and no password"),
+        ("redis://me@h", {}, "has a user and no password"),
         ("redis://h", {"sentinel_password_file": "password"}, "is for a URL of redis\\+sentinel://"),
-        ("redis+sentinel://h/s", {"sentinel_user": "me"}, "has a user, me, and no password"),
+        ("redis+sentinel://h/s", {"sentinel_user": "me"}, "has a user and no password"),
         ("redis://h", {"tls_ca": "password"}, "write rediss in its URL"),
         ("rediss://h", {"tls_cert": "password"}, "go together"),
         ("rediss://h", {"tls_ca": "absent"}, "absent, a TLS file of the redis tier, cannot be read"),

@@ -68,7 +68,9 @@ class Login:
             raise ConfigError("the password of the redis tier stands in its URL and in a file; keep one")
         if self.user is not None and not self.is_set:
             raise ConfigError(
-                f"the redis tier has a user, {self.user}, and no password; name a password file"
+                # without the user: whoever writes password@host means :password@host
+                "the redis tier has a user and no password; write user:password@ or :password@ in its URL, "
+                "or name a password file"
             )
 
     @property

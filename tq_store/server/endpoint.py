@@ -1,12 +1,16 @@
 """The HTTP server on the metrics port."""
 
+import logging
 import socket
+import sys
 import threading
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import WSGIApplication
 
 from tq_store.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _IDLE_S = 10.0
 
@@ -43,6 +47,12 @@ class MetricsEndpoint:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Log what failed; a client that stalls or goes away is no news."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            logger.error("a request on the metrics port failed", exc_info=error)
 
 
 class _Server6(_Server):
