@@ -21,6 +21,7 @@ from store.server_process import ServerProcess
 from tq_connectors.codec import pack_pages
 from tq_store.block import HEADER_BYTES, pack_block, parse_header
 from tq_store.client import StoreClient
+from tq_store.coded import pack_coded
 from tq_store.keys import BlockKey, split_key
 from tq_store.results import PutOutcome
 from tq_store.rpc.convert import SERVICE_NAME
@@ -132,12 +133,16 @@ def _blocks_of_other_versions(trial: Trial) -> None:
         _changed(sample_block(11), _FLAGS, struct.pack("<I", 1)),
         _changed(sample_block(12), _RESERVED, b"\1"),
     ]
-    past = [_golden(path) for path in sorted(_GOLDEN.glob("*.bin"))]
-    for key, data in [*future, *past]:
+    past = [path.read_bytes() for path in sorted(_GOLDEN.glob("block_*.bin"))]
+    # a server that codes blocks has written this; one that does not must read it
+    compressible = pack_block(parse_header(sample_block(13, 50_000)[1]), bytes(50_000))
+    written = [(parse_header(data).key, data) for data in past]
+    written.append((parse_header(compressible).key, pack_coded(compressible)))
+    for key, data in [*future, *written]:
         _file(directory, key).write_bytes(data)
     with ServerProcess(*disk) as server, StoreClient(server.address, config=PATIENT) as client:
-        for key, data in past:
-            (served,) = [block for _, block in client.get([key])]
+        for data in [*past, compressible]:
+            (served,) = [block for _, block in client.get([parse_header(data).key])]
             if served != data:
                 trial.result.served_wrong("a block of format version 1 is not served as it was written")
         for _, block in client.get([key for key, _ in future]):
@@ -149,7 +154,7 @@ def _blocks_of_other_versions(trial: Trial) -> None:
         trial.result.expect(is_kept, "a block of an unknown version did not stay for those who know it")
         outcomes = client.put(future)
         trial.result.expect(outcomes == [PutOutcome.INVALID] * 3, f"unknown versions were {outcomes}")
-        trial.result.count("skews", 2 * len(future) + len(past))
+        trial.result.count("skews", 2 * len(future) + len(written))
         _unknown_codec(trial, server, client)
         check_log(trial.result, server.log())
 
@@ -177,11 +182,6 @@ def _foreign(key: BlockKey, field: str) -> tuple[BlockKey, bytes]:
     block = pack_pages(LAYOUT, GEOMETRY.num_layers, key, bytes(GEOMETRY.num_layers * LAYOUT.page_bytes))
     value = b"\xa5" * 32 if field == "codec_fingerprint" else 77
     return key, pack_block(dataclasses.replace(parse_header(block), **{field: value}), block[HEADER_BYTES:])
-
-
-def _golden(path: Path) -> tuple[BlockKey, bytes]:
-    data = path.read_bytes()
-    return parse_header(data).key, data
 
 
 def _changed(block: tuple[BlockKey, bytes], offset: int, value: bytes) -> tuple[BlockKey, bytes]:
