@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from tq_store.block import MAX_BLOCK_BYTES
-from tq_store.errors import RpcDenied, RpcError, RpcTimeout, RpcUnavailable
+from tq_store.errors import RpcDenied, RpcError, RpcOverLimit, RpcTimeout, RpcUnavailable
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
 from tq_store.results import PutOutcome
 from tq_store.rpc import convert
@@ -40,7 +40,7 @@ class SharedRoad:
         """What the server has under the leading keys, unverified; for the others a stream has to be asked.
 
         Raises:
-            RpcUnavailable, RpcTimeout, RpcDenied: A stream would fare no better.
+            RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit: A stream would fare no better.
         """
         position = 0
         try:
@@ -55,7 +55,7 @@ class SharedRoad:
                         yield segment.read(offset, num_bytes) if num_bytes else None
                         offset += num_bytes
                         position += 1
-        except (RpcUnavailable, RpcTimeout, RpcDenied):
+        except (RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit):
             raise
         except RpcError:
             return
