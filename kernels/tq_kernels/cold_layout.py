@@ -55,7 +55,7 @@ class ColdLayout:
         head_dim: Channels of a key and of a value: up to 256, a multiple of 16 that can be rotated.
         num_kv_heads: KV heads in the page.
         page_tokens: Tokens in the page, a multiple of 16.
-        section_bytes: Bytes of a section, even; room for one to eight bits an index.
+        section_bytes: Bytes of a section, a multiple of 4; room for one to eight bits an index.
         rotation_seed: Seed of the signs, in ``[0, 2**64)``.
 
     Raises:
@@ -79,8 +79,10 @@ class ColdLayout:
             raise ValueError(f"num_kv_heads must be at least 1, not {self.num_kv_heads}")
         least, most = (section_bytes_for(bits, self.head_dim, self.page_tokens) for bits in (1, 8))
         most = min(most, self.words_offset + 2 * 0xFFFF)
-        if self.section_bytes % 2 or not least <= self.section_bytes <= most:
-            raise ValueError(f"section_bytes must be even and in [{least}, {most}], not {self.section_bytes}")
+        if self.section_bytes % 4 or not least <= self.section_bytes <= most:
+            raise ValueError(
+                f"section_bytes must be a multiple of 4 in [{least}, {most}], not {self.section_bytes}"
+            )
         if not 0 <= self.rotation_seed < 1 << 64:
             raise ValueError(f"rotation_seed must be in [0, 2**64), not {self.rotation_seed}")
 

@@ -1,5 +1,11 @@
 """The kernel that reads cold pages says exactly what the reference says, of sound and of damaged bytes."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -98,3 +104,24 @@ def test_a_cpu_without_the_interpreter_takes_the_reference(
     pages = pages_of(layout, 1, generator)
     for one, other in zip(dequantize_cold(pages, layout), cold_page.dequantize(pages, layout), strict=True):
         assert torch.equal(one, other.bfloat16())
+
+
+def test_on_hopper_a_program_is_one_warp_in_registers() -> None:
+    """Compiled in a process of its own: this one may have chosen the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    compile_cold = Path(__file__).parent / "compile_cold.py"
+    run = subprocess.run(
+        [sys.executable, compile_cold],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    found = json.loads(run.stdout)
+
+    # 64 registers let 32 programs share a multiprocessor, the most that it takes
+    assert found["REG"] <= 64
+    assert found["STACK"] == found["LOCAL"] == found["SHARED"] == 0
+    # five reads, unrolled
+    assert found["instructions"] < 600

@@ -336,7 +336,7 @@ def test_pages_of_another_shape_are_refused(generator: torch.Generator) -> None:
         ({"head_dim": 512}, "head_dim"),
         ({"page_tokens": 24}, "page_tokens"),
         ({"num_kv_heads": 0}, "num_kv_heads"),
-        ({"section_bytes": 2001}, "section_bytes"),
+        ({"section_bytes": 6002}, "multiple of 4"),
         ({"section_bytes": 200}, "section_bytes"),
         ({"section_bytes": 1 << 20}, "section_bytes"),
         ({"rotation_seed": -1}, "rotation_seed"),
