@@ -10,7 +10,7 @@ ARGS ?=
 ENGINE ?= lmcache
 ENGINE_VENV ?= .venv-$(ENGINE)
 
-.PHONY: help setup check format test test-engines test-faults fuzz demo bench bench-store bench-gpu bench-quality proto clean
+.PHONY: help setup check format test test-engines test-faults fuzz demo bench bench-store bench-lmcache bench-gpu bench-quality proto clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,7 +45,7 @@ test: $(STAMP)  ## all tests with coverage, on real Redis, sockets, processes an
 
 test-engines:  ## the tests of one engine in an environment of its own; ENGINE=lmcache, ENGINE_VENV=elsewhere
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" tests/engines/$(ENGINE)/install.sh $(ENGINE_VENV)
-	tests/engines/$(ENGINE)/run.sh $(ENGINE_VENV) $(ARGS)
+	tests/engines/$(ENGINE)/run.sh $(ENGINE_VENV) $(if $(ARGS),-m pytest $(ARGS))
 
 test-faults: $(STAMP)  ## inject faults and count what breaks, four minutes; ARGS="--minutes 30 --seed 7" for longer
 	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || tests/install_redis.sh
@@ -64,6 +64,11 @@ bench: $(STAMP)  ## the measurements that run on any machine
 
 bench-store: $(STAMP)  ## the store against C clients of Redis, in five minutes; ARGS="--help" explains
 	$(BIN)/python -m benchmarks.store $(ARGS)
+
+bench-lmcache: $(STAMP)  ## LMCache's serdes and ours: bytes, speed, error, loading over links
+	$(BIN)/python -m benchmarks.lmcache_kv
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" tests/engines/lmcache/install.sh $(ENGINE_VENV)
+	tests/engines/lmcache/run.sh $(ENGINE_VENV) -m benchmarks.lmcache_serde $(ARGS)
 
 bench-gpu: $(STAMP)  ## GPU kernels against bf16, FP8's limit and peers; ARGS="--help" explains
 	$(BIN)/python -m benchmarks.run $(ARGS)

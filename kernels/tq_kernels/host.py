@@ -27,7 +27,7 @@ from tq_kernels.spec import Code, KeyCenter
 
 _TILE_ELEMENTS = 1 << 17
 """Elements of keys, or of values, that are worked on at once: half a megabyte of float32."""
-_MAX_EIGHTHS = 16384.0
+_MAX_EIGHTHS = 1 << 14
 """More eighths than any boundary has; more still would not fit 16 bits."""
 _EXACT_SQUARES = {Code.LM2: 1024, Code.LM3: 512, Code.LM4: 256}
 """Channels up to which float32 holds a sum of squared levels exactly, whatever the order."""
@@ -127,11 +127,11 @@ def _packed(
         cast, scales = _cast(vectors, code)
         words = (cast.transpose(-1, -2) if along_tokens else cast).contiguous().view(torch.int32)
         return _turned(words, along_tokens), None, scales
-    if vectors.shape[-1] > _EXACT_SQUARES[code]:
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    if vectors.shape[-1] > _EXACT_SQUARES[code] or not bool(norm.isfinite().all()):
         indices, scales = nearest_indices(vectors, code)
         words, signs = pack(indices.transpose(-1, -2) if along_tokens else indices, code)
         return _turned(words, along_tokens), None if signs is None else _turned(signs, along_tokens), scales
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     vectors.mul_(TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
     negative = (vectors.view(torch.int32) >> 31).to(torch.uint8).bitwise_and_(1)
     magnitude = _magnitudes(vectors.abs_(), code)
@@ -167,7 +167,7 @@ def _magnitudes(sizes: torch.Tensor, code: Code) -> torch.Tensor:
 
     Boundaries are whole eighths, so whole eighths of an element decide, and 16-bit integers hold them.
     """
-    eighths = torch.fmin(sizes.mul_(8), torch.tensor(_MAX_EIGHTHS)).to(torch.int16)  # NaN is above them all
+    eighths = sizes.mul_(8).clamp_(max=_MAX_EIGHTHS).to(torch.int16)
     magnitude, step = torch.zeros_like(eighths), torch.empty_like(eighths)
     for boundary in midpoints(LEVELS[code]):
         magnitude.add_(torch.sub(eighths, int(8 * boundary) - 1, out=step).clamp_(0, 1))

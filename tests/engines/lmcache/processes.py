@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 def free_port() -> int:
@@ -53,7 +53,11 @@ class LMCacheServer:
 
     def fails_to_start(self) -> bool:
         """Whether the process ends by itself, with a failure."""
-        return self._launch().wait(WAIT_S) != 0
+        self._process = self._launch()
+        try:
+            return self._process.wait(WAIT_S) != 0
+        finally:
+            self.stop()
 
     def start(self) -> "LMCacheServer":
         self._process = self._launch()
@@ -74,7 +78,8 @@ class LMCacheServer:
     def stop(self) -> None:
         if self._process is None:
             return
-        self._process.send_signal(signal.SIGINT)
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
         try:
             self._process.wait(15)
         except subprocess.TimeoutExpired:

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The tests of LMCache in the environment that install.sh made.
-# Usage: run.sh DIRECTORY [pytest arguments]
+# LMCache's tests, or any Python, in the environment that install.sh made.
+# Usage: run.sh DIRECTORY [arguments of Python]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 venv=$(cd "$1" && pwd)
 shift
 cd "$root"
-export LMCACHE_SOURCES=$venv/lmcache-sources
+export LMCACHE_SOURCES=$venv/lmcache-sources LMCACHE_TRACK_USAGE=false
 export PYTHONPATH=$root:$root/kernels:$root/connectors:$root/tests
 if [ $# -gt 0 ]; then
-    exec "$venv/bin/python" -m pytest "$@"
+    exec "$venv/bin/python" "$@"
 fi
 exec "$venv/bin/python" -m pytest tests/engines/lmcache \
     --cov --cov-config=tests/engines/lmcache/coverage.toml --cov-report=term-missing

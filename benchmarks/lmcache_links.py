@@ -1,0 +1,68 @@
+"""A link of a given rate between LMCache's adapter and the store."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_SLICE_BYTES = 64 << 10
+
+
+class _Link:
+    """Passes bytes on, those that come down no faster than the rate."""
+
+    def __init__(self, upstream: str, gbit_per_s: float) -> None:
+        self._host, _, self._port = upstream.rpartition(":")
+        self._bytes_per_s = gbit_per_s * 1e9 / 8
+        self._free_at = 0.0
+        self.address = ""
+
+    async def start(self) -> None:
+        self._listener = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        self._listener.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        above_reader, above_writer = await asyncio.open_connection(self._host, int(self._port))
+        with contextlib.suppress(asyncio.CancelledError, OSError):
+            await asyncio.gather(
+                self._pump(reader, above_writer, shaped=False), self._pump(above_reader, writer, shaped=True)
+            )
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, shaped: bool
+    ) -> None:
+        while data := await reader.read(_SLICE_BYTES):
+            if shaped:
+                now = time.monotonic()
+                self._free_at = max(now, self._free_at) + len(data) / self._bytes_per_s
+                if self._free_at - now > 0.002:
+                    await asyncio.sleep(self._free_at - now)
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+@contextmanager
+def link_to(upstream: str, gbit_per_s: float) -> Iterator[str]:
+    """Address of a link to a server."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    link = _Link(upstream, gbit_per_s)
+    asyncio.run_coroutine_threadsafe(link.start(), loop).result(10)
+    try:
+        yield link.address
+    finally:
+        asyncio.run_coroutine_threadsafe(link.stop(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -1,0 +1,175 @@
+"""LMCache's serdes and ours side by side: bytes, speed, error on real numbers, and loading over links.
+
+Runs in LMCache's environment; ``make bench-lmcache`` first writes a real model's keys and values in ours.
+
+Bytes and errors are those of a chunk of the real model. MB/s are of bfloat16, from buffer to buffer on the
+host through LMCache's interface, on one thread: by its processor time, or by the clock where a GPU works.
+Speed and outliers are measured on a chunk of 8 heads of 128 channels. With outliers, four channels of each
+head are 20 times the others, and the error is the relative squared one; ``uniform 4 bits`` is what LMCache's
+turboquant does to values, computed here. A link is shaped in user space; "loaded" is from the lookup until
+LMCache has the prefix in memory in bfloat16: time to first token, less one step of decoding.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engines.lmcache.objects import Controller, make_adapter, object_key, plugin
+from store.running_server import running_server
+
+from benchmarks.circumstances import circumstances
+from benchmarks.lmcache_links import link_to
+from benchmarks.lmcache_serdes import Serde, all_serdes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "lmcache_serde.jsonl"
+CHUNK_TOKENS = 256
+LINKED: dict[str, dict[str, Any] | None] = {"naive": None, "fp8": {"type": "fp8"}, "tq4": {"type": "tq"}}
+OUTLIER, NUM_OUTLIERS = 20.0, 4
+LARGE_HEADS, LARGE_DIM = 8, 128
+
+
+def read_chunks(path: Path) -> tuple[list[torch.Tensor], int, int]:
+    """Chunks ``[2, layers, 256, heads * dim]`` bf16, KV heads and channels."""
+    cache = torch.from_numpy(np.load(path, allow_pickle=False)).view(torch.bfloat16)
+    heads, dim = cache.shape[-2:]
+    return [chunk.contiguous() for chunk in cache.flatten(-2).split(CHUNK_TOKENS, dim=2)], heads, dim
+
+
+def large_chunk(*, outliers: bool) -> torch.Tensor:
+    """Gaussian numbers in a chunk of eight layers of a larger model, with outlier channels if wanted."""
+    shape = (2, 8, CHUNK_TOKENS, LARGE_HEADS, LARGE_DIM)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if outliers:
+        numbers[..., :: LARGE_DIM // NUM_OUTLIERS] *= OUTLIER
+    return numbers.flatten(-2).bfloat16()
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative error in the 2-norm."""
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def uniform_4_bits(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Values as LMCache's turboquant keeps them: 16 even steps between each vector's least and greatest."""
+    vectors = values.float().unflatten(-1, (-1, dim))
+    low, high = vectors.aminmax(dim=-1, keepdim=True)
+    step = ((high - low) / 15).clamp_min(1e-8).half().float()
+    low = low.half().float()
+    return (((vectors - low) / step).round().clamp(0, 15) * step + low).flatten(-2)
+
+
+def seconds(work: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+    """Median time of a call."""
+    work()
+    times = []
+    for _ in range(repeats):
+        started = clock()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(clock() - started)
+    return statistics.median(times)
+
+
+def measure(serde: Serde, large: Serde, chunk: torch.Tensor, repeats: int) -> dict[str, Any]:
+    """One row: a serde made for the real chunk, and the same made for the large one."""
+    source, packed, back = serde.buffers(chunk)
+    size = serde.pack(source, packed)
+    serde.unpack(packed, back)
+    clock = time.process_time if not large.uses_gpu else time.perf_counter
+    plain = large_chunk(outliers=False)
+    much, much_packed, much_back = large.buffers(plain)
+    pack_s = seconds(lambda: large.pack(much, much_packed), repeats, clock)
+    unpack_s = seconds(lambda: large.unpack(much_packed, much_back), repeats, clock)
+    hard, hard_packed, hard_back = large.buffers(large_chunk(outliers=True))
+    large.pack(hard, hard_packed)
+    large.unpack(hard_packed, hard_back)
+    return {
+        "serde": serde.name,
+        "bytes": size,
+        "over_bf16": chunk.nbytes / size,
+        "pack_mb_per_s": plain.nbytes / pack_s / 1e6,
+        "unpack_mb_per_s": plain.nbytes / unpack_s / 1e6,
+        "key_error": relative(back.tensor[0], chunk[0]),
+        "value_error": relative(back.tensor[1], chunk[1]),
+        "outlier_value_error": relative(hard_back.tensor[1], hard.tensor[1]) ** 2,
+    }
+
+
+def measure_links(
+    chunks: Sequence[torch.Tensor], heads: int, dim: int, rates: Iterable[float], repeats: int
+) -> list[dict[str, Any]]:
+    """Time until a prefix of all chunks is loaded, by serde and rate of the link."""
+    keys = [object_key(number) for number in range(len(chunks))]
+    rows = []
+    with running_server() as server:
+        for name, written in LINKED.items():
+            serde = written
+            if written == {"type": "tq"}:
+                serde = written | {"preset": name, "num_kv_heads": heads, "head_dim": dim, "device": "cpu"}
+            extra = {} if serde is None else {"serde": serde}
+            settings = {"salt": name, "codec": f"serde:{name}" if name == "tq4" else "none"}
+            writer = Controller(make_adapter(plugin(server.address, **settings) | extra))
+            if not writer.store(keys, chunks):
+                raise RuntimeError(f"the chunks of {name} were not stored")
+            writer.adapter.close()
+            for rate in rates:
+                with link_to(server.address, rate) as address:
+                    reader = Controller(make_adapter(plugin(address, **settings) | extra))
+
+                    def load(reader: Controller = reader) -> None:
+                        found = reader.load(keys, chunks[0]) if all(reader.find(keys)) else [None]
+                        if any(chunk is None for chunk in found):
+                            raise RuntimeError("a chunk was not loaded")
+
+                    loaded_s = seconds(load, repeats, time.perf_counter)
+                    reader.adapter.close()
+                rows.append({"serde": name, "gbit_per_s": rate, "loaded_ms": loaded_s * 1e3})
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kv", type=Path, default=ROOT / "out" / "lmcache_kv.npy")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 1.0, 2.0, 5.0], help="Gbit/s")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    chunks, heads, dim = read_chunks(options.kv)
+    facts = circumstances() | {"lmcache": version("lmcache"), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name()
+    serdes, missing = all_serdes(heads, dim)
+    print(*(f"not run: {reason}" for reason in missing), sep="\n")
+    larger, _ = all_serdes(LARGE_HEADS, LARGE_DIM)
+    rows = [
+        measure(serde, large, chunks[-1], options.repeats)
+        for serde, large in zip(serdes, larger, strict=True)
+    ]
+    hard, values = large_chunk(outliers=True)[1], chunks[-1][1]
+    rows.append(
+        {
+            "serde": "uniform 4 bits",
+            "value_error": relative(uniform_4_bits(values, dim), values),
+            "outlier_value_error": relative(uniform_4_bits(hard, LARGE_DIM), hard) ** 2,
+        }
+    )
+    rows += measure_links(chunks, heads, dim, options.rates, options.repeats)
+    for row in rows:
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("".join(json.dumps(row | facts) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

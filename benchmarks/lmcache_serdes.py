@@ -1,0 +1,131 @@
+"""What LMCache's chunks are packed with: its own serdes, the add-on's, and ours, behind one interface."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8QuantizationSerializer
+from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
+
+from tq_connectors.lmcache.chunk_codec import ChunkCodec, read_serde_settings
+from tq_connectors.lmcache.serde import TQDeserializer, TQSerializer
+
+KEY = ObjectKey(chunk_hash=bytes(32), model_name="bench", kv_rank=0)
+OURS = ("tq4", "k8v4", "tq3", "tq2")
+BUILT_IN = ("turboquant_4bit_nc", "turboquant_k8v4", "turboquant_3bit_nc")
+
+
+@dataclass(frozen=True)
+class Serde:
+    """One way to pack chunks; `pack` and `unpack` move whole chunks between buffers made once."""
+
+    name: str
+    serializer: Any
+    deserializer: Any
+    uses_gpu: bool = False
+
+    def buffers(self, chunk: torch.Tensor) -> tuple[TensorMemoryObj, TensorMemoryObj, TensorMemoryObj]:
+        """A chunk's object, one for its packed bytes, and one for what comes back."""
+        layout = MemoryLayoutDesc(shapes=[chunk.shape], dtypes=[chunk.dtype])
+        size = self.serializer.estimate_serialized_size(layout)
+        packed = torch.zeros(size, dtype=torch.uint8)
+        return memory_object(chunk), memory_object(packed), memory_object(torch.zeros_like(chunk))
+
+    def pack(self, chunk: TensorMemoryObj, packed: TensorMemoryObj) -> int:
+        """Bytes written."""
+        return int(_call(self.serializer.serialize, chunk, packed))
+
+    def unpack(self, packed: TensorMemoryObj, chunk: TensorMemoryObj) -> None:
+        """Fill the chunk."""
+        _call(self.deserializer.deserialize, packed, chunk)
+
+
+class _Copy:
+    """What LMCache calls naive: bytes as they are."""
+
+    def estimate_serialized_size(self, layout: MemoryLayoutDesc) -> int:
+        return layout.shapes[0].numel() * layout.dtypes[0].itemsize
+
+    def serialize(self, src: TensorMemoryObj, dst: TensorMemoryObj) -> int:
+        dst.raw_data.copy_(src.raw_data)
+        return dst.raw_data.numel()
+
+    def deserialize(self, src: TensorMemoryObj, dst: TensorMemoryObj) -> None:
+        dst.raw_data.copy_(src.raw_data)
+
+
+def all_serdes(num_kv_heads: int, head_dim: int) -> tuple[list[Serde], list[str]]:
+    """Those that run here, and of the others why not."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    serdes = [
+        Serde("naive", _Copy(), _Copy()),
+        Serde("fp8", Fp8QuantizationSerializer(), Fp8QuantizationDeserializer()),
+    ]
+    missing = []
+    for make in (_add_on, _built_in):
+        try:
+            serdes += make(head_dim)
+        except (ImportError, RuntimeError) as error:
+            missing.append(f"{make.__doc__} It {error}")
+    for device in devices:
+        for name in OURS:
+            written = {"preset": name, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "device": device}
+            codec = ChunkCodec(read_serde_settings(written))
+            serdes.append(
+                Serde(f"{name} ({device})", TQSerializer(codec), TQDeserializer(codec), device == "cuda")
+            )
+    return serdes, missing
+
+
+def memory_object(tensor: torch.Tensor) -> TensorMemoryObj:
+    """An object of LMCache's with the tensor's numbers."""
+    raw = tensor.contiguous().view(-1).view(torch.uint8).clone()
+    metadata = MemoryObjMetadata(
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        address=0,
+        phy_size=raw.numel(),
+        fmt=MemoryFormat.KV_2LTD,
+        ref_count=1,
+        shapes=[tensor.shape],
+        dtypes=[tensor.dtype],
+    )
+    return TensorMemoryObj(raw, metadata, parent_allocator=None)
+
+
+def _add_on(head_dim: int) -> list[Serde]:
+    """lmcache-turbo-quant-serde."""
+    from lmcache_turbo_quant_serde._v1_codec import TqaiDeserializer, TqaiSerializer
+
+    return [Serde("add-on, 4 bits", TqaiSerializer(head_dim=head_dim, bits=4), TqaiDeserializer())]
+
+
+def _built_in(head_dim: int) -> list[Serde]:
+    """LMCache's turboquant."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("needs a GPU.")
+    from lmcache.v1.distributed.serde.turboquant.turboquant import (
+        TurboQuantDeserializer,
+        TurboQuantSerdeConfig,
+        TurboQuantSerializer,
+    )
+
+    configs = [
+        TurboQuantSerdeConfig(preset=name, head_dim=head_dim, skip_first_layers=0, skip_last_layers=0)
+        for name in BUILT_IN
+    ]
+    return [
+        Serde(
+            f"LMCache's {config.preset}", TurboQuantSerializer(config), TurboQuantDeserializer(config), True
+        )
+        for config in configs
+    ]
+
+
+def _call(method: Callable[..., Any], *objects: TensorMemoryObj) -> Any:
+    """Releases differ in whether a serde is told the key; the add-on is not, so 0.5.6 cannot use it."""
+    takes_key = "key" in inspect.signature(method).parameters
+    return method(*objects, KEY) if takes_key else method(*objects)
