@@ -7,7 +7,7 @@ from tq_store.block import HEADER_BYTES, BlockInfo, Buffer, pack_block, parse_he
 from tq_store.errors import IdentityMismatch, InvalidHeader
 from tq_store.keys import BlockKey, split_key
 
-OBJECT_CODEC_ID = 2
+OBJECT_CODEC_ID = 3
 """A block whose payload is one object as described here; `proto/BLOCK_FORMAT.md` lists it."""
 MAX_LAYOUT_BYTES = 4096
 _LENGTH = struct.Struct("<I")

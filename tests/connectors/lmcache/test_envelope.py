@@ -7,6 +7,7 @@ import pytest
 from store.sample_blocks import sample_block, sample_key
 
 from tq_connectors.lmcache.envelope import MAX_LAYOUT_BYTES, OBJECT_CODEC_ID, pack_object, unpack_object
+from tq_kernels import cold_layout, spec
 from tq_store.block import HEADER_BYTES, pack_block, parse_header, verify_block
 from tq_store.errors import IdentityMismatch, InvalidHeader
 
@@ -21,6 +22,10 @@ def test_an_object_comes_back_with_its_layout(layout, size):
     assert verify_block(block, KEY).codec_id == OBJECT_CODEC_ID
     found = unpack_object(KEY, block)
     assert (found.layout, bytes(found.data)) == (layout, data)
+
+
+def test_the_number_of_an_object_is_no_other_codecs():
+    assert len({OBJECT_CODEC_ID, spec.CODEC_ID, cold_layout.CODEC_ID}) == 3
 
 
 def test_the_data_of_every_object_is_aligned():
