@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from redis.crc import key_slot
 from store.redis_process import RedisProcess, cli, server_binary, started, stop
 from store.running_server import wait_until
 
@@ -40,7 +41,7 @@ class RedisCluster:
 
     def master_of(self, key: str) -> RedisProcess:
         """Who owns a key, by the layout that the cluster was made with."""
-        return self.nodes[_share_of(int(self.nodes[0].command("CLUSTER", "KEYSLOT", key)))]
+        return self.nodes[_share_of(key_slot(key.encode()))]
 
     def wait_for_replicas(self) -> None:
         """Until they have what the masters have."""

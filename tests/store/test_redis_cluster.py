@@ -1,11 +1,9 @@
 """The Redis backend on a real cluster: the contract, keys on the move, and a master killed under load."""
 
 import asyncio
-import itertools
 import logging
-import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 from store.backend_contract import BackendContract
 from store.redis_arrangements import RedisCluster, free_port, running_cluster
+from store.redis_outage import Load, keys_on, redis_key
 from store.redis_process import RedisProcess
 from store.running_server import wait_until
 from store.sample_blocks import (
@@ -28,7 +27,6 @@ from store.sample_blocks import (
 from tq_store.backends.memory import MemoryBackend
 from tq_store.backends.redis import RedisBackend, RedisLimits
 from tq_store.errors import BackendError, BackendUnavailable
-from tq_store.keys import BlockKey
 from tq_store.results import NamespaceUsage, PutOutcome
 from tq_store.tiering.store import TieredStore
 
@@ -57,10 +55,6 @@ async def opened(url: str, limits: RedisLimits = PATIENT) -> AsyncIterator[Redis
         yield backend
     finally:
         await backend.close()
-
-
-def redis_key(key: BlockKey) -> str:
-    return f"tq:1:{key[:32].hex()}:{key[32:].hex()}"
 
 
 class TestContract(BackendContract):
@@ -252,13 +246,13 @@ class TestAMasterIsKilled:
         with running_cluster(tmp_path, node_timeout_ms=1500) as cluster:
             blocks = sample_blocks(150, 4000)
             victim = cluster.nodes[1]
-            lost = {key for key, _ in blocks if cluster.master_of(redis_key(key)) is victim}
+            lost = keys_on(cluster, 1, keys_of(blocks))
             backend = await RedisBackend.open(cluster.url, limits=self.LIMITS)
             store = TieredStore([MemoryBackend(budget_bytes=5000), backend])
             try:
                 assert await backend.put(blocks) == [PutOutcome.STORED] * 150
                 cluster.wait_for_replicas()
-                load = _Load(store, blocks)
+                load = Load(store, blocks)
                 callers = [asyncio.create_task(load.run(seed)) for seed in range(4)]
                 await load.rounds(20)
                 assert load.missed == set()
@@ -297,7 +291,7 @@ class TestAMasterIsKilled:
         """SIGSTOP, for a shorter time than the cluster waits before a failover."""
         blocks = sample_blocks(90)
         victim = cluster.nodes[2]
-        lost = {key for key, _ in blocks if cluster.master_of(redis_key(key)) is victim}
+        lost = keys_on(cluster, 2, keys_of(blocks))
         limits = RedisLimits(timeout_s=1.0, lookup_timeout_s=1.0, census_s=None)
         async with opened(cluster.url, limits) as backend:
             await backend.put(blocks)
@@ -325,48 +319,3 @@ class TestAMasterIsKilled:
                     await asyncio.sleep(0.01)
             found = await backend.get(keys_of(blocks))
             assert {key for key, block in zip(keys_of(blocks), found, strict=True) if block} == lost
-
-
-class _Load:
-    """Callers that get known blocks and put new ones, and what became of it."""
-
-    def __init__(self, store: TieredStore, blocks: list[tuple[BlockKey, bytes]]) -> None:
-        self._store = store
-        self._blocks = blocks
-        self._fresh_numbers = itertools.count(10_000)
-        self._found_at: dict[BlockKey, float] = {}
-        self._num_rounds = 0
-        self.fresh: dict[BlockKey, bytes] = {}
-        self.stored: list[BlockKey] = []
-        self.missed: set[BlockKey] = set()
-        self.wrong = 0
-        self.stop = False
-
-    async def run(self, seed: int) -> None:
-        chance = random.Random(seed)
-        while not self.stop:
-            asked = chance.sample(self._blocks, 12)
-            for (key, block), found in zip(asked, await self._store.get(keys_of(asked)), strict=True):
-                if found is None:
-                    self.missed.add(key)
-                else:
-                    self.wrong += found != block
-                    self._found_at[key] = time.monotonic()
-            await self._store.lookup(keys_of(asked))
-            key, block = sample_block(next(self._fresh_numbers), 500)
-            self.fresh[key] = block
-            if await self._store.put([(key, block)]) == [PutOutcome.STORED]:
-                self.stored.append(key)
-            self._num_rounds += 1
-
-    def found_since(self, moment: float) -> set[BlockKey]:
-        return {key for key, found_at in self._found_at.items() if found_at > moment}
-
-    async def rounds(self, count: int) -> None:
-        target = self._num_rounds + count
-        await self.until(lambda: self._num_rounds >= target)
-
-    async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not is_so():
-                await asyncio.sleep(0.01)
