@@ -15,10 +15,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import make_wsgi_app
 
-from tq_store.backends.base import Backend
-from tq_store.backends.disk import DiskBackend
-from tq_store.backends.memory import MemoryBackend
-from tq_store.backends.redis import RedisBackend, RedisLimits
 from tq_store.config import ServerConfig, split_address
 from tq_store.errors import ConfigError
 from tq_store.rpc.convert import METHODS, SERVICE_NAME
@@ -37,6 +33,7 @@ from tq_store.server.scrape import StoreCollector
 from tq_store.server.segments import Segments
 from tq_store.server.service import BlockStoreService
 from tq_store.server.status_view import StatusView
+from tq_store.server.tiers import coded_tiers, open_tiers
 from tq_store.server.tls import server_credentials
 from tq_store.server.traces import ServerTraces
 from tq_store.server.window import ByteWindow
@@ -113,17 +110,13 @@ class Server:
             self._resources.push_async_callback(asyncio.to_thread, traces.close)
             tracing = traces.tracing
         async with AsyncExitStack() as opened:
-            tiers = await _open_tiers(config, opened)
+            tiers = await open_tiers(config, opened)
             store = TieredStore(
                 tiers,
                 write_queue_bytes=config.write_queue_bytes,
                 watch=metrics.watch_tier if tracing is None else _watch_both(metrics, tracing),
                 verify=self._access.verify,
-                coded=[
-                    name
-                    for name, coding in (("disk", config.disk_coding), ("redis", config.redis_coding))
-                    if coding == "zstd"
-                ],
+                coded=coded_tiers(config),
             )
             opened.pop_all()  # the tiers are the store's now
         self._resources.push_async_callback(store.close)
@@ -191,17 +184,6 @@ class Server:
             logger.warning("%d calls were still running after %g s and are cut", num_cut, grace_s)
 
 
-async def _open_tiers(config: ServerConfig, opened: AsyncExitStack) -> list[Backend]:
-    tiers: list[Backend] = [MemoryBackend(budget_bytes=config.memory_budget_bytes)]
-    if config.disk_path is not None and config.disk_budget_bytes is not None:
-        tiers.append(await DiskBackend.open(config.disk_path, budget_bytes=config.disk_budget_bytes))
-        opened.push_async_callback(tiers[-1].close)
-    if config.redis_url is not None:
-        tiers.append(await _open_redis(config.redis_url, config))
-        opened.push_async_callback(tiers[-1].close)
-    return tiers
-
-
 async def serve(config: ServerConfig, on_ready: Callable[[Server], None]) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends the process at once.
 
@@ -239,24 +221,6 @@ def _watch_both(metrics: Metrics, tracing: Tracing) -> Watch:
 
 def _window(name: str, limit_bytes: int, on_change: Callable[[int], None]) -> ByteWindow:
     return ByteWindow(name, limit_bytes=limit_bytes, patience_s=_PATIENCE_S, on_change=on_change)
-
-
-async def _open_redis(url: str, config: ServerConfig) -> RedisBackend:
-    return await RedisBackend.open(
-        url,
-        limits=RedisLimits(
-            timeout_s=config.redis_timeout_s,
-            lookup_timeout_s=config.redis_lookup_timeout_s,
-            ttl_s=config.redis_ttl_s,
-        ),
-        user=config.redis_user,
-        password_file=config.redis_password_file,
-        sentinel_user=config.redis_sentinel_user,
-        sentinel_password_file=config.redis_sentinel_password_file,
-        tls_ca=config.redis_tls_ca,
-        tls_cert=config.redis_tls_cert,
-        tls_key=config.redis_tls_key,
-    )
 
 
 def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:

@@ -67,14 +67,14 @@ class CallGate:
             return await self._run(method, context, body)
 
     async def _run(self, method: str, context: Context, body: Callable[[], Awaitable[bytes | None]]) -> Any:
+        call = self._reception.identify(method, context.peer())
+        CALL.set(call)
         started = time.perf_counter()
         self._metrics.started()
         self._num_active += 1
         self._is_idle.clear()
         code, text = grpc.StatusCode.OK, ""
         hint: tuple[tuple[str, str], ...] = ()
-        call = self._reception.identify(method, context.peer())
-        CALL.set(call)
         try:
             if self._is_draining:
                 raise BackendUnavailable("the server is shutting down")
