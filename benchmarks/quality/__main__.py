@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.arguments import conditions_of, parse_arguments
+from benchmarks.quality.bars import judged
 from benchmarks.quality.conditions import Conditions
 from benchmarks.quality.measure import (
     TEXT_METRICS,
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if part := [row for row in rows if row["measure"] == measure]:
                     print(f"{measure}:")
                     show(part)
+            print(*judged(rows), sep="\n")
             rows = merged(read_rows(parsed.output), rows)
             write_rows(rows, parsed.output)
             write_report(rows, parsed.output.parent)

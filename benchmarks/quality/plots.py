@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = dict(
-    zip(FAMILIES, ("#c1272d", "#f08030", "#1f77b4", "#7fb2d9", "#2a9d4a", "#8e6bbf", "#555555"), strict=True)
-)
+_PALETTE = ("#c1272d", "#f08030", "#a3123f", "#1f77b4", "#7fb2d9", "#2a9d4a", "#8e6bbf", "#555555")
+_COLOURS = dict(zip(FAMILIES, _PALETTE, strict=True))
 
 
 def loss_against_size(groups: Mapping[str, Sequence[Row]], key: str, label: str) -> str:
@@ -68,7 +67,7 @@ def _panels(count: int) -> "tuple[Figure, list[Axes]]":
 
 
 def _name_point(axes: "Axes", size: float, loss: float, preset: str) -> None:
-    text = preset.removeprefix("vllm-").removesuffix("-all").removesuffix("-balanced")
+    text = preset.removeprefix("vllm-").removesuffix("-all").removesuffix("-balanced").removesuffix("-cold")
     axes.annotate(text, (size, loss), textcoords="offset points", xytext=(4, 3), fontsize=6, color="0.35")
 
 

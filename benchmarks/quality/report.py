@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.quality.bars import judged
 from benchmarks.quality.groups import FAMILIES, bits_per_value, grouped, main_groups
 from benchmarks.quality.plots import correlation_by_layer, loss_against_size
 from benchmarks.quality.rows import RESULTS, Row, read_rows
@@ -55,6 +56,8 @@ def page(rows: Sequence[Row]) -> str:
         parts.append("<h2>Inside the layers</h2>")
         parts.append(loss_against_size(main, "attention_kl", "mean KL of attention, nats"))
         parts.append(correlation_by_layer(main, _SHOWN_BY_LAYER))
+    if verdicts := list(judged(rows)):
+        parts.append(f"<h2>What was to be reached</h2><pre>{html.escape(chr(10).join(verdicts))}</pre>")
     for group in grouped(rows, "text").values():
         parts += _text_section(group)
     for group in grouped(rows, "store").values():

@@ -11,6 +11,7 @@ from project import readme_quality
 
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.articles import plain_text, token_sequences
+from benchmarks.quality.bars import judged
 from benchmarks.quality.cache_view import CacheView
 from benchmarks.quality.codec import measure_codec
 from benchmarks.quality.conditions import Conditions
@@ -438,6 +439,21 @@ def test_articles_come_in_order_and_only_if_they_are_long_enough(tmp_path):
     assert len(first) == len(second) == 100
     with pytest.raises(ValueError, match="only 2 articles have 100 tokens"):
         token_sequences(Letters(), 3, 100, tmp_path / "extract.bz2")
+
+
+def test_bars_are_judged_where_rows_say_something():
+    row = {"measure": "text", "tokens": 1024, "texts": 2, "sinks": 4, "tail": 0}
+    row |= {"model": "qwen2.5-coder-0.5b-instruct", "kl_mean": 0.0135, "worst_layer_corr": 0.991}
+    scores = {"measure": "retrieval", "model": "m", "tokens": 1024}
+    rows = [{**row, "preset": preset} for preset in ("tq4", "k4v3-balanced", "fp8")]
+    rows += [{**scores, "preset": "bf16", "ruler": {"vt": 70.0, "qa_1": 50.0}}]
+    rows += [{**scores, "preset": "tq4", "ruler": {"vt": 69.0, "qa_1": 40.0}}]
+    assert [" ".join(line.split()) for line in judged(rows)] == [
+        "MISSED qwen2.5-coder-0.5b-instruct tq4: kl_mean 0.0135, at most 0.013",
+        "met qwen2.5-coder-0.5b-instruct tq4: worst_layer_corr 0.9910, at least 0.99",
+        "met qwen2.5-coder-0.5b-instruct k4v3-balanced: kl_mean 0.0135, at most 0.02",
+        "met m tq4: vt at 1024 69.0, bf16 70.0",
+    ]
 
 
 def test_without_rows_there_is_no_report(tmp_path, capsys):
