@@ -1,13 +1,21 @@
-"""A link of a given rate between LMCache's adapter and the store."""
+"""LMCache's adapter and the store with a link of a given rate between them: how long a prefix takes."""
 
 import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+from engines.lmcache.objects import Controller, make_adapter, object_key, plugin
+from store.running_server import running_server
+
+from benchmarks.lmcache_serdes import seconds
 
 _SLICE_BYTES = 64 << 10
+_LINKED: dict[str, dict[str, Any] | None] = {"naive": None, "fp8": {"type": "fp8"}, "tq4": {"type": "tq"}}
 
 
 class _Link:
@@ -66,3 +74,35 @@ def link_to(upstream: str, gbit_per_s: float) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def measure_links(
+    chunks: Sequence[torch.Tensor], heads: int, dim: int, rates: Iterable[float], repeats: int
+) -> list[dict[str, Any]]:
+    """Time until a prefix of all chunks is loaded, by serde and rate of the link."""
+    keys = [object_key(number) for number in range(len(chunks))]
+    rows = []
+    with running_server() as server:
+        for name, written in _LINKED.items():
+            serde = written
+            if written == {"type": "tq"}:
+                serde = written | {"preset": name, "num_kv_heads": heads, "head_dim": dim, "device": "cpu"}
+            extra = {} if serde is None else {"serde": serde}
+            settings = {"salt": name, "codec": f"serde:{name}" if name == "tq4" else "none"}
+            writer = Controller(make_adapter(plugin(server.address, **settings) | extra))
+            if not writer.store(keys, chunks):
+                raise RuntimeError(f"the chunks of {name} were not stored")
+            writer.adapter.close()
+            for rate in rates:
+                with link_to(server.address, rate) as address:
+                    reader = Controller(make_adapter(plugin(address, **settings) | extra))
+
+                    def load(reader: Controller = reader) -> None:
+                        found = reader.load(keys, chunks[0]) if all(reader.find(keys)) else [None]
+                        if any(chunk is None for chunk in found):
+                            raise RuntimeError("a chunk was not loaded")
+
+                    loaded_s = seconds(load, repeats, time.perf_counter)
+                    reader.adapter.close()
+                rows.append({"serde": name, "gbit_per_s": rate, "loaded_ms": loaded_s * 1e3})
+    return rows

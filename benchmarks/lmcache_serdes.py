@@ -1,6 +1,7 @@
 """What LMCache's chunks are packed with: its own serdes, the add-on's, and ours, behind one interface."""
 
 import inspect
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,19 @@ def memory_object(tensor: torch.Tensor) -> TensorMemoryObj:
         dtypes=[tensor.dtype],
     )
     return TensorMemoryObj(raw, metadata, parent_allocator=None)
+
+
+def seconds(work: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+    """Median time of a call."""
+    work()
+    times = []
+    for _ in range(repeats):
+        started = clock()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(clock() - started)
+    return statistics.median(times)
 
 
 def _add_on(head_dim: int) -> list[Serde]:
