@@ -79,7 +79,7 @@ def test_bars_say_what_was_reached_and_what_was_missed() -> None:
         ROW,
         ROW | {"tier": "redis", "ratio": 0.5},
         ROW | {"op": "lookup", "gib_per_s": None, "p50_ms": 2.5, "ratio": None, "peer": None},
-        ROW | {"op": "stored-get", "ratio": 0.9, "stored_blocks": 1_000_000, "peer": "1000 stored"},
+        ROW | {"op": "stored-all", "ratio": 0.9, "stored_blocks": 1_000_000, "peer": "1000 stored"},
         ROW | {"op": "resident", "ratio": 1.2},
     ]
     lines = list(store.bars(rows))
