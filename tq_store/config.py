@@ -161,13 +161,13 @@ class ServerConfig:
         default="text", metadata=about(choice("text", "json"), "how the log on stderr is written")
     )
     max_inflight_bytes: int = field(
-        default=32 << 20,
+        default=24 << 20,
         metadata=about(
             SIZE, "blocks being received at once; a put beyond it waits, and is refused after 15 s"
         ),
     )
     max_outflight_bytes: int = field(
-        default=32 << 20,
+        default=24 << 20,
         metadata=about(SIZE, "blocks being sent at once; a get beyond it waits, and is refused after 15 s"),
     )
     max_concurrent_calls: int = field(

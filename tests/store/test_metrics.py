@@ -71,7 +71,7 @@ def test_calls_bytes_and_the_store_are_shown(server: Server) -> None:
     assert samples["tq_store_hits_total tier=memory"] == 4
     assert samples["tq_store_misses_total"] == 1
     assert samples["tq_store_max_requests"] == 256
-    assert samples["tq_store_max_inflight_bytes"] == 32 << 20
+    assert samples["tq_store_max_inflight_bytes"] == 24 << 20
     with StoreClient(server.address) as client:
         assert samples[f"tq_store_build_info version={client.ping().version}"] == 1
 

@@ -7,7 +7,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # from glibc's malloc
 _SETTINGS = (
     # blocks get a mapping of their own, which goes back to the kernel whole; frames are reused
     (_MMAP_THRESHOLD, 2 << 20),
-    (_TRIM_THRESHOLD, 64 << 20),
+    (_TRIM_THRESHOLD, 16 << 20),
     # an arena a thread would keep the frames of every thread
     (_ARENA_MAX, 2),
 )
