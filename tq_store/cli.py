@@ -1,4 +1,4 @@
-"""`tq-store serve | ping | stats | top | inspect | purge | token`.
+"""`tq-store serve | ping | stats | plan | top | inspect | purge | token`.
 
 Exit codes: 0 done, 1 a negative answer, 2 wrong usage or settings, 3 the server cannot be reached.
 """
@@ -15,6 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tq_store import plan
 from tq_store.block import MAX_BLOCK_BYTES
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig, ServerConfig, load_config
@@ -22,6 +23,7 @@ from tq_store.describe import describe_block, describe_copies, describe_stats
 from tq_store.errors import BackendError, ConfigError, RpcDenied, RpcError, RpcTimeout, RpcUnavailable
 from tq_store.keys import BLOCK_KEY_BYTES, DIGEST_BYTES, parse_key
 from tq_store.settings import SWITCH, settings
+from tq_store.sizing import PRESETS, read_model
 
 if TYPE_CHECKING:
     from tq_store.server.app import Server
@@ -209,6 +211,83 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _plan(options: argparse.Namespace) -> Exit:
+    question = plan.Question(
+        model=read_model(options.model),
+        context=options.context,
+        replicas=options.replicas,
+        link_gbit=options.link,
+        hit_ratio=options.hit_ratio,
+        preset=options.preset,
+        page_tokens=options.page_tokens,
+        prefill_tokens_per_s=options.prefill,
+        tflops=options.tflops,
+        client_gib_per_s=options.client,
+    )
+    _say(json.dumps(plan.answer(question)) if options.json else "\n".join(plan.describe(question)))
+    return Exit.OK
+
+
+def _add_plan(commands: Any) -> None:
+    command = _add_command(
+        commands,
+        "plan",
+        _plan,
+        "Work out what a shared cache takes and saves: bytes, memory, time to first token, links that pay.",
+        """\
+examples:
+  tq-store plan --model Llama-3.1-8B/config.json --context 32768 --replicas 4 --link 25
+  tq-store plan --model config.json --context 8192 --hit-ratio 0.5 --preset k4v3 --prefill 12000
+  tq-store plan --model config.json --context 32768 --json | jq .pays_above_gbit
+
+An estimate: transfers at the speed of the link or of the client, whichever is less, then the computing of
+what is missing; nothing overlaps. --prefill and --client take numbers that you have measured.
+""",
+    )
+    command.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="CONFIG",
+        help="a Hugging Face config.json, or its folder",
+    )
+    command.add_argument("--context", type=int, required=True, metavar="N", help="tokens of a prompt")
+    command.add_argument("--replicas", type=int, default=1, metavar="R", help="engines that share the store")
+    command.add_argument(
+        "--link",
+        type=float,
+        default=10.0,
+        metavar="GBIT",
+        help="the store's link, Gbit/s (default: %(default)g)",
+    )
+    command.add_argument(
+        "--hit-ratio",
+        type=float,
+        default=0.9,
+        metavar="H",
+        help="part of the prompt, from its beginning, that is stored (default: %(default)g)",
+    )
+    command.add_argument("--preset", default="tq4", metavar="P", help=f"{', '.join(PRESETS)} (default: tq4)")
+    command.add_argument("--page-tokens", type=int, default=64, metavar="N", help="(default: %(default)d)")
+    command.add_argument(
+        "--prefill", type=float, metavar="TOKENS", help="prefill speed of a replica at this context, tokens/s"
+    )
+    command.add_argument(
+        "--tflops",
+        type=float,
+        default=plan.DEFAULT_TFLOPS,
+        help="without --prefill: what a replica reaches, 10^12 operations/s (default: %(default)g, an H100)",
+    )
+    command.add_argument(
+        "--client",
+        type=float,
+        default=plan.DEFAULT_CLIENT_GIB_PER_S,
+        metavar="GIB",
+        help="what one client takes, GiB/s: `load` of `make bench-store` (default: %(default)g)",
+    )
+    command.add_argument("--json", action="store_true", help="for programs; bytes, seconds, Gbit/s")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tq-store",
@@ -247,6 +326,7 @@ examples:
         "example:\n  tq-store stats --json | jq .counters.misses\n",
     )
     stats.add_argument("--json", action="store_true", help="for programs, with sizes in bytes")
+    _add_plan(commands)
     top = _add_command(
         commands,
         "top",

@@ -1,0 +1,107 @@
+"""Shaped links shape, and the check of `tq-store plan` runs over one."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from project.planning_page import PAGE, current
+
+from benchmarks import store_plan
+from benchmarks.shaped_link import ShapedProxy, TokenBucket, in_shaped_namespace
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_bucket_lets_a_burst_pass_and_then_the_rate() -> None:
+    bucket = TokenBucket(0.008)  # a million bytes/s
+    assert bucket.delay_s(5_000, 100.0) == pytest.approx(0.0)
+    assert bucket.delay_s(1_000_000, 100.0) == pytest.approx(1.0)
+    assert bucket.delay_s(500_000, 100.5) == pytest.approx(1.0)
+    assert bucket.delay_s(1_000, 200.0) == 0.0, "a pause is not saved up"
+    assert bucket.delay_s(1_000_000, 200.0) == pytest.approx(0.996)
+
+
+def test_a_proxy_passes_everything_both_ways_at_the_rate() -> None:
+    received: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def echo() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                while data := connection.recv(1 << 16):
+                    received.append(data)
+                    connection.sendall(data)
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        sent = bytes(range(256)) * 8192
+        with ShapedProxy(listener.getsockname()[1], gbit=0.08) as proxy:  # ten million bytes/s
+            host, _, port = proxy.address.rpartition(":")
+            started = time.monotonic()
+            with socket.create_connection((host, int(port))) as near:
+                writer = threading.Thread(target=near.sendall, args=(sent,))
+                writer.start()
+                back = b""
+                while len(back) < len(sent):
+                    back += near.recv(1 << 20)
+                writer.join()
+            elapsed_s = time.monotonic() - started
+        thread.join()
+    assert back == sent == b"".join(received)
+    assert elapsed_s >= len(sent) / 10e6 - 0.03
+
+
+def test_a_proxy_cuts_what_is_open_when_it_ends() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with ShapedProxy(listener.getsockname()[1], gbit=1.0) as proxy:
+            host, _, port = proxy.address.rpartition(":")
+            near = socket.create_connection((host, int(port)))
+            far, _ = listener.accept()
+            near.sendall(b"x")
+            assert far.recv(1) == b"x"
+        with near, far:
+            assert near.recv(1) == b""
+            assert far.recv(1) == b""
+
+
+def test_without_the_tools_there_is_no_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert in_shaped_namespace(["true"], 1.0) is None
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_a_planned_transfer_takes_as_long_as_a_real_one(
+    monkeypatch: pytest.MonkeyPatch, by_kernel: bool
+) -> None:
+    """Over a slow link, where the link decides; by the kernel only where it lets us."""
+    if not by_kernel:
+        monkeypatch.setattr(store_plan, "in_shaped_namespace", lambda *_: None)
+    (row,) = store_plan.rows([0.1], ["tq4"], 4)
+    assert row["tokens"] == 256
+    assert row["predicted_s"] == pytest.approx(4 * row["block_bytes"] * 8 / 0.1e9)
+    assert 0.8 < row["ratio"] < 2
+
+
+def test_the_check_runs_as_a_program(tmp_path: Path) -> None:
+    out = tmp_path / "plan.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.store_plan", "--quick", "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert (row["preset"], row["link_gbit"]) == ("tq4", 0.5)
+    assert "s planned" in done.stdout
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == current(text), "run: python -m tests.project.planning_page"
+    assert "Gbit/s" in text
