@@ -142,7 +142,7 @@ def running_sentinels(directory: Path) -> Iterator[WatchedMaster]:
                 f"requirepass {WatchedMaster.SENTINEL_PASSWORD}\n"
                 f"sentinel monitor {WatchedMaster.SERVICE} 127.0.0.1 {master.port} 2\n"
                 f"sentinel auth-pass {WatchedMaster.SERVICE} {word}\n"
-                f"sentinel down-after-milliseconds {WatchedMaster.SERVICE} 500\n"
+                f"sentinel down-after-milliseconds {WatchedMaster.SERVICE} 1000\n"
                 f"sentinel failover-timeout {WatchedMaster.SERVICE} 3000\n"
             )
             stack.callback(stop, started([server_binary(), str(settings), "--sentinel"]))

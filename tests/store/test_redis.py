@@ -356,6 +356,23 @@ class TestRoundTrips:
             await eventually(lambda: not backend.shards()[0].is_open)
             assert await backend.contains([sample_key(2)]) == [False]
 
+    async def test_a_server_that_is_let_go_ends_what_is_under_way_and_keeps_no_connection(
+        self, proxy: Proxy
+    ) -> None:
+        blocks = sample_blocks(2)
+        async with opened(proxy.url) as backend:
+            await backend.put(blocks)
+            (shard,) = backend._servers.shards
+            proxy.open_gate.clear()
+            proxy.requested.clear()
+            under_way = asyncio.create_task(backend.get(keys_of(blocks)))
+            await proxy.requested.wait()
+            await shard.retire()
+            proxy.open_gate.set()
+            assert await under_way == bytes_of(blocks)
+            pool = shard._link.pool
+            assert not any(connection.is_connected for connection in pool._available_connections)
+
     async def test_a_slow_link_is_no_dead_server(self, proxy: Proxy) -> None:
         blocks = sample_blocks(8, 1 << 20)
         async with opened(proxy.url, timeout_s=2.0) as backend:
