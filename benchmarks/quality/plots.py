@@ -11,19 +11,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_REFERENCES = ("none", "bf16")
 _PALETTE = ("#c1272d", "#f08030", "#a3123f", "#1f77b4", "#7fb2d9", "#2a9d4a", "#8e6bbf", "#555555")
 _COLOURS = dict(zip(FAMILIES, _PALETTE, strict=True))
 
 
 def loss_against_size(groups: Mapping[str, Sequence[Row]], key: str, label: str) -> str:
-    """SVG with a panel for each model: a logarithmic loss over bits per value, a colour for each family."""
+    """SVG with a panel for each model: a logarithmic loss over bits per value, a colour for each family.
+
+    Models without such a loss have no panel; without any model there is no picture, an empty string.
+    """
+    groups = {
+        model: rows
+        for model, rows in groups.items()
+        if any(row.get(key) and row["preset"] not in _REFERENCES for row in rows)
+    }
+    if not groups:
+        return ""
     figure, panels = _panels(len(groups))
     for axes, (model, rows) in zip(panels, groups.items(), strict=True):
         for name in FAMILIES:
             points = sorted(
                 (bits_per_value(row), row[key], row["preset"])
                 for row in rows
-                if family(row["preset"]) == name and row.get(key) and row["preset"] not in ("none", "bf16")
+                if family(row["preset"]) == name and row.get(key) and row["preset"] not in _REFERENCES
             )
             if points:
                 sizes, losses, _ = zip(*points, strict=True)
@@ -41,17 +52,28 @@ def loss_against_size(groups: Mapping[str, Sequence[Row]], key: str, label: str)
 
 
 def correlation_by_layer(groups: Mapping[str, Sequence[Row]], presets: Sequence[str]) -> str:
-    """SVG with a panel for each model: correlation of scores with true scores in every layer."""
+    """SVG with a panel for each model: what correlations with true scores lack to 1, in every layer.
+
+    Empty where nothing was measured, as above.
+    """
+    groups = {
+        model: [row for row in rows if row["preset"] in presets and row.get("layer_corr")]
+        for model, rows in groups.items()
+    }
+    groups = {model: rows for model, rows in groups.items() if rows}
+    if not groups:
+        return ""
     figure, panels = _panels(len(groups))
     for axes, (model, rows) in zip(panels, groups.items(), strict=True):
         for row in rows:
-            if row["preset"] in presets and row.get("layer_corr"):
-                axes.plot(row["layer_corr"], marker=".", linewidth=1, label=row["preset"])
+            missing = [1 - correlation for correlation in row["layer_corr"]]
+            axes.plot(missing, marker=".", linewidth=1, label=row["preset"])
+        axes.set_yscale("log")
         axes.set_title(model, fontsize="medium")
         axes.set_xlabel("layer")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize="x-small")
-    panels[0].set_ylabel("correlation of attention scores")
+    panels[0].set_ylabel("1 - correlation of attention scores")
     return _svg(figure)
 
 

@@ -50,12 +50,9 @@ def page(rows: Sequence[Row]) -> str:
     """The report, as one file without anything outside it."""
     parts = ["<h1>Quality per byte</h1>", _legend()]
     main = main_groups(rows, "text")
-    if any(row.get("kl_mean") for group in main.values() for row in group):
-        parts.append(loss_against_size(main, "kl_mean", "mean KL of logits, nats"))
-    if any(row.get("attention_kl") for group in main.values() for row in group):
-        parts.append("<h2>Inside the layers</h2>")
-        parts.append(loss_against_size(main, "attention_kl", "mean KL of attention, nats"))
-        parts.append(correlation_by_layer(main, _SHOWN_BY_LAYER))
+    parts.append(loss_against_size(main, "kl_mean", "mean KL of logits, nats"))
+    if inside := loss_against_size(main, "attention_kl", "mean KL of attention, nats"):
+        parts += ["<h2>Inside the layers</h2>", inside, correlation_by_layer(main, _SHOWN_BY_LAYER)]
     if verdicts := list(judged(rows)):
         parts.append(f"<h2>What was to be reached</h2><pre>{html.escape(chr(10).join(verdicts))}</pre>")
     for group in grouped(rows, "text").values():
@@ -166,14 +163,8 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write quality.html, and quality.svg where logits were measured; returns what was written."""
     paths = [folder / "quality.html"]
     paths[0].write_text(page(rows), encoding="utf-8")
-    main = {
-        model: group
-        for model, group in main_groups(rows, "text").items()
-        if any(row.get("kl_mean") for row in group)
-    }
-    if main:
+    if svg := loss_against_size(main_groups(rows, "text"), "kl_mean", "mean KL of logits, nats"):
         paths.append(folder / "quality.svg")
-        svg = loss_against_size(main, "kl_mean", "mean KL of logits, nats")
         paths[1].write_text(svg, encoding="utf-8")
     return paths
 
