@@ -1,6 +1,7 @@
 """The status page of a busy server in a real browser; `python -m tests.deploy.browser` takes its picture."""
 
 import hashlib
+import random
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from playwright.sync_api import Browser, sync_playwright
+
+from tq_store.block import BlockInfo, pack_block
+from tq_store.keys import BlockKey
 
 PICTURE = Path(__file__).parents[2] / "deploy" / "status-page.png"
 
@@ -28,7 +32,7 @@ def browser() -> Iterator[Browser]:
 def take_picture() -> None:
     """Of a server with three models in it, after half a minute of saving and loading."""
     from store.running_server import running_server
-    from store.sample_blocks import keys_of, sample_blocks, sample_key
+    from store.sample_blocks import sample_key
 
     from tq_store.client import StoreClient
 
@@ -44,12 +48,38 @@ def take_picture() -> None:
         page.goto(server.metrics_url.removesuffix("/metrics"))
         for turn in range(120):
             namespace = hashlib.sha256(b"%d" % (turn % 7 % 3)).digest()
-            blocks = sample_blocks(4, 1 << 20, namespace, first=turn * 2 % 60)
-            client.put(blocks)
-            client.lookup([*keys_of(blocks), sample_key(10**6 + turn, namespace)])
-            list(client.get(keys_of(blocks)[: 1 + turn // 10 % 4]))
+            keys = [sample_key(turn * 2 % 60 + page, namespace) for page in range(4)]
+            client.put([(key, _block(key)) for key in keys])
+            client.lookup([*keys, sample_key(10**6 + turn, namespace)])
+            list(client.get(keys[: 1 + turn // 10 % 4]))
             page.wait_for_timeout(150 + 20 * (turn // 8 % 8))
         page.screenshot(path=PICTURE, full_page=True)
+
+
+def _block(key: BlockKey) -> bytes:
+    """A block in the shape of a small model, 4 bits a value: 1 MiB."""
+    info = BlockInfo(
+        namespace=key[:32],
+        prefix_hash=key[32:],
+        codec_fingerprint=bytes(32),
+        rotation_seed=0,
+        codec_id=1,
+        packing_id=1,
+        key_code=4,
+        value_code=4,
+        rotation_id=1,
+        key_center=0,
+        page_bytes=64 * 8 * 134,
+        num_tokens=64,
+        page_tokens=64,
+        head_dim=128,
+        first_layer=0,
+        num_layers=16,
+        first_kv_head=0,
+        num_kv_heads=8,
+        total_kv_heads=8,
+    )
+    return pack_block(info, random.Random(key).randbytes(info.payload_bytes))
 
 
 if __name__ == "__main__":

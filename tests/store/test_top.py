@@ -18,6 +18,7 @@ from store.sample_blocks import NAMESPACE, keys_of, sample_blocks, sample_key
 from tq_store import cli, top
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError, RpcUnavailable
+from tq_store.status import Status
 
 
 @pytest.fixture
@@ -100,6 +101,21 @@ def test_on_a_terminal_it_watches_until_ctrl_c_and_outlives_the_server() -> None
     assert b"Traceback" not in rest
     os.close(ours)
     assert process.wait(WAIT_S) == 0
+
+
+def test_ctrl_c_is_no_error_even_while_the_server_is_away(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    status = top.fetch_status(url)
+    answers = iter([status, status, RpcUnavailable("gone"), KeyboardInterrupt()])
+
+    def fetch(_: str) -> Status:
+        answer = next(answers)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(top, "fetch_status", fetch)
+    top.watch(url, every_s=0)
+    assert list(answers) == []
 
 
 def read_until(terminal: int, wanted: bytes) -> bytes:
