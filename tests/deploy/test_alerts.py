@@ -293,9 +293,9 @@ def test_a_tenant_at_its_quota(tmp_path: Path) -> None:
         tenants.client(server.address, "search") as client,
     ):
         drill = Drill(tmp_path, server)
-        client.put(sample_blocks(19))
-        fails(lambda: client.put(sample_blocks(5, first=100)))
-        drill.provokes("TQStoreTenantLimited", "TQStoreTenantNearQuota", "TQStoreOverloaded")
+        client.put(sample_blocks(100))
+        fails(lambda: client.put([sample_block(1000, 20_000)]))
+        drill.provokes("TQStoreTenantLimited", "TQStoreTenantChurn", "TQStoreOverloaded")
 
 
 def test_no_alert_is_without_a_drill() -> None:
