@@ -2,6 +2,7 @@
 
 Errors are of keys about their mean over the text and of values about zero, after the four sinks, means over
 layers; keys are divided by the power 0.75 of their deviation, channel by channel, before either code.
+Bits are split evenly between keys and values, for comparison.
 
 ``python -m benchmarks.cold`` prints tables and writes ``benchmarks/results/cold.jsonl``; GPU times come from
 ``python -m benchmarks.gpu.cold``.
@@ -52,10 +53,15 @@ def measure(model: str, name: str, keys: torch.Tensor, values: torch.Tensor) -> 
         lm_pages = reference.quantize(key, value, lm, key_balance=balance)
         of_lm = reference.dequantize(lm_pages, lm, key_balance=balance)
         started = time.perf_counter()
-        pages.append(cold_page.quantize(key, value, cold, key_balance=balance))
+        pages.append(cold_page.quantize(key, value, cold, key_balance=balance, key_extra_bits=0))
         quantize_s += time.perf_counter() - started
         of_cold = cold_page.roundtrip(
-            key, value, section_bytes=cold.section_bytes, key_balance=balance, page_tokens=_PAGE_TOKENS
+            key,
+            value,
+            section_bytes=cold.section_bytes,
+            key_balance=balance,
+            key_extra_bits=0,
+            page_tokens=_PAGE_TOKENS,
         )
         errors += torch.stack([_errors((key, value), each) for each in (of_lm, of_cold)]) / len(keys)
     started = time.perf_counter()

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.quality.methods.base import Place, Sides
 from benchmarks.quality.methods.pages import Pages, page_methods
-from tq_kernels.cold_page import roundtrip
+from tq_kernels.cold_page import KEY_EXTRA_BITS, roundtrip
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,10 @@ class ColdPages(Pages):
         spec: The codec whose bytes are spent.
         page_tokens: As for `Pages`.
         balance: As for `Pages`.
-        key_extra_bits: Bits that an index of a key has more than one of a value.
+        key_extra_bits: As for `cold_page.quantize`.
     """
 
-    key_extra_bits: float = 0.0
+    key_extra_bits: float = KEY_EXTRA_BITS
 
     def read(
         self, keys: torch.Tensor, values: torch.Tensor, state: torch.Tensor | None, place: Place
