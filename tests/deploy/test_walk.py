@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from store.redis_process import server_binary
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,7 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
+@pytest.mark.timeout(TEN_MINUTES_S + 60)
 def test_an_operator_gets_from_nothing_to_two_replicas_that_share(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "deploy", checkout / "deploy")
@@ -77,7 +79,7 @@ def test_an_operator_gets_from_nothing_to_two_replicas_that_share(tmp_path: Path
         start_new_session=True,
     )
     try:
-        output, _ = walk.communicate(timeout=280)
+        output, _ = walk.communicate(timeout=TEN_MINUTES_S)
     finally:
         os.killpg(walk.pid, signal.SIGKILL)
     assert walk.returncode == 0, output
