@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from benchmarks.quality.methods.base import Geometry, Place, Sides
-from tq_kernels.codebook import lloyd_max, midpoints
+from benchmarks.quality.methods.lloyd_max import nearest_levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,9 @@ class PaperSplit:
 def _lloyd_max(vectors: torch.Tensor, bits: int) -> torch.Tensor:
     dim = vectors.shape[-1]
     rotation = _random_rotation(dim).to(vectors)
-    levels = torch.tensor(lloyd_max(bits)).to(vectors)
-    boundaries = torch.tensor(midpoints(levels.tolist())).to(vectors)
     norm = vectors.norm(dim=-1, keepdim=True)
     unit = (vectors / norm.clamp_min(1e-30)) @ rotation.T * dim**0.5
-    nearest = levels[torch.bucketize(unit.abs(), boundaries, right=True)].copysign(unit)
-    read: torch.Tensor = nearest @ rotation * (norm.half().float() / dim**0.5)
+    read: torch.Tensor = nearest_levels(unit, bits) @ rotation * (norm.half().float() / dim**0.5)
     return read
 
 

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.quality.methods.base import Geometry, Place, Sides
 from benchmarks.quality.methods.casts import BF16, FP8
+from benchmarks.quality.methods.lloyd_max import nearest_levels
 from benchmarks.quality.methods.uniform import uniform
-from tq_kernels.codebook import lloyd_max, midpoints
 from tq_kernels.rotation import hadamard_matrix
 
 _BOUNDARY_LAYERS = 2
@@ -67,11 +67,9 @@ class StockVLLM:
 def _rotated_lloyd_max(keys: torch.Tensor, bits: int) -> torch.Tensor:
     dim = keys.shape[-1]
     rotation = (hadamard_matrix(dim) / dim**0.5).to(keys)
-    levels = torch.tensor(lloyd_max(bits)).to(keys)
-    boundaries = torch.tensor(midpoints(levels.tolist())).to(keys)
     norm = keys.norm(dim=-1, keepdim=True)
     unit = (keys / norm.clamp_min(1e-30)) @ rotation.T * dim**0.5
-    nearest = levels[torch.bucketize(unit.abs(), boundaries, right=True)].copysign(unit)
+    nearest = nearest_levels(unit, bits)
     scale = norm.half().float() / nearest.norm(dim=-1, keepdim=True)
     read: torch.Tensor = (nearest * scale) @ rotation
     return read
@@ -80,9 +78,5 @@ def _rotated_lloyd_max(keys: torch.Tensor, bits: int) -> torch.Tensor:
 _BITS = {"k8v4": (8, 4), "4bit_nc": (4, 4), "k3v4_nc": (3, 4), "3bit_nc": (3, 3)}
 PRESETS = tuple(StockVLLM(f"vllm-{name}", *bits) for name, bits in _BITS.items())
 """As stock vLLM runs them."""
-ALL_LAYERS = tuple(
-    StockVLLM(f"vllm-{name}-all", *bits, skips_boundary=False)
-    for name, bits in _BITS.items()
-    if name != "k8v4"
-)
+ALL_LAYERS = tuple(StockVLLM(f"vllm-{name}-all", *bits, skips_boundary=False) for name, bits in _BITS.items())
 """The same with no layer left raw, as a page format would have it."""
