@@ -47,7 +47,7 @@ class Drill:
         self._before = scrape(self._url)
 
     def provokes(self, *firing: str, maybe: tuple[str, ...] = ()) -> None:
-        """These and nothing else, but perhaps those in `maybe` and what the tests' memory and load provoke."""
+        """These and nothing else, but perhaps those in `maybe` and what a busy test process provokes."""
         after = scrape(self._url)
         check(self._directory, series(self._before, after), firing=firing, maybe=(*maybe, MEMORY, SLOW))
 
