@@ -39,7 +39,7 @@ def test_next_state_is_what_the_kernel_computes() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "head_dim", "heads", "num_pages"),
-    [(3, 16, 1, 1), (2, 16, 3, 3), (4, 32, 5, 1), (5.5, 16, 2, 2), (1, 48, 1, 2)],
+    [(3, 32, 1, 1), (2, 16, 5, 1), (5.5, 16, 1, 2)],
 )
 def test_symbols_are_the_references(
     bits: float, head_dim: int, heads: int, num_pages: int, generator: torch.Generator, device: torch.device
@@ -55,9 +55,9 @@ def test_symbols_are_the_references(
 
 
 def test_keys_and_values_are_the_references(generator: torch.Generator, device: torch.device) -> None:
-    layout = layout_for(3, 32, 2, page_tokens=32)
+    layout = layout_for(3, 16, 1, page_tokens=32)
     pages = pages_of(layout, 2, generator)
-    balance = torch.rand(2, 32, generator=generator) + 0.5
+    balance = torch.rand(1, 16, generator=generator) + 0.5
     wanted = cold_page.dequantize(pages, layout, torch.bfloat16, key_balance=balance)
     found = dequantize_cold(pages.to(device), layout, key_balance=balance.to(device))
 
@@ -68,19 +68,19 @@ def test_keys_and_values_are_the_references(generator: torch.Generator, device: 
 def test_damage_is_judged_alike(generator: torch.Generator, device: torch.device) -> None:
     """States and words of every kind, read without harm; as many words as the header says, and no others."""
     layout = layout_for(2, 16, 4)
-    pages = pages_of(layout, 2, generator)
-    sections = pages.view(8, -1)
-    sections[:6, layout.states_offset + 3 :: 7] ^= 0x55
-    sections[5, layout.states_offset + 2 : layout.states_offset + 4] = 0
-    sections[6, :2] = torch.tensor([3, 0], dtype=torch.uint8)
-    sections[6, layout.words_offset + 6 :] = 0
+    pages = pages_of(layout, 1, generator)
+    sections = pages.view(4, -1)
+    sections[:2, layout.states_offset + 3 :: 7] ^= 0x55
+    sections[1, layout.states_offset + 2 : layout.states_offset + 4] = 0
+    sections[2, :2] = torch.tensor([3, 0], dtype=torch.uint8)
+    sections[2, layout.words_offset + 6 :] = 0
     sections[:, layout.words_offset :].view(torch.int16)[
         torch.arange(layout.max_words) >= (sections[:, :2].contiguous().view(torch.int16).long() & 0xFFFF)
     ] = 0
     wanted = read_symbols(open_sections(pages, layout), layout)
     found = read_symbols_on_device(open_sections(pages.to(device), layout), layout)
 
-    assert wanted[2].tolist() == [False] * 7 + [True]
+    assert wanted[2].tolist() == [False] * 3 + [True]
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one.cpu(), other.to(one.dtype))
     with pytest.raises(ValueError, match="head 0 of cold page 0 is damaged"):
