@@ -50,9 +50,10 @@ def page(rows: Sequence[Row]) -> str:
     """The report, as one file without anything outside it."""
     parts = ["<h1>Quality per byte</h1>", _legend()]
     main = main_groups(rows, "text")
-    parts.append(loss_against_size(main, "kl_mean", "mean KL of logits, nats"))
-    if inside := loss_against_size(main, "attention_kl", "mean KL of attention, nats"):
-        parts += ["<h2>Inside the layers</h2>", inside, correlation_by_layer(main, _SHOWN_BY_LAYER)]
+    parts.append(_inline(loss_against_size(main, "kl_mean", "mean KL of logits, nats")))
+    if inside := _inline(loss_against_size(main, "attention_kl", "mean KL of attention, nats")):
+        by_layer = _inline(correlation_by_layer(main, _SHOWN_BY_LAYER))
+        parts += ["<h2>Inside the layers</h2>", inside, by_layer]
     if verdicts := list(judged(rows)):
         parts.append(f"<h2>What was to be reached</h2><pre>{html.escape(chr(10).join(verdicts))}</pre>")
     for group in grouped(rows, "text").values():
@@ -64,6 +65,11 @@ def page(rows: Sequence[Row]) -> str:
         parts += _retrieval_section(model, scored)
     head = f'<meta charset="utf-8"><title>Quality per byte</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _inline(svg: str) -> str:
+    """The picture without the prolog that only a file of its own has."""
+    return svg[max(0, svg.find("<svg")) :]
 
 
 def _legend() -> str:
