@@ -7,6 +7,7 @@ of a `Put` promises the top tier alone: the lower ones are written behind it.
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from faults import writer
@@ -63,10 +64,11 @@ class _Generation:
         redis.mkdir()
         self._redis = RedisProcess(redis, "--appendonly", "yes", "--appendfsync", "always")
         self._disk = directory / "disk"
+        self._socket = directory / "socket"
         self._options = (
             *("--memory-budget", "4MiB"),
             *("--disk-path", self._disk, "--disk-budget", "8GiB"),
-            *("--redis-url", self._redis.url),
+            *("--redis-url", self._redis.url, "--local-socket", self._socket),
         )
         self._server = ServerProcess(*self._options)
 
@@ -81,7 +83,7 @@ class _Generation:
         self._check_acknowledged(load.on_disk)
 
     def kill_client(self) -> None:
-        command = [sys.executable, "-m", writer.__name__, self._server.address, str(self.next_number)]
+        command = [sys.executable, "-m", writer.__name__, self.any_address(), str(self.next_number)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env=child_environment())
         try:
             assert process.stdout is not None
@@ -126,9 +128,9 @@ class _Generation:
         self._server.close()
         self._redis.kill()
 
-    @property
-    def address(self) -> str:
-        return self._server.address
+    def any_address(self) -> str:
+        """Of the server: streams on a port, or shared memory beside a Unix socket."""
+        return self._trial.rng.choice([self._server.address, f"unix:{self._socket}"])
 
     def _numbers(self) -> range:
         return range(self._first_number, self.next_number)
@@ -163,7 +165,6 @@ class _Load:
     def __init__(self, generation: _Generation) -> None:
         self._generation = generation
         self._result = generation._result
-        self._address = generation.address
         self._seed = generation._trial.rng.getrandbits(32)
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -171,7 +172,7 @@ class _Load:
         self.on_disk: set[int] = set()
         self.in_redis: set[int] = set()
         self._threads = [
-            threading.Thread(target=self._loop, args=(work,))
+            threading.Thread(target=self._loop, args=(generation.any_address(), work))
             for work in (self._write, self._write, self._read, self._inspect)
         ]
 
@@ -185,9 +186,9 @@ class _Load:
         for thread in self._threads:
             thread.join()
 
-    def _loop(self, work) -> None:
+    def _loop(self, address: str, work: Callable[[StoreClient, int], None]) -> None:
         turn = 0
-        with StoreClient(self._address, config=HASTY) as client:
+        with StoreClient(address, config=HASTY) as client:
             while not self._ended.is_set():
                 try:
                     work(client, turn)

@@ -1,7 +1,7 @@
 """Servers restarted one after the other while engines work: no request fails, and hits come back.
 
-Two servers over one Redis, a disk each, engines on both. Each server in turn gets SIGTERM, drains, and is
-started again at its address; now and then one is killed instead.
+Two servers over one Redis, a disk each; on both an engine by its port and one by its Unix socket. Each server
+in turn gets SIGTERM, drains, and is started again at its address; now and then one is killed instead.
 """
 
 import signal
@@ -14,7 +14,6 @@ from store.redis_process import RedisProcess
 from store.server_process import ServerProcess
 
 _RESTARTS = 12
-_ENGINES = 4
 _KILL_EVERY = 4
 
 
@@ -26,14 +25,14 @@ def run(trial: Trial) -> None:
         (
             *("--redis-url", redis.url, "--memory-budget", "2MiB", "--grace", "5s"),
             *("--disk-path", trial.directory / name, "--disk-budget", "1GiB"),
+            *("--local-socket", trial.directory / f"{name}.socket"),
         )
         for name in ("first", "second")
     ]
     servers = [ServerProcess(*each) for each in options]
-    engines = [
-        ReplicaProcess(servers[number % 2].address, trial.result, seed=trial.rng.getrandbits(32))
-        for number in range(_ENGINES)
-    ]
+    addresses = [server.address for server in servers]
+    addresses += [f"unix:{trial.directory / name}.socket" for name in ("first", "second")]
+    engines = [ReplicaProcess(address, trial.result, seed=trial.rng.getrandbits(32)) for address in addresses]
     try:
         for restart in range(trial.times(_RESTARTS, least=2)):
             number = restart % 2

@@ -34,7 +34,7 @@ def run(trial: Trial) -> None:
         ):
             client.put(blocks)
             wait_until(lambda: client.stats().tiers["redis"].num_blocks == _BLOCKS)
-        _load_from(trial, "redis", ("--redis-url", redis.url), blocks, redis)
+        _load_from(trial, "redis", ("--redis-url", redis.url, "--redis-timeout", "60s"), blocks, redis)
     finally:
         redis.kill()
     disk = ("--disk-path", trial.directory / "disk", "--disk-budget", "1GiB")
