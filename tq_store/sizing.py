@@ -17,6 +17,7 @@ from tq_store.errors import ConfigError
 _ALIGNMENT_BYTES = 128
 _STATISTIC_BYTES = 2
 _MOST_CONFIG_BYTES = 1 << 20
+_MOST_LAYERS = (1 << 16) - 1  # as many as a block can say
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
@@ -104,18 +105,19 @@ def read_model(path: Path) -> Model:
             content = json.loads(file.read(_MOST_CONFIG_BYTES))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; give a model's config.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
+    if isinstance(content, dict):
+        content = content.get("text_config", content)  # the language part of a model that sees as well
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a model's config.json")
-    content = content.get("text_config", content)  # the language part of a model that sees as well
     if "kv_lora_rank" in content:
         raise ConfigError(f"{path} describes multi-head latent attention, which no preset stores")
     try:
         return _model(content)
     except KeyError as error:
         raise ConfigError(f"{path} does not say {error}: it is not a transformer's config.json") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise ConfigError(f"{path} has a number that makes no sense: {error}") from error
 
 
@@ -124,6 +126,8 @@ def _model(content: Mapping[str, Any]) -> Model:
     num_kv_heads = int(content.get("num_key_value_heads") or num_heads)
     head_dim = int(content.get("head_dim") or hidden // num_heads)
     num_layers = int(content["num_hidden_layers"])
+    if num_layers > _MOST_LAYERS:
+        raise ValueError(f"{num_layers} layers")
     kinds = content.get("layer_types") or ["full_attention"] * num_layers
     num_attending = sum(kind in _ATTENTION_LAYERS for kind in kinds)
     if min(hidden, num_heads, num_kv_heads, head_dim, num_attending) < 1:

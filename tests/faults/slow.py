@@ -1,7 +1,7 @@
 """Slow consumers and slow senders: readers that stop in the middle of a stream, writers that trickle.
 
-Everyone else is served meanwhile, the server's memory stays within what they may hold, and they end with
-right bytes or are cut when their time is over.
+Everyone else is served meanwhile and the server's memory stays within what they may hold. The slow ones get
+right bytes, or are cut when their time is over or when they keep others waiting.
 """
 
 import threading
@@ -29,6 +29,7 @@ _HELD_BYTES = 48 << 20
 """What one slow reader may make a server hold: the README says about 32 MiB."""
 _CALL_TIMEOUT_S = 3
 _WAIT_S = 60
+_CUT = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
 
 
 def run(trial: Trial) -> None:
@@ -46,9 +47,11 @@ def _readers(trial: Trial) -> None:
             client.put(blocks)
         before_bytes = _resident_bytes(server)
         may_finish = threading.Event()
-        slow = [pool.submit(_read_slowly, server.address, blocks, may_finish) for _ in range(num_slow)]
+        slow = [pool.submit(_read_slowly, trial, server.address, blocks, may_finish) for _ in range(num_slow)]
         slow += [
-            pool.submit(_send_slowly, server.address, sample_block(1000 + number, _PAYLOAD_BYTES), may_finish)
+            pool.submit(
+                _send_slowly, trial, server.address, sample_block(1000 + number, _PAYLOAD_BYTES), may_finish
+            )
             for number in range(num_slow)
         ]
         wait_until(lambda: server.metric("tq_store_active_requests") == 2 * num_slow)
@@ -67,8 +70,7 @@ def _readers(trial: Trial) -> None:
         )
         may_finish.set()
         for answer in slow:
-            if not answer.result(_WAIT_S):
-                trial.result.served_wrong("a slow client got other bytes")
+            trial.result.count(answer.result(_WAIT_S))
         wait_until(lambda: server.metric("tq_store_active_requests") == 0 and not server.is_receiving())
         check_log(trial.result, server.log())
 
@@ -85,7 +87,7 @@ def _cut(trial: Trial) -> None:
                 for block in blocks:
                     client.put([block])
             never = threading.Event()
-            stuck = [pool.submit(_read_slowly, server.address, blocks, never) for _ in range(4)]
+            stuck = [pool.submit(_read_slowly, trial, server.address, blocks, never) for _ in range(4)]
             wait_until(lambda: server.metric("tq_store_active_requests") == 4)
             trial.result.count("slow_clients", 4)
             trial.result.expect(own.request(prompt(0, _PAGES), saves=False) == 0, "a fifth call was let in")
@@ -93,23 +95,31 @@ def _cut(trial: Trial) -> None:
             trial.result.expect(own.request(prompt(0, _PAGES)) == _PAGES, "slow clients were not cut")
             never.set()
             for answer in stuck:
-                answer.exception(_WAIT_S)  # cut, or complete if the kernel's buffers took it all
+                answer.result(_WAIT_S)  # cut, or complete if the kernel's buffers took it all
         check_log(trial.result, server.log())
 
 
-def _read_slowly(address: str, blocks: list[tuple[bytes, bytes]], may_finish: threading.Event) -> bool:
-    """Read one frame, and the rest when allowed; whether all bytes are right."""
+def _read_slowly(
+    trial: Trial, address: str, blocks: list[tuple[bytes, bytes]], may_finish: threading.Event
+) -> str:
+    """Read one frame, and the rest when allowed; what came must be right, as far as it came."""
+    received = [bytearray() for _ in blocks]
     with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         frames = stubs.BlockStoreStub(channel).Get(pb.Keys(keys=keys_of(blocks)), timeout=2 * _WAIT_S)
-        received = [bytearray() for _ in blocks]
-        for frame in frames:
-            received[frame.index] += frame.data
-            may_finish.wait(_WAIT_S)
-        return [bytes(each) for each in received] == bytes_of(blocks)
+        end = "slow_readers_served"
+        try:
+            for frame in frames:
+                received[frame.index] += frame.data
+                may_finish.wait(_WAIT_S)
+        except grpc.RpcError as error:
+            end = _cut_end(trial, error)
+    if not all(whole.startswith(part) for whole, part in zip(bytes_of(blocks), received, strict=True)):
+        trial.result.served_wrong("a slow reader got other bytes")
+    return end
 
 
-def _send_slowly(address: str, block: tuple[bytes, bytes], may_finish: threading.Event) -> bool:
-    """Send a few bytes, and the rest when allowed; whether the block was taken."""
+def _send_slowly(trial: Trial, address: str, block: tuple[bytes, bytes], may_finish: threading.Event) -> str:
+    """Send a few bytes, and the rest when allowed."""
     key, data = block
 
     def frames() -> Iterator[pb.BlockFrame]:
@@ -119,8 +129,19 @@ def _send_slowly(address: str, block: tuple[bytes, bytes], may_finish: threading
             yield pb.BlockFrame(offset=start, data=data[start : start + (1 << 20)])
 
     with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        answer = stubs.BlockStoreStub(channel).Put(frames(), timeout=2 * _WAIT_S)
-        return list(answer.outcomes) == [pb.PUT_OUTCOME_STORED]
+        try:
+            answer = stubs.BlockStoreStub(channel).Put(frames(), timeout=2 * _WAIT_S)
+        except grpc.RpcError as error:
+            return _cut_end(trial, error)
+        stored = list(answer.outcomes) == [pb.PUT_OUTCOME_STORED]
+        trial.result.expect(stored, "a slow sender was told that its block is none")
+        return "slow_senders_served"
+
+
+def _cut_end(trial: Trial, error: grpc.RpcError) -> str:
+    """A slow client was given up; it must be told why."""
+    trial.result.expect(error.code() in _CUT, f"a slow client ended with {error.code()}")
+    return "slow_clients_cut"
 
 
 def _resident_bytes(server: ServerProcess) -> int:

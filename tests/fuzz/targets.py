@@ -9,6 +9,7 @@ from fuzz import (
     fuzz_cold,
     fuzz_config,
     fuzz_disk,
+    fuzz_documents,
     fuzz_frames,
     fuzz_messages,
     fuzz_redis,
@@ -27,6 +28,7 @@ TARGETS: dict[str, Target] = {
     "config": fuzz_config,
     "secrets": fuzz_secrets,
     "addresses": fuzz_addresses,
+    "documents": fuzz_documents,
     "disk": fuzz_disk,
     "service": fuzz_service,
 }

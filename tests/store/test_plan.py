@@ -69,6 +69,10 @@ def test_of_experts_only_those_visited_count(tmp_path: Path) -> None:
     ("content", "complaint"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ({"text_config": 5}, "is not a model's config.json"),
+        (LLAMA_8B | {"num_hidden_layers": 10**15}, "makes no sense"),
+        (LLAMA_8B | {"hidden_size": float("inf")}, "makes no sense"),
         ("[]", "is not a model's config.json"),
         ({}, "does not say 'hidden_size'"),
         (LLAMA_8B | {"kv_lora_rank": 512}, "multi-head latent attention"),

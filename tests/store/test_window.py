@@ -24,6 +24,64 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def test_a_step_is_cut_short_once_somebody_waits() -> None:
+    watched = Watched()
+    await watched.window.take(100)
+    started = asyncio.get_running_loop().time()
+
+    async def stand_still() -> None:
+        async with watched.window.step(stall_s=20.0, hurry_s=0.05):
+            await asyncio.Event().wait()
+
+    still = asyncio.create_task(stand_still())
+    await settle()
+    waiting = watched.begin(10)
+    with pytest.raises(TimeoutError):
+        await still
+    assert asyncio.get_running_loop().time() - started < 10
+    watched.window.give(100)
+    await waiting
+
+
+async def test_a_step_that_begins_while_somebody_waits_is_short_too() -> None:
+    watched = Watched()
+    await watched.window.take(100)
+    waiting = watched.begin(10)
+    await settle()
+    with pytest.raises(TimeoutError):
+        async with watched.window.step(stall_s=20.0, hurry_s=0.05):
+            await asyncio.Event().wait()
+    watched.window.give(100)
+    await waiting
+
+
+async def test_steps_may_take_their_time_while_nobody_waits() -> None:
+    watched = Watched()
+    await watched.window.take(100)
+    async with watched.window.step(stall_s=20.0, hurry_s=0.01):
+        await asyncio.sleep(0.05)
+    with pytest.raises(TimeoutError):
+        async with watched.window.step(stall_s=0.05, hurry_s=0.01):
+            await asyncio.Event().wait()
+
+
+async def test_a_step_is_never_made_longer() -> None:
+    watched = Watched()
+    await watched.window.take(100)
+
+    async def stand_still() -> None:
+        async with watched.window.step(stall_s=0.05, hurry_s=20.0):
+            await asyncio.Event().wait()
+
+    still = asyncio.create_task(stand_still())
+    await settle()
+    waiting = watched.begin(10)
+    with pytest.raises(TimeoutError):
+        await still
+    watched.window.give(100)
+    await waiting
+
+
 async def test_what_fits_is_let_in_at_once() -> None:
     watched = Watched()
     await watched.window.take(60)

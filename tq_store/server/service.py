@@ -1,6 +1,5 @@
 """The block store's methods: take the request apart, ask the store, put the answer together."""
 
-import asyncio
 import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -29,6 +28,8 @@ from tq_store.tiering.tier import Verify, check_all
 
 _STALL_S = 10.0
 """How long a peer may take to send or to accept one frame, a mebibyte at most."""
+_HURRY_S = 3.0
+"""The same while its share of a window keeps others waiting: a second or so is what engines stop for."""
 
 Method = Callable[[Any, Context], Awaitable[bytes | None]]
 
@@ -67,6 +68,7 @@ class BlockStoreService:
         self._verify = verify
         self._gate = gate
         self._inward = inward
+        self._outward = outward
         self._segments = segments
         self._reader = ReadAhead(store, outward)
         self._metrics = metrics
@@ -135,13 +137,13 @@ class BlockStoreService:
         return convert.pack_copies([await _inspect_tier(tier, key, self._verify) for tier in self._tiers])
 
     async def _get(self, request: bytes, context: Context) -> None:
-        """Send the blocks. A client that accepts nothing for `_STALL_S` is given up."""
+        """Send the blocks. A client that accepts nothing for `_STALL_S` or `_HURRY_S` is given up."""
         keys = convert.parse_keys(request)
         async with aclosing(self._reader.blocks(keys)) as blocks:
             index = 0
             async for block in blocks:
                 for frame in cut_block(index, block or b""):
-                    async with asyncio.timeout(_STALL_S):
+                    async with self._outward.step(stall_s=_STALL_S, hurry_s=_HURRY_S):
                         await context.write(pack_frame(frame))
                     self._metrics.sent(len(frame.data))
                 index += 1
@@ -152,7 +154,7 @@ class BlockStoreService:
         outcomes: list[PutOutcome] = []
         total_bytes = held_bytes = 0
         try:
-            async for raw in _unstalled(frames):
+            while (raw := await self._next_frame(frames, is_holding=held_bytes > 0)) is not None:
                 frame = parse_frame(raw)
                 block = assembler.add(frame)
                 if not frame.offset:
@@ -208,20 +210,15 @@ class BlockStoreService:
             offset += num_bytes
         return convert.pack_outcomes(outcomes)
 
+    async def _next_frame(self, frames: AsyncIterator[bytes], *, is_holding: bool) -> bytes | None:
+        """The next frame of a put, or None after the last. A client that sends none in time is given up."""
+        hurry_s = _HURRY_S if is_holding else _STALL_S
+        async with self._inward.step(stall_s=_STALL_S, hurry_s=hurry_s):
+            return await anext(frames, None)
+
     def _find_segment(self, handle: bytes) -> Segment:
         assert self._segments is not None, "the methods are served only with segments"
         return self._segments.find(handle)
-
-
-async def _unstalled(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The frames of a put, until its client has sent nothing for `_STALL_S`."""
-    while True:
-        async with asyncio.timeout(_STALL_S):
-            try:
-                frame = await anext(frames)
-            except StopAsyncIteration:
-                return
-        yield frame
 
 
 async def _inspect_tier(tier: Backend, key: BlockKey, verify: Verify) -> convert.TierCopy:

@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 
 from tq_store.errors import BackendFull
 
@@ -30,6 +30,23 @@ class ByteWindow:
         self._on_change = on_change
         self._used_bytes = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._steps: dict[asyncio.Timeout, float] = {}
+
+    @asynccontextmanager
+    async def step(self, *, stall_s: float, hurry_s: float) -> AsyncIterator[None]:
+        """One step of a peer that holds a share: at most `stall_s`, and `hurry_s` while others wait for room.
+
+        So peers that stand still cannot keep all the others out.
+
+        Raises:
+            TimeoutError: It took longer.
+        """
+        async with asyncio.timeout(hurry_s if self._waiting else stall_s) as deadline:
+            self._steps[deadline] = asyncio.get_running_loop().time() + hurry_s
+            try:
+                yield
+            finally:
+                del self._steps[deadline]
 
     async def take(self, num_bytes: int) -> None:
         """Have a share, at once or when its turn comes.
@@ -43,6 +60,7 @@ class ByteWindow:
         turn = asyncio.get_running_loop().create_future()
         place = (num_bytes, turn)
         self._waiting.append(place)
+        self._hurry()
         try:
             async with asyncio.timeout(self._patience_s):
                 await turn
@@ -73,6 +91,13 @@ class ByteWindow:
                 self._used_bytes += waited_bytes
                 turn.set_result(None)
         self._on_change(self._used_bytes)
+
+    def _hurry(self) -> None:
+        """Shorten the steps under way: somebody waits now."""
+        for deadline, when_s in self._steps.items():
+            planned_s = deadline.when()
+            if not deadline.expired() and planned_s is not None and when_s < planned_s:
+                deadline.reschedule(when_s)
 
     def _has_room(self, num_bytes: int) -> bool:
         return not self._used_bytes or self._used_bytes + num_bytes <= self.limit_bytes
