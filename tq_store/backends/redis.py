@@ -172,7 +172,7 @@ class RedisBackend:
     async def stats(self) -> BackendStats:
         """What the servers that answer say of themselves, which includes keys and overhead not ours."""
         self._check_open()
-        timeout_s = self._limits.timeout_s
+        timeout_s = self._limits.lookup_timeout_s
         facts = await self._servers.ask_all([shard.facts(timeout_s) for shard in self._servers.shards])
         has_budget = all(fact.max_bytes for fact in facts)
         return BackendStats(
