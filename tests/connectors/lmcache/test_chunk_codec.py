@@ -225,3 +225,17 @@ def test_the_kernels_pack_and_unpack_the_same_numbers(dtype, generator, monkeypa
         codec.unpack(KEY, packed(codec, tensors), back)
         results.append(back[0].float())
     assert (results[0] - results[1]).square().mean() < 1e-3
+
+
+def test_values_with_outlier_channels_lose_a_fifth_of_what_even_steps_lose(generator):
+    """LMCache's turboquant keeps values in 16 even steps between each vector's least and greatest."""
+    values = torch.randn(LAYERS * TOKENS, HEADS, 128, generator=generator)
+    values[..., :4] *= 20
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    even = ((values - low) / (high - low) * 15).round() / 15 * (high - low) + low
+    codec = ChunkCodec(settings(head_dim=128))
+    tensor = values.view(1, LAYERS, TOKENS, HEADS * 128).expand(2, -1, -1, -1).contiguous()
+    back = blank([tensor])
+    codec.unpack(KEY, packed(codec, [tensor]), back)
+    _, ours = sides(back[0], HEADS, 128)
+    assert 5 * (ours - values).square().mean() < (even - values).square().mean()

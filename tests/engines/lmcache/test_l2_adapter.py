@@ -204,6 +204,33 @@ def test_closing_waits_until_no_thread_touches_lmcaches_memory(server, salt):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tq-lmcache")]
 
 
+@pytest.mark.parametrize("serde", [None, {"type": "tq", "preset": "tq4", "num_kv_heads": 2, "head_dim": 64}])
+def test_a_chunk_that_rotted_on_the_stores_disk_is_the_only_miss(tmp_path, salt, serde):
+    shape = (2, 2, 256, 128)
+    tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(4)]
+    spec = plugin("unused", salt=salt) | ({} if serde is None else {"serde": serde})
+    limits = {"disk_path": tmp_path, "disk_budget_bytes": 1 << 30}
+    with running_server(**limits) as server:
+        spec["adapter_params"]["address"] = server.address
+        controller = Controller(make_adapter(spec))
+        assert controller.store(KEYS, tensors)
+        wait_until(lambda: len([*tmp_path.glob("blocks/*/*")]) == 4)
+        keys = [
+            getattr(controller.adapter, "inner_adapter", controller.adapter)._block_key(key) for key in KEYS
+        ]
+        controller.adapter.close()
+    (rotten,) = tmp_path.glob(f"blocks/*/*{keys[1][32:].hex()}")
+    data = bytearray(rotten.read_bytes())
+    data[len(data) // 2] ^= 1
+    rotten.write_bytes(data)
+    with running_server(**limits) as server:
+        spec["adapter_params"]["address"] = server.address
+        controller = Controller(make_adapter(spec))
+        assert controller.find(KEYS) == [True] * 4
+        assert [one is None for one in controller.load(KEYS, tensors[0])] == [False, True, False, False]
+        controller.adapter.close()
+
+
 def test_a_killed_server_is_a_miss_and_a_new_one_works_again(salt):
     with running_server() as first:
         port = int(first.address.rpartition(":")[2])
