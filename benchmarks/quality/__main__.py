@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*judged(rows), sep="\n")
             rows = merged(read_rows(parsed.output), rows)
             write_rows(rows, parsed.output)
-            write_report(rows, parsed.output.parent)
+            print("written:", parsed.output, *write_report(rows, parsed.output.parent))
     except (ValueError, OSError, TQStoreError) as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
         return 2

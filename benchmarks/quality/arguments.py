@@ -18,6 +18,8 @@ _METRICS = {
     "retrieval": "RULER's tasks niah_single_2, niah_multikey_1, vt and qa_1, scored as RULER does",
 }
 
+_QUICK_RESULTS = Path("out/quality/quality.jsonl")
+
 _EPILOG = """\
 Every method reads all tokens of a text from its own compressed form, at every layer and position, while
 the reference run reads them as they are. All get the same raw first tokens (--sinks) and the same raw
@@ -101,8 +103,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         help="of weights and activations (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="(default: %(default)s)")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="rows, which replace those of the same measurement; quality.html and quality.svg go beside them "
+        f"(default: {RESULTS}, or {_QUICK_RESULTS} when --quick)",
+    )
+    parsed = parser.parse_args(arguments)
+    parsed.output = parsed.output or (_QUICK_RESULTS if parsed.quick else RESULTS)
+    return parsed
 
 
 def conditions_of(parsed: argparse.Namespace) -> Conditions:
