@@ -192,10 +192,28 @@ class StoreClient:
         return flags
 
     def _receive(self, keys: Sequence[BlockKey], timeout_s: float) -> Iterator[bytes | None]:
+        """One answer per key. Each connection carries every n-th block, so that all are busy all the time."""
+        num_lanes = min(self._connection.num_connections, len(keys))
+        lanes = [keys[lane::num_lanes] for lane in range(num_lanes)]
+        streams = [
+            self._connection.receive("Get", convert.pack_keys(lane), timeout_s=timeout_s) for lane in lanes
+        ]
+        try:
+            for stream in streams:
+                next(stream)  # it has begun
+            readers = [self._read(lane, stream) for lane, stream in zip(lanes, streams, strict=True)]
+            for position in range(len(keys)):
+                yield next(readers[position % num_lanes])
+            for reader in readers:
+                next(reader, None)  # the end of the stream
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def _read(self, keys: Sequence[BlockKey], frames: Iterator[bytes]) -> Iterator[bytes | None]:
         """One answer per key from one Get. A server that breaks the order of frames is not read further."""
         received = 0
         assembler = Assembler(num_blocks=len(keys), keyed=False)
-        frames = self._connection.receive("Get", convert.pack_keys(keys), timeout_s=timeout_s)
         try:
             for raw in frames:
                 block = assembler.add(parse_frame(raw))
@@ -207,8 +225,6 @@ class StoreClient:
         except RpcError:
             if received < len(keys):
                 raise
-        finally:
-            frames.close()
         yield from [None] * (len(keys) - received)
 
     def _verified(self, key: BlockKey, data: bytes | None) -> bytes | None:

@@ -249,6 +249,10 @@ class ClientConfig:
     admin_timeout_s: float = field(
         default=30.0, metadata=about(DURATION, "deadline of stats, inspect, delete and purge")
     )
+    connections: int = field(
+        default=1,
+        metadata=about(COUNT, "connections to the server; several where one does not fill the link"),
+    )
     shared_memory_bytes: int = field(
         default=32 << 20,
         metadata=about(
@@ -280,7 +284,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         split_address(self.address)
         timeouts = ("connect_timeout_s", "lookup_timeout_s", "transfer_timeout_s", "admin_timeout_s")
-        _check_positive(self, *timeouts, "max_attempts", "backoff_s")
+        _check_positive(self, *timeouts, "max_attempts", "backoff_s", "connections")
         if not 0 <= self.shared_memory_bytes <= 1 << 30:
             raise ConfigError(
                 f"shared_memory is {self.shared_memory_bytes} bytes; at most 1 GiB can be shared"

@@ -18,7 +18,7 @@ from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError, RpcError, RpcTimeout, RpcUnavailable
 from tq_store.keys import BlockKey
 from tq_store.results import PutOutcome
-from tq_store.rpc.connection import Attempts
+from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
@@ -365,6 +365,61 @@ def test_a_reader_that_stops_early_cancels_the_call() -> None:
             break
         assert servicer.was_cancelled.wait(WAIT_S)
         go_on.set()
+
+
+class Peers(Foreign):
+    """Also notes from which connection it was asked."""
+
+    def __init__(self, *scripts: Iterable[Any]) -> None:
+        super().__init__(*scripts)
+        self.peers: list[str] = []
+
+    def Get(self, request: pb.Keys, context: grpc.ServicerContext) -> Iterator[pb.BlockFrame]:
+        self.peers.append(context.peer())
+        numbers = [keys_of(BLOCKS).index(BlockKey(key)) for key in request.keys]
+        self.scripts.append(
+            [frame for index, number in enumerate(numbers) for frame in honest(index, BLOCKS[number][1])]
+        )
+        return super().Get(request, context)
+
+
+def test_several_connections_share_the_blocks_of_a_get() -> None:
+    servicer = Peers()
+    keys = [keys_of(BLOCKS)[number % 3] for number in range(8)]
+    config = ClientConfig(lookup_timeout_s=WAIT_S, transfer_timeout_s=WAIT_S, connections=3)
+    with foreign_server(servicer) as address, StoreClient(address, config=config) as client:
+        assert [data for _, data in client.get(keys)] == [BLOCKS[number % 3][1] for number in range(8)]
+        assert len(set(servicer.peers)) == 3
+        assert sorted(map(len, servicer.asked)) == [2, 3, 3]
+        servicer.peers.clear()
+        assert list(client.get(keys[:1])) == [(0, BLOCKS[0][1])]
+        assert len(servicer.peers) == 1
+        assert client.counters == {REJECTED: 0, BROKEN: 0, "retries": 0, "failed_calls": 0}
+
+
+def test_a_connection_of_several_that_fails_costs_what_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = grpc.StatusCode.UNAVAILABLE
+    servicer = Foreign(
+        [*honest(0), *honest(1, BLOCKS[2][1])], [lost], [*honest(0, BLOCKS[1][1])], honest(0, BLOCKS[2][1])
+    )
+    config = ClientConfig(transfer_timeout_s=WAIT_S, backoff_s=0.01, connections=2)
+    # calls are answered in the order in which they come, so one must have begun before the next
+    receive = Connection.receive
+
+    def one_by_one(*arguments: Any, **named: Any) -> Iterator[bytes]:
+        num_asked = len(servicer.asked)
+        stream = receive(*arguments, **named)
+        begun = next(stream)
+        wait_until(lambda: len(servicer.asked) > num_asked)
+        yield begun
+        yield from stream
+
+    monkeypatch.setattr(Connection, "receive", one_by_one)
+    with foreign_server(servicer) as address, StoreClient(address, config=config) as client:
+        assert list(client.get(keys_of(BLOCKS))) == list(enumerate(bytes_of(BLOCKS)))
+        assert client.counters["retries"] == 1
 
 
 class Liar(stubs.BlockStoreServicer):

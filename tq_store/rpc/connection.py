@@ -1,5 +1,6 @@
-"""A client's connection to one server: credentials, deadlines, retries, and grpc's exceptions made ours."""
+"""A client's way to one server: connections, credentials, deadlines, retries, grpc's exceptions made ours."""
 
+import itertools
 import random
 import threading
 import time
@@ -29,11 +30,11 @@ class Connection:
     """Carries requests and answers as bytes; what they mean is its user's affair.
 
     Called from any thread, blocks until the deadline at the latest. Connects with the first call and again
-    whenever the connection was lost.
+    whenever the connection was lost. With several connections, calls take turns on them.
 
     Args:
         address: ``host:port`` or ``unix:path``.
-        config: Deadlines, retries, TLS and token.
+        config: Deadlines, retries, number of connections, TLS and token.
 
     Raises:
         ConfigError: A file is not readable, or a token would travel unencrypted to another machine.
@@ -45,10 +46,16 @@ class Connection:
         self._token = _token_file(address, config)
         self.tracing = Tracing() if config.trace else None
         keep_freed_memory()
-        self._channel = _open_channel(address, config)
+        self._channels = [_open_channel(address, config) for _ in range(config.connections)]
+        self._turns = itertools.cycle(self._channels)
         self._closed = threading.Event()
         self._counters: Counter[str] = Counter(retries=0, failed_calls=0)
         self._counters_lock = threading.Lock()
+
+    @property
+    def num_connections(self) -> int:
+        """How many calls can have a connection to themselves."""
+        return len(self._channels)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -79,7 +86,7 @@ class Connection:
         Raises:
             RpcError: As its subclasses say; also when `parse` raises ValueError.
         """
-        send = self._channel.unary_unary(_path(method), None, None)
+        send = next(self._turns).unary_unary(_path(method), None, None)
         attempts = self.attempts(timeout_s)
         while True:
             try:
@@ -93,13 +100,17 @@ class Connection:
     def receive(self, method: str, request: bytes, *, timeout_s: float) -> Generator[bytes, None, None]:
         """One request, a stream of answers. Closing the iterator cancels the call.
 
+        An empty answer comes first and at once, when the call has begun: so several can be under way before
+        one of them is read.
+
         Raises:
             RpcError: At any point of the stream.
         """
-        start = self._channel.unary_stream(_path(method), None, None)
+        start = next(self._turns).unary_stream(_path(method), None, None)
         with self._translated(method) as metadata:
             call = start(request, timeout=timeout_s, metadata=metadata)
             try:
+                yield b""
                 yield from call
             finally:
                 call.cancel()  # type: ignore[no-untyped-call]  # the stub forgot its type
@@ -112,7 +123,7 @@ class Connection:
         Raises:
             RpcError: As its subclasses say; also when `parse` raises ValueError.
         """
-        start = self._channel.stream_unary(_path(method), None, None)
+        start = next(self._turns).stream_unary(_path(method), None, None)
         with self._translated(method) as metadata:
             return parse(start(requests, timeout=timeout_s, metadata=metadata))
 
@@ -132,9 +143,10 @@ class Connection:
         return ((METADATA_KEY, bearer(self._token.current())),) if self._token else ()
 
     def close(self) -> None:
-        """Cut the connection; calls in other threads end with RpcError. A second close does nothing."""
+        """Cut all connections; calls in other threads end with RpcError. A second close does nothing."""
         self._closed.set()
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def _translated(self, method: str) -> "_Translated":
         return _Translated(self, method)
