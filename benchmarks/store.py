@@ -158,7 +158,11 @@ class Bench:
                 *("--write-queue", "2GiB"),
             )
         )
-        tiers = {"memory": memory.address, "memory-shared": memory.local_address, "redis": redis.address}
+        tiers = {
+            "memory": (memory, memory.address),
+            "memory-shared": (memory, memory.local_address),
+            "redis": (redis, redis.address),
+        }
         held = self._peers(port)
         for block_mib in self._plan.blocks_mib:
             block_bytes = round(block_mib * MIB)
@@ -176,8 +180,10 @@ class Bench:
                         if (self._is_middle(block_mib) or not name.startswith("lmcache"))
                         and (measured := ask(op, block_bytes, clients, self._plan.seconds)) is not None
                     }
-                    for tier, address in tiers.items():
+                    for tier, (server, address) in tiers.items():
+                        before_s = server.cpu_s()
                         result = workers.run(self._command(op, address, block_bytes, clients))
+                        result["cpu_s"] += server.cpu_s() - before_s
                         yield from _rows(op, tier, block_mib, clients, result, compared)
             for address in (memory.address, redis.address):
                 workers.run(self._command("drop", address, block_bytes, 1))
@@ -254,15 +260,17 @@ def _rows(
     """One row for each peer, or one without any."""
     times_ms = result["times_ms"]
     assert isinstance(times_ms, list)
-    moved, elapsed_s = result["bytes"], result["elapsed_s"]
+    moved, elapsed_s, cpu_s = result["bytes"], result["elapsed_s"], result["cpu_s"]
     assert isinstance(moved, int)
     assert isinstance(elapsed_s, float)
+    assert isinstance(cpu_s, float)
     own: Row = {
         "op": op,
         "tier": tier,
         "block_mib": float(block_mib),
         "clients": clients,
         "gib_per_s": moved / elapsed_s / 2**30 if moved else None,
+        "cpu_s_per_gib": cpu_s / (moved / 2**30) if moved else None,
         **_percentiles(times_ms),
     }
     for name, measured in compared.items() or [(None, None)]:
@@ -307,13 +315,14 @@ def _percentiles(times_ms: list[float]) -> dict[str, float]:
 def _line(row: Row) -> str:
     speed = f"{row['gib_per_s']:6.2f} GiB/s" if row["gib_per_s"] else " " * 12
     times = f"p50 {row['p50_ms']:8.2f} ms, p99 {row['p99_ms']:8.2f} ms"
+    work = f", {row['cpu_s_per_gib']:.2f} s/GiB of processors" if row.get("cpu_s_per_gib") else ""
     versus = f", {row['ratio']:.2f} of {row['peer']}" if row["ratio"] else ""
     if row["op"] == "lookup" and row["ratio"]:
         versus = f", {row['ratio']:.2f}x as fast as {row['peer']}"
     stored = f" {row['stored_blocks']:,} stored" if "stored_blocks" in row else ""
     who = f"{row['op']:13} {row['tier']:13}"
     size = f"{row['block_mib']:g} MiB" if row["block_mib"] >= 0.1 else f"{row['block_mib'] * MIB:.0f} B"
-    return f"{who} {size:8} {row['clients']:2} clients{stored}  {speed} {times}{versus}"
+    return f"{who} {size:8} {row['clients']:2} clients{stored}  {speed} {times}{work}{versus}"
 
 
 def bars(rows: Sequence[Row]) -> Iterator[str]:

@@ -64,6 +64,7 @@ class Workers:
         return {
             "bytes": sum(answer["bytes"] for answer in answers),
             "elapsed_s": max(answer["elapsed_s"] for answer in answers),
+            "cpu_s": sum(answer["cpu_s"] for answer in answers),
             "times_ms": sorted(time_ms for answer in answers for time_ms in answer["times_ms"]),
         }
 
@@ -98,6 +99,13 @@ class TqStore:
             self.__exit__()
             raise BenchmarkError(f"tq-store did not start; try: {' '.join([*command, *options])}")
         self.address = line.split("serves on ")[1].split(",")[0].strip()
+
+    def cpu_s(self) -> float:
+        """Processor time that the process has taken."""
+        fields = (
+            Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        )
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_resident_bytes(self) -> int:
         """The most memory that the process has had at once."""

@@ -24,10 +24,12 @@ KEYS: dict[str, tuple[type, ...]] = {
     "commit": (str,),
 }
 """Keys of every row. Times are of one call. `ratio` is our throughput over the peer's, but of lookups and of
-`stored-…` it is the peer's time over ours, and of `resident` the peak over the budget."""
+`stored-…` it is the peer's time over ours, and of `resident` the peak over the budget. `cpu_s_per_gib` is
+the processor time of our server and clients."""
 
 OPTIONAL_KEYS: dict[str, tuple[type, ...]] = {
     "peer_p50_ms": _MAYBE_FLOAT,
+    "cpu_s_per_gib": _MAYBE_FLOAT,
     "stored_blocks": (int,),
     "machine": (str,),
     "date": (str,),

@@ -291,16 +291,16 @@ def test_blocks_being_sent_are_bounded_over_all_calls(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_STALL_S", 0.1)
     with running_server() as server, grpc.insecure_channel(server.address) as channel:
         stub = stubs.BlockStoreStub(channel)
+        blocks = sample_blocks(2, 8 << 20)
+        stub.Put(frames_of(blocks), timeout=WAIT_S)
+        monkeypatch.setattr(service_module, "_STALL_S", 0.1)
         slow = SlowPut(stub, sample_block(1, MAX_FRAME_BYTES))
         with pytest.raises(grpc.RpcError) as call:
             slow.call.result(WAIT_S)
         assert code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
         slow.cancel()
-        blocks = sample_blocks(2, 8 << 20)
-        stub.Put(frames_of(blocks), timeout=WAIT_S)
         reader = stub.Get(pb.Keys(keys=keys_of(blocks)), timeout=WAIT_S)
         next(reader)
         threading.Event().wait(0.5)
