@@ -291,7 +291,7 @@ def test_blocks_being_sent_are_bounded_over_all_calls(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running_server() as server, grpc.insecure_channel(server.address) as channel:
+    with running_server(metrics_port=0) as server, grpc.insecure_channel(server.address) as channel:
         stub = stubs.BlockStoreStub(channel)
         blocks = sample_blocks(2, 8 << 20)
         stub.Put(frames_of(blocks), timeout=WAIT_S)
@@ -301,9 +301,11 @@ def test_a_peer_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
             slow.call.result(WAIT_S)
         assert code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
         slow.cancel()
-        reader = stub.Get(pb.Keys(keys=keys_of(blocks)), timeout=WAIT_S)
+        # more than what lies between the two can hold
+        reader = stub.Get(pb.Keys(keys=keys_of(blocks) * 20), timeout=WAIT_S)
         next(reader)
-        threading.Event().wait(0.5)
+        given_up = 'tq_store_requests_total{method="Get",status="DEADLINE_EXCEEDED"}'
+        wait_until(lambda: metric(server, given_up, default=0) == 1)
         with pytest.raises(grpc.RpcError) as call:
             list(reader)
         assert code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -332,7 +334,7 @@ def test_a_client_that_reads_nothing_does_not_keep_its_place() -> None:
         stub = stubs.BlockStoreStub(channel)
         blocks = sample_blocks(2, 8 << 20)
         stub.Put(frames_of(blocks), timeout=WAIT_S)
-        call = stub.Get(pb.Keys(keys=keys_of(blocks)), timeout=WAIT_S)
+        call = stub.Get(pb.Keys(keys=keys_of(blocks) * 20), timeout=WAIT_S)
         timed_out = 'tq_store_requests_total{method="Get",status="DEADLINE_EXCEEDED"}'
         wait_until(lambda: metric(server, timed_out, default=0) == 1)
         with grpc.insecure_channel(server.address) as other:
