@@ -4,6 +4,7 @@ Runs in LMCache's environment; ``make bench-lmcache`` first writes a real model'
 
 Bytes and errors are those of a chunk of the real model. MB/s are of bfloat16, from buffer to buffer on the
 host through LMCache's interface, on one thread: by its processor time, or by the clock where a GPU works.
+With a GPU there are also those from device to device, which leave out every copy to the host.
 Speed and outliers are measured on a chunk of 8 heads of 128 channels. With outliers, four channels of each
 head are 20 times the others, and the error is the relative squared one; ``uniform 4 bits`` is what LMCache's
 turboquant does to values, computed here. A link is shaped in user space; "loaded" is from the lookup until
@@ -39,8 +40,9 @@ def read_chunks(path: Path) -> tuple[list[torch.Tensor], int, int]:
 
 
 def large_chunk(*, outliers: bool) -> torch.Tensor:
-    """Gaussian numbers in a chunk of eight layers of a larger model, with outlier channels if wanted."""
-    shape = (2, 8, CHUNK_TOKENS, LARGE_HEADS, LARGE_DIM)
+    """Gaussian numbers in a chunk of a larger model, with outlier channels if wanted."""
+    layers = 32 if torch.cuda.is_available() else 8
+    shape = (2, layers, CHUNK_TOKENS, LARGE_HEADS, LARGE_DIM)
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     if outliers:
         numbers[..., :: LARGE_DIM // NUM_OUTLIERS] *= OUTLIER
@@ -66,7 +68,7 @@ def measure(serde: Serde, large: Serde, chunk: torch.Tensor, repeats: int) -> di
     source, packed, back = serde.buffers(chunk)
     size = serde.pack(source, packed)
     serde.unpack(packed, back)
-    clock = time.process_time if not large.uses_gpu else time.perf_counter
+    clock = time.process_time if large.on_device is None else time.perf_counter
     plain = large_chunk(outliers=False)
     much, much_packed, much_back = large.buffers(plain)
     pack_s = seconds(lambda: large.pack(much, much_packed), repeats, clock)
@@ -74,12 +76,18 @@ def measure(serde: Serde, large: Serde, chunk: torch.Tensor, repeats: int) -> di
     hard, hard_packed, hard_back = large.buffers(large_chunk(outliers=True))
     large.pack(hard, hard_packed)
     large.unpack(hard_packed, hard_back)
+    there = {}
+    if large.on_device is not None:
+        pack, unpack = large.on_device(plain.cuda())
+        for name, work in (("device_pack", pack), ("device_unpack", unpack)):
+            there[f"{name}_mb_per_s"] = plain.nbytes / seconds(work, 10 * repeats, clock) / 1e6
     return {
         "serde": serde.name,
         "bytes": size,
         "over_bf16": chunk.nbytes / size,
         "pack_mb_per_s": plain.nbytes / pack_s / 1e6,
         "unpack_mb_per_s": plain.nbytes / unpack_s / 1e6,
+        **there,
         "key_error": relative(back.tensor[0], chunk[0]),
         "value_error": relative(back.tensor[1], chunk[1]),
         "outlier_value_error": relative(hard_back.tensor[1], hard.tensor[1]) ** 2,
@@ -99,10 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="what to write down where this is no git checkout")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     chunks, heads, dim = read_chunks(options.kv)
-    facts = circumstances() | {"lmcache": version("lmcache"), "torch": torch.__version__}
+    facts = {"commit": options.commit} if options.commit else circumstances()
+    facts |= {"lmcache": version("lmcache"), "torch": torch.__version__}
     if torch.cuda.is_available():
         facts["device"] = torch.cuda.get_device_name()
     serdes, missing = all_serdes(heads, dim)

@@ -4,6 +4,7 @@ import inspect
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8QuantizationSerializer
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 
-from tq_connectors.lmcache.chunk_codec import ChunkCodec, read_serde_settings
+from tq_connectors.lmcache.chunk_codec import ChunkCodec, dequantize_on, quantize_on, read_serde_settings
+from tq_connectors.lmcache.kv_layout import sides
 from tq_connectors.lmcache.serde import TQDeserializer, TQSerializer
+from tq_kernels import PageLayout
 
 KEY = ObjectKey(chunk_hash=bytes(32), model_name="bench", kv_rank=0)
 OURS = ("tq4", "k8v4", "tq3", "tq2")
+Calls = tuple[Callable[[], Any], Callable[[], Any]]
 BUILT_IN = ("turboquant_4bit_nc", "turboquant_k8v4", "turboquant_3bit_nc")
 
 
@@ -26,7 +30,8 @@ class Serde:
     name: str
     serializer: Any
     deserializer: Any
-    uses_gpu: bool = False
+    on_device: Callable[[torch.Tensor], Calls] | None = None
+    """On a GPU: from a chunk there, calls that pack it and unpack it there, without a copy to the host."""
 
     def buffers(self, chunk: torch.Tensor) -> tuple[TensorMemoryObj, TensorMemoryObj, TensorMemoryObj]:
         """A chunk's object, one for its packed bytes, and one for what comes back."""
@@ -74,10 +79,10 @@ def all_serdes(num_kv_heads: int, head_dim: int) -> tuple[list[Serde], list[str]
     for device in devices:
         for name in OURS:
             written = {"preset": name, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "device": device}
-            codec = ChunkCodec(read_serde_settings(written))
-            serdes.append(
-                Serde(f"{name} ({device})", TQSerializer(codec), TQDeserializer(codec), device == "cuda")
-            )
+            settings = read_serde_settings(written)
+            codec = ChunkCodec(settings)
+            there = partial(_ours_on_device, settings.page_layout()) if device == "cuda" else None
+            serdes.append(Serde(f"{name} ({device})", TQSerializer(codec), TQDeserializer(codec), there))
     return serdes, missing
 
 
@@ -132,11 +137,32 @@ def _built_in(head_dim: int) -> list[Serde]:
         for name in BUILT_IN
     ]
     return [
-        Serde(
-            f"LMCache's {config.preset}", TurboQuantSerializer(config), TurboQuantDeserializer(config), True
-        )
+        _built_in_serde(config.preset, TurboQuantSerializer(config), TurboQuantDeserializer(config))
         for config in configs
     ]
+
+
+def _built_in_serde(name: str, serializer: Any, deserializer: Any) -> Serde:
+    def on_device(chunk: torch.Tensor) -> Calls:
+        layout = MemoryLayoutDesc(shapes=[chunk.shape], dtypes=[chunk.dtype])
+        size = serializer.estimate_serialized_size(layout)
+        packed = memory_object(torch.zeros(size, dtype=torch.uint8, device=chunk.device))
+        source, back = memory_object(chunk), memory_object(torch.zeros_like(chunk))
+        return (
+            partial(_call, serializer.serialize, source, packed),
+            partial(_call, deserializer.deserialize, packed, back),
+        )
+
+    return Serde(f"LMCache's {name}", serializer, deserializer, on_device)
+
+
+def _ours_on_device(layout: PageLayout, chunk: torch.Tensor) -> Calls:
+    keys, values = sides(chunk, layout.num_kv_heads, layout.head_dim)
+    pages = quantize_on(chunk.device, keys, values, layout)
+    return (
+        partial(quantize_on, chunk.device, keys, values, layout),
+        partial(dequantize_on, chunk.device, pages, layout),
+    )
 
 
 def _call(method: Callable[..., Any], *objects: TensorMemoryObj) -> Any:
