@@ -33,7 +33,7 @@ from tq_store.errors import RpcError
 LOOPS = 100
 _LOOPS_A_GENERATION = 25
 """Then everything is purged and the server killed, and nothing may come back."""
-_LONGEST_WAIT_S = 0.6
+_LONGEST_WAIT_S = 0.4
 
 
 def run(trial: Trial) -> None:

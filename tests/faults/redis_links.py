@@ -19,7 +19,7 @@ from tq_store.backends.redis import RedisBackend
 from tq_store.errors import BackendError
 from tq_store.tiering.store import TieredStore
 
-_ROUNDS = 12
+_ROUNDS = 8
 """Of every kind of fault."""
 _SHARED = range(10)
 _STREAM_BYTES = 1_200_000

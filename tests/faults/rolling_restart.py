@@ -13,7 +13,7 @@ from faults.workload import check_log
 from store.redis_process import RedisProcess
 from store.server_process import ServerProcess
 
-_RESTARTS = 12
+_RESTARTS = 8
 _KILL_EVERY = 4
 
 

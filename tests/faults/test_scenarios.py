@@ -46,7 +46,7 @@ def test_every_broken_promise_counts(what: str) -> None:
 
 
 def test_the_last_line_is_one_object_of_counts() -> None:
-    command = [sys.executable, "-m", "faults", "--only", "two-writers", "--scale", "0.01", "--seed", "3"]
+    command = [sys.executable, "-m", "faults", "--only", "flips", "--scale", "0.01", "--seed", "3"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=60
