@@ -132,6 +132,10 @@ class CheckedL2Adapter(L2AdapterInterface):
         """Usage of the inner adapter."""
         return self._inner.get_usage()
 
+    def get_memory_tags(self) -> Any:
+        """Those of the inner adapter; LMCache asks since 0.5.7."""
+        return self._inner.get_memory_tags()
+
     def report_status(self) -> dict[str, Any]:
         """Status of the inner adapter, and how many chunks were not sound."""
         return {**self._inner.report_status(), "rejected_chunks": self._rejected_chunks}

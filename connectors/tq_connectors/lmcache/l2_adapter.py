@@ -138,6 +138,12 @@ class TQStoreL2Adapter(L2AdapterInterface):
         is_last = first + page_size >= len(rows)
         return KeyListPage(entries=entries, next_page_token=None if is_last else page[-1][0])
 
+    def get_memory_tags(self) -> Any:
+        """Storage that other hosts share; LMCache asks since 0.5.7, which has the words for it."""
+        from lmcache.v1.distributed.api import MemoryResidency, MemorySegment, MemoryTags
+
+        return MemoryTags(MemorySegment.STORAGE, MemoryResidency.REMOTE)
+
     def report_status(self) -> dict[str, Any]:
         """Health and counters; asks nobody."""
         queues = {
