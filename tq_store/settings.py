@@ -98,7 +98,10 @@ def _parse_text(value: Any) -> str:
 
 
 def _parse_path(value: Any) -> Path:
-    return Path(_parse_text(value)).expanduser()
+    try:
+        return Path(_parse_text(value)).expanduser()
+    except RuntimeError as error:  # ~name, of somebody who is not known here
+        raise ValueError("no such home directory") from error
 
 
 def _parse_switch(value: Any) -> bool:
@@ -112,9 +115,7 @@ SIZE = Kind(metavar="SIZE", example="4GiB", parse=_parse_size, show=format_size)
 DURATION = Kind(metavar="SECONDS", example="30 or 500ms", parse=_parse_duration, show="{:g}".format)
 COUNT = Kind(metavar="N", example="64", parse=_parse_count)
 TEXT = Kind(metavar="TEXT", example="127.0.0.1:7437", parse=_parse_text)
-PATH = Kind(
-    metavar="PATH", example="/var/lib/tq-store", parse=lambda value: Path(_parse_text(value)).expanduser()
-)
+PATH = Kind(metavar="PATH", example="/var/lib/tq-store", parse=_parse_path)
 SWITCH = Kind(metavar="", example="true", parse=_parse_switch)
 
 

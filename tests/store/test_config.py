@@ -82,6 +82,10 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_not_ours() -> None:
         ({"arguments": {"grace": "9" * 400}}, "grace (arguments): '999"),
         ({"arguments": {"disk_path": "/d", "disk_budget": 0}}, "disk_budget_bytes is 0"),
         ({"arguments": {"disk_path": "/d"}}, "disk_path and disk_budget go together"),
+        (
+            {"arguments": {"disk_path": "~nobody-here/d"}},
+            "disk_path (arguments): '~nobody-here/d' is not underst",
+        ),
         ({"arguments": {"redis_user": "me"}}, "redis_user is for a shared tier; set redis_url too"),
         ({"arguments": {"redis_ttl": "1h"}}, "redis_ttl is for a shared tier; set redis_url too"),
         ({"arguments": {"redis_url": "redis://h", "redis_ttl": "0.5"}}, "redis_ttl_s is 0.5; it must be at"),
