@@ -8,8 +8,8 @@ _SETTINGS = (
     # blocks get a mapping of their own, which goes back to the kernel whole; frames are reused
     (_MMAP_THRESHOLD, 2 << 20),
     (_TRIM_THRESHOLD, 16 << 20),
-    # an arena a thread would keep the frames of every thread
-    (_ARENA_MAX, 2),
+    # several arenas would each keep freed frames of their own
+    (_ARENA_MAX, 1),
 )
 
 
