@@ -249,6 +249,20 @@ def test_settings_of_callers_that_contradict_each_other(fields: dict[str, Any], 
         ServerConfig(**fields)
 
 
+def test_a_client_shares_no_more_than_a_segment_may_have() -> None:
+    assert ClientConfig(shared_memory_bytes=0).shared_memory_bytes == 0
+    with pytest.raises(ConfigError, match="at most 1 GiB"):
+        ClientConfig(shared_memory_bytes=(1 << 30) + 1)
+
+
+def test_a_server_has_one_unix_socket_at_most() -> None:
+    assert ServerConfig(listen="unix:/tmp/s").local_path == Path("/tmp/s")
+    assert ServerConfig(local_socket=Path("/tmp/s")).local_path == Path("/tmp/s")
+    assert ServerConfig().local_path is None
+    with pytest.raises(ConfigError, match="leave local_socket out"):
+        ServerConfig(listen="unix:/tmp/s", local_socket=Path("/tmp/t"))
+
+
 def test_a_word_that_is_no_choice_is_refused_with_the_choices() -> None:
     assert load({"log_format": "json"}).log_format == "json"
     with pytest.raises(ConfigError, match="'xml' is not understood; write for example text or json"):

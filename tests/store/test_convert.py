@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from functools import partial
 
 import grpc
 import pytest
 from store.sample_blocks import sample_key
 
+from tq_store.block import MAX_BLOCK_BYTES
 from tq_store.errors import (
     BackendFull,
     BackendTimeout,
@@ -11,6 +13,7 @@ from tq_store.errors import (
     ChecksumMismatch,
     RpcDenied,
     RpcError,
+    RpcOverLimit,
     RpcTimeout,
     RpcUnavailable,
     TQStoreError,
@@ -21,6 +24,7 @@ from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.status import error_of, status_of
 from tq_store.rpc.v1 import block_store_pb2 as pb
 
+sizes_of_two = partial(convert.parse_shared_sizes, num_keys=2, segment_bytes=10)
 KEYS = [sample_key(number) for number in range(3)]
 
 
@@ -33,6 +37,11 @@ def test_messages_survive_the_way_there_and_back() -> None:
     assert convert.parse_purge(convert.pack_purge(bytes(32))) == bytes(32)
     assert convert.parse_purged(convert.pack_purged(7)) == 7
     assert convert.parse_inspect(convert.pack_inspect(KEYS[0])) == KEYS[0]
+    assert convert.parse_shared_get(convert.pack_shared_get(b"handle", KEYS)) == (b"handle", KEYS)
+    placed = [(KEYS[0], 7), (KEYS[1], MAX_BLOCK_BYTES)]
+    assert convert.parse_shared_put(convert.pack_shared_put(b"handle", placed)) == (b"handle", placed)
+    sizes_bytes = convert.pack_shared_sizes([7, 0])
+    assert convert.parse_shared_sizes(sizes_bytes, num_keys=3, segment_bytes=7) == [7, 0]
     assert convert.parse_pong(convert.pack_pong("1.2")) == "1.2"
     copies = [convert.TierCopy(tier="disk", block_bytes=9, header=b"h", problem="p")]
     assert convert.parse_copies(convert.pack_copies(copies)) == copies
@@ -86,6 +95,12 @@ def test_a_header_is_not_taken_for_longer_than_it_is() -> None:
         (lambda raw: convert.parse_hits(raw, num_keys=1), convert.pack_hits(2), "2 hits for 1 keys"),
         (lambda raw: convert.parse_outcomes(raw, num_blocks=1), b"", "0 outcomes for 1 blocks"),
         (lambda raw: convert.parse_outcomes(raw, num_blocks=1), b"\x0a\x01\x09", "9 is not a valid"),
+        (convert.parse_shared_get, convert.pack_shared_get(b"", KEYS[:1] * (MAX_KEYS + 1)), "4097 keys"),
+        (convert.parse_shared_put, pb.SharedPutRequest(keys=KEYS).SerializeToString(), "0 sizes for 3 keys"),
+        (convert.parse_shared_put, convert.pack_shared_put(b"", [(KEYS[0], 0)]), "a block of 0 bytes"),
+        (convert.parse_shared_put, convert.pack_shared_put(b"", [(KEYS[0], 1 << 40)]), "it may have 1 to"),
+        (sizes_of_two, convert.pack_shared_sizes([1, 1, 1]), "3 answers to 2 keys"),
+        (sizes_of_two, convert.pack_shared_sizes([6, 5]), "11 bytes in a segment of 10"),
     ],
 )
 def test_messages_that_break_the_contract_are_rejected(
@@ -123,7 +138,7 @@ def test_errors_become_statuses(error: Exception, code: grpc.StatusCode) -> None
         (grpc.StatusCode.UNAVAILABLE, RpcUnavailable),
         (grpc.StatusCode.UNAUTHENTICATED, RpcDenied),
         (grpc.StatusCode.PERMISSION_DENIED, RpcDenied),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, RpcError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, RpcOverLimit),
         (grpc.StatusCode.INVALID_ARGUMENT, RpcError),
         (grpc.StatusCode.INTERNAL, RpcError),
     ],
