@@ -192,9 +192,12 @@ class TQStoreL2Adapter(L2AdapterInterface):
 
     def _find(self, keys: list[ObjectKey]) -> Bitmap:
         self._index.lock(keys)
+        # asked before the store is, whose answer may come before a deletion and be read after it; what is
+        # locked by now begins no deletion
+        is_leaving = [self._index.is_leaving(key) for key in keys]
         answers = self._store.contains([self._block_key(key) for key in keys])
         is_there = answers or [False] * len(keys)
-        hits = [there and not self._index.is_leaving(key) for key, there in zip(keys, is_there, strict=True)]
+        hits = [there and not leaving for there, leaving in zip(is_there, is_leaving, strict=True)]
         self._delete(self._index.unlock([key for key, hit in zip(keys, hits, strict=True) if not hit]))
         if answers is not None:
             self._note_gone([key for key, there in zip(keys, is_there, strict=True) if not there])
@@ -202,12 +205,13 @@ class TQStoreL2Adapter(L2AdapterInterface):
 
     def _get(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> Bitmap:
         is_filled = [False] * len(keys)
+        is_leaving = [self._index.is_leaving(key) for key in keys]
         for position, found in self._store.get([self._block_key(key) for key in keys]):
             target = objects[position]
             memory = memoryview(target.byte_array).cast("B")
             if found.layout != _layout_of(target) or len(found.data) != len(memory):
                 self._store.reject(f"it is {found.layout}, asked for was {_layout_of(target)}")
-            elif not self._index.is_leaving(keys[position]):
+            elif not is_leaving[position]:
                 memory[:] = found.data
                 is_filled[position] = True
         filled = {

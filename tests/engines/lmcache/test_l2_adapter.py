@@ -119,6 +119,24 @@ def test_an_object_may_be_stored_again_after_its_deletion(controller, adapter):
         adapter.delete(KEYS[:1])
 
 
+def test_a_lookup_that_outlives_a_deletion_is_no_hit(adapter, controller):
+    """The store answers before it deletes, and the answer is read when the deletion is over."""
+    controller.store(KEYS, chunks())
+    contains, adapter_store = adapter._store.contains, adapter._store
+
+    def answer_late(keys):
+        answers = contains(keys)
+        gate.set()
+        adapter._index.wait_for_deletions(KEYS, 10)
+        return answers
+
+    gate, delete = threading.Event(), adapter_store.delete
+    adapter_store.contains = answer_late
+    adapter_store.delete = lambda keys: (gate.wait(10), delete(keys))[1]
+    adapter.delete(KEYS[:2])
+    assert controller.find(KEYS) == [False, False, True, True]
+
+
 def test_listing_goes_through_all_objects_page_by_page(adapter, controller):
     keys = [object_key(number, model=model) for number in range(5) for model in ("m/a", "m/b")]
     controller.store(keys, chunks(10))
