@@ -10,7 +10,7 @@ _DEFAULTS = {"sinks": 4, "tail": 0}
 
 FAMILIES = {
     "ours": "this project's pages",
-    "balanced": "this project's pages, keys balanced per channel",
+    "stateless": "this project's pages without a codec state",
     "cold": "the same bytes in the form for storage: trellis levels and an entropy code",
     "vllm": "vLLM's presets as they are: first and last two layers in bf16",
     "vllm-all": "vLLM's presets on every layer",
@@ -27,7 +27,7 @@ def family(preset: str) -> str:
         return "vllm-all" if preset.endswith("-all") else "vllm"
     if preset in ("none", "bf16", "fp8"):
         return "cast"
-    for name in ("balanced", "cold"):
+    for name in ("stateless", "cold"):
         if preset.endswith(f"-{name}"):
             return name
     return next((name for name in ("kivi", "paper") if preset.startswith(name)), "ours")

@@ -89,7 +89,7 @@ def _panels(count: int) -> "tuple[Figure, list[Axes]]":
 
 
 def _name_point(axes: "Axes", size: float, loss: float, preset: str) -> None:
-    text = preset.removeprefix("vllm-").removesuffix("-all").removesuffix("-balanced").removesuffix("-cold")
+    text = preset.removeprefix("vllm-").removesuffix("-all").removesuffix("-stateless").removesuffix("-cold")
     axes.annotate(text, (size, loss), textcoords="offset points", xytext=(4, 3), fontsize=6, color="0.35")
 
 

@@ -1,10 +1,13 @@
 """PrefixCache: pages of a token prefix from the store, and pages for it, with every failure a miss."""
 
+import copy
+import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tq_connectors.codec import CacheGeometry, block_info, namespace_for, pack_pages, unpack_pages
+from tq_connectors.codec_state import CodecState, agree_on_state
 from tq_connectors.save_queue import SaveQueue
 from tq_kernels.layout import PageLayout
 from tq_store.block import Buffer
@@ -59,15 +62,31 @@ class PrefixCache:
             raise ConfigError(f"a page of all layers makes no block, use smaller pages: {error}") from error
         self._client = client
         self._layout = layout
-        self._num_layers = geometry.num_layers
-        self._namespace = namespace_for(layout, geometry, model=model, revision=revision, salt=salt)
+        self._geometry = geometry
+        self.namespace = namespace_for(layout, geometry, model=model, revision=revision, salt=salt)
         self._outage = False
         self.saves = SaveQueue(client, budget_bytes=save_queue_bytes)
         self.counters = LoadCounters()
 
+    def agree_on_state(self, propose: Callable[[], CodecState | None]) -> CodecState | None:
+        """The codec state that replicas share, or None while it cannot be had; see `codec_state`."""
+        try:
+            state = agree_on_state(self._client, self.namespace, self._geometry, propose)
+        except (RpcError, BlockFormatError) as error:
+            self._warn_once(f"the store gives no codec state, pages are made without one: {error}")
+            return None
+        self._outage = False
+        return state
+
+    def with_state(self, state: CodecState) -> "PrefixCache":
+        """The same view of the same store, for pages made with a state; queue and counters are shared."""
+        view = copy.copy(self)
+        view.namespace = dataclasses.replace(self.namespace, codec_state=state.digest)
+        return view
+
     def keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
         """Keys of all full pages of a token sequence."""
-        return block_keys(self._namespace, token_ids)
+        return block_keys(self.namespace, token_ids)
 
     def load(self, keys: Sequence[BlockKey]) -> Iterator[memoryview]:
         """Page bytes of all layers for the leading keys that the store has, each as soon as it is here.
@@ -80,21 +99,25 @@ class PrefixCache:
             for index, block in self._client.get(keys[:promised]):
                 if block is None:
                     break
-                pages = unpack_pages(self._layout, self._num_layers, keys[index], block)
+                pages = unpack_pages(self._layout, self._geometry.num_layers, keys[index], block)
                 loaded += 1
                 self.counters.loaded_pages += 1
                 self.counters.loaded_bytes += len(block)
                 yield pages
             self._outage = False
         except (RpcError, BlockFormatError) as error:
-            if not self._outage:
-                logger.warning("loading from the store fails, prefixes are recomputed: %s", error)
-            self._outage = True
+            self._warn_once(f"loading from the store fails, prefixes are recomputed: {error}")
         self.counters.failed_pages += promised - loaded
 
     def save(self, key: BlockKey, pages: Buffer) -> bool:
         """Queue the page bytes of all layers; False when they were dropped. Never blocks."""
-        return self.saves.offer(key, pack_pages(self._layout, self._num_layers, key, pages))
+        return self.saves.offer(key, pack_pages(self._layout, self._geometry.num_layers, key, pages))
+
+    def _warn_once(self, message: str) -> None:
+        """Once an outage."""
+        if not self._outage:
+            logger.warning("%s", message)
+        self._outage = True
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Put what is queued, as far as `timeout_s` allows. May be called twice."""

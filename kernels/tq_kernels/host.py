@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from tq_kernels.codebook import LEVELS, TARGETS, midpoints
+from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
 from tq_kernels.layout import PageLayout
 from tq_kernels.packing import pack
 from tq_kernels.reference import (
@@ -134,10 +134,9 @@ def _packed(
         return _turned(words, along_tokens), None if signs is None else _turned(signs, along_tokens), scales
     vectors.mul_(TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
     negative = (vectors.view(torch.int32) >> 31).to(torch.uint8).bitwise_and_(1)
-    magnitude = _magnitudes(vectors.abs_(), code)
-    squares = _square_table(code).index_select(0, _nibbles(magnitude.view(torch.int32)).flatten())
+    magnitude, squares = _closest(vectors.abs_(), code)
     # float32 sqrt is off by a unit now and then, where vector_norm is not
-    length = squares.view(*vectors.shape[:-1], -1).sum(dim=-1, keepdim=True).double().sqrt().float()
+    length = squares.double().sqrt().float()
     scales = (norm / length).clamp_max(FP16_MAX).squeeze(-1).to(torch.float16)
     if along_tokens:
         magnitude, negative = (part.transpose(-1, -2).contiguous() for part in (magnitude, negative))
@@ -162,14 +161,39 @@ def _turned(part: torch.Tensor, along_tokens: bool) -> torch.Tensor:
     return part.transpose(-1, -2) if along_tokens else part
 
 
-def _magnitudes(sizes: torch.Tensor, code: Code) -> torch.Tensor:
-    """Magnitude of every element as a byte: how many boundaries do not lie above it; overwrites its input.
+def _closest(sizes: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor]:
+    """Magnitudes as bytes by the best set of boundaries, and sums of squared levels ``[..., 1]`` float32.
 
-    Boundaries are whole eighths, so whole eighths of an element decide, and 16-bit integers hold them.
+    Overwrites its input. `reference.nearest_indices` says which set is the best.
     """
+    halves = (sizes.view(torch.int32) & 0x7FFFE000).view(torch.float32)
+    halves = halves.clamp(max=127.5).mul_(2).round_()
+    # boundaries are whole eighths, so whole eighths of an element decide, and 16-bit integers hold them
     eighths = sizes.mul_(8).clamp_(max=_MAX_EIGHTHS).to(torch.int16)
+    best = best_squares = best_likeness = torch.empty(0)
+    for i, boundaries in enumerate(BOUNDARIES[code]):
+        magnitude = _magnitudes(eighths, boundaries)
+        words = _nibbles(magnitude.view(torch.int32)).flatten()
+        squares = _square_table(code).index_select(0, words).view(*magnitude.shape[:-1], -1)
+        squares = squares.sum(dim=-1, keepdim=True)
+        if len(BOUNDARIES[code]) == 1:
+            return magnitude, squares
+        levels = _level_table(code).index_select(0, words).view(magnitude.shape)
+        product = levels.mul_(halves).sum(dim=-1, keepdim=True)
+        likeness = product * product / squares
+        if i:
+            closer = likeness > best_likeness
+            magnitude = torch.where(closer, magnitude, best)
+            squares = torch.where(closer, squares, best_squares)
+            likeness = torch.where(closer, likeness, best_likeness)
+        best, best_squares, best_likeness = magnitude, squares, likeness
+    return best, best_squares
+
+
+def _magnitudes(eighths: torch.Tensor, boundaries: tuple[float, ...]) -> torch.Tensor:
+    """Magnitude of every element as a byte: how many boundaries do not lie above it."""
     magnitude, step = torch.zeros_like(eighths), torch.empty_like(eighths)
-    for boundary in midpoints(LEVELS[code]):
+    for boundary in boundaries:
         magnitude.add_(torch.sub(eighths, int(8 * boundary) - 1, out=step).clamp_(0, 1))
     return magnitude.to(torch.uint8)
 

@@ -46,6 +46,8 @@ class LaunchPlan:
         window: Tokens in a window, each of which may lead a run.
         rows: Tokens of a page that are rotated and packed at once.
         num_warps: Warps a program.
+        search: Whether every vector tries all of `codebook.STEPS`. Single tokens do not: a decode step would
+            wait for the search, one vector after the other.
         max_registers: Registers a thread on NVIDIA, so that more programs share a multiprocessor, or None.
     """
 
@@ -55,6 +57,7 @@ class LaunchPlan:
     window: int
     rows: int
     num_warps: int
+    search: bool
     max_registers: int | None
 
 
@@ -67,6 +70,7 @@ class Mode:
     windows: int
     seeded: bool
     balanced: bool
+    search: bool
     key_parts: int
     value_parts: int
     ptx: bool
@@ -84,7 +88,14 @@ def plan_quantize(num_tokens: int, shape: PageShape, *, wide: bool = False) -> L
     max_registers = None if wide or is_broad else _MAX_REGISTERS
     if num_tokens <= _LARGEST_APPEND:
         return LaunchPlan(
-            "append", num_tokens, 1, 1, _SMALLEST_ROWS, 8 if is_broad else _APPEND_WARPS, max_registers
+            variant="append",
+            programs=num_tokens,
+            windows=1,
+            window=1,
+            rows=_SMALLEST_ROWS,
+            num_warps=8 if is_broad else _APPEND_WARPS,
+            search=False,
+            max_registers=max_registers,
         )
     rows = _SMALLEST_ROWS if wide and is_broad else shape.page_tokens
     window = min(_WINDOW, shape.page_tokens)
@@ -95,6 +106,7 @@ def plan_quantize(num_tokens: int, shape: PageShape, *, wide: bool = False) -> L
         window=window,
         rows=rows,
         num_warps=8 if is_broad or rows * shape.tile_dim > _LARGEST_TILE else 4,
+        search=True,
         max_registers=max_registers,
     )
 
@@ -155,13 +167,20 @@ def quantize_slots(
     shape = page_shape(layout)
     if not num_tokens:
         return
-    if not takes_kernel(pages.device):
-        reference_slots.quantize_slots(
-            keys, values, slot_mapping, pages, layout, seed_pages=seed_pages, key_balance=key_balance
-        )
-        return
     wide = keys.dtype is torch.float32 or key_balance is not None
     plan = plan_quantize(num_tokens, shape, wide=wide)
+    if not takes_kernel(pages.device):
+        reference_slots.quantize_slots(
+            keys,
+            values,
+            slot_mapping,
+            pages,
+            layout,
+            seed_pages=seed_pages,
+            key_balance=key_balance,
+            search=plan.search,
+        )
+        return
     _launch(plan, keys, values, slot_mapping, pages, layout, seed_pages, key_balance)
 
 
@@ -185,6 +204,7 @@ def _launch(
         windows=plan.windows,
         seeded=seed_pages is not None,
         balanced=key_balance is not None,
+        search=plan.search,
         key_parts=key_parts,
         value_parts=value_parts,
         ptx=ptx,

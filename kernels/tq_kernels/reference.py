@@ -1,15 +1,17 @@
 """Plain float32 PyTorch for quantize and dequantize: the truth that kernels are tested against.
 
 A key k becomes y = R k, less the centre c of its page: z = y - c. With the code's levels L and target t,
-index_j = nearest level to z_j * t * sqrt(d) / |z|, and scale = |z| / |L[index]|, so that the reconstruction
+index_j = level nearest to z_j * t * sqrt(d) / (s |z|), where s is that cell size of a few whose levels
+L[index] make the smallest angle with z, and scale = |z| / |L[index]|, so that the reconstruction
 R^T (c + scale * L[index]) keeps the length of z ("norm-corrected"). Values likewise, without a centre.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
-from tq_kernels.codebook import LEVELS, TARGETS, midpoints
+from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
 from tq_kernels.layout import PageLayout
 from tq_kernels.packing import pack, unpack
 from tq_kernels.rotation import rotation_matrix
@@ -23,7 +25,12 @@ SMALLEST_NORM = 1e-30
 
 
 def quantize(
-    keys: torch.Tensor, values: torch.Tensor, layout: PageLayout, *, key_balance: torch.Tensor | None = None
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: PageLayout,
+    *,
+    key_balance: torch.Tensor | None = None,
+    search: bool = True,
 ) -> torch.Tensor:
     """Whole pages from keys and values.
 
@@ -32,6 +39,8 @@ def quantize(
         values: The same shape.
         layout: Page geometry and codec.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys are divided before anything else.
+        search: Try all cell sizes of `codebook.STEPS` on every vector, as the kernels do; False for the
+            nearest levels, which theory speaks of.
 
     Returns:
         Pages ``[num_tokens / page_tokens, page_bytes]`` uint8, padding zero.
@@ -53,8 +62,8 @@ def quantize(
         key = key - center.float()[:, :, None]
     if layout.spec.value.rotated:
         value = value @ rotation_of(layout, keys.device).T
-    _write_side(pages, layout, "key", *nearest_indices(key, layout.spec.key))
-    _write_side(pages, layout, "value", *nearest_indices(value, layout.spec.value))
+    _write_side(pages, layout, "key", *nearest_indices(key, layout.spec.key, search=search))
+    _write_side(pages, layout, "value", *nearest_indices(value, layout.spec.value, search=search))
     return pages
 
 
@@ -144,8 +153,16 @@ def level_table(code: Code, device: torch.device) -> torch.Tensor:
     return torch.cat((positive, -positive)).to(device)
 
 
-def nearest_indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Nearest indices of ``[..., head_dim]`` float32, and norm-corrected fp16 scales ``[...]`` or None."""
+def nearest_indices(
+    vectors: torch.Tensor, code: Code, *, search: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Indices of ``[..., head_dim]`` float32, and norm-corrected fp16 scales ``[...]`` or None.
+
+    Args:
+        vectors: Rotated, and less their centre.
+        code: Which indices.
+        search: Try all cell sizes of `codebook.STEPS` on every vector; False for the nearest levels.
+    """
     if code is Code.BF16:
         return vectors.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF, None
     if code is Code.E4M3:
@@ -155,13 +172,44 @@ def nearest_indices(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, to
     if code is Code.E4M3_SCALED:
         indices = _e4m3(unit)
     else:
-        boundaries = torch.tensor(midpoints(LEVELS[code]), dtype=torch.float32, device=vectors.device)
-        magnitude = torch.bucketize(unit.abs(), boundaries, right=True, out_int32=True)
+        sets = BOUNDARIES[code] if search else BOUNDARIES[code][:1]
+        magnitude = _closest(unit, code, sets)
         indices = magnitude | (torch.signbit(unit).to(torch.int32) << (code.bits - 1))
     levels = level_table(code, vectors.device).index_select(0, indices.flatten()).view(indices.shape)
     length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
     scales = (norm / length).clamp_max(FP16_MAX)
     return indices, scales.squeeze(-1).to(torch.float16)
+
+
+def _closest(unit: torch.Tensor, code: Code, sets: Sequence[tuple[float, ...]]) -> torch.Tensor:
+    """Magnitudes by that set of boundaries whose levels make the smallest angle with the vector."""
+    best, best_likeness = torch.empty(0), torch.empty(0)
+    for i, boundaries in enumerate(sets):
+        edges = torch.tensor(boundaries, dtype=torch.float32, device=unit.device)
+        magnitude = torch.bucketize(unit.abs(), edges, right=True, out_int32=True)
+        if len(sets) == 1:
+            return magnitude
+        likeness = _likeness(unit, magnitude, code)
+        if i:
+            closer = likeness > best_likeness
+            magnitude = torch.where(closer, magnitude, best)
+            likeness = torch.where(closer, likeness, best_likeness)
+        best, best_likeness = magnitude, likeness
+    return best
+
+
+def _likeness(unit: torch.Tensor, magnitude: torch.Tensor, code: Code) -> torch.Tensor:
+    """Grows with the cosine between vectors and their levels; ``[..., 1]`` float32.
+
+    From whole numbers, so that every machine chooses alike: sizes in halves, levels in quarters.
+    """
+    # a float16's bits and no more: what the kernel searches in
+    size = (unit.view(torch.int32) & 0x7FFFE000).view(torch.float32)
+    halves = torch.fmin(size, torch.tensor(127.5, device=size.device)).mul(2).round().to(torch.int32)
+    quarters = (level_table(code, unit.device) * 4).to(torch.int32)
+    levels = quarters.index_select(0, magnitude.flatten()).view(magnitude.shape)
+    product = (levels * halves).sum(dim=-1, keepdim=True, dtype=torch.int32).float()
+    return product * product / levels.square().sum(dim=-1, keepdim=True, dtype=torch.int32).float()
 
 
 def _e4m3(vectors: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,12 @@ def quantize_slots(
     *,
     seed_pages: torch.Tensor | None = None,
     key_balance: torch.Tensor | None = None,
+    search: bool = True,
 ) -> None:
-    """Write tokens into packed pages, in place, as `tq_kernels.quantize.quantize_slots` does."""
+    """Write tokens into packed pages, in place, as `tq_kernels.quantize.quantize_slots` does.
+
+    `search` is its plan's.
+    """
     slots = slot_mapping.tolist()
     runs: dict[int, list[int]] = {}
     for token, slot in enumerate(slots):
@@ -51,8 +55,10 @@ def quantize_slots(
         center = read_key_center(page, layout)
         if center is not None:
             key = key - center[:, :, None]
-        _write_tokens(page, layout, "key", offsets, *nearest_indices(key, layout.spec.key))
-        _write_tokens(page, layout, "value", offsets, *nearest_indices(value, layout.spec.value))
+        _write_tokens(page, layout, "key", offsets, *nearest_indices(key, layout.spec.key, search=search))
+        _write_tokens(
+            page, layout, "value", offsets, *nearest_indices(value, layout.spec.value, search=search)
+        )
 
 
 def dequantize_pages(

@@ -52,7 +52,7 @@ def _pairs(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _norm_corrected(vectors: torch.Tensor, code: Code, seed: int) -> torch.Tensor:
     rotation = rotation_matrix(HEAD_DIM, seed)
-    indices, scales = nearest_indices(vectors @ rotation.T, code)
+    indices, scales = nearest_indices(vectors @ rotation.T, code, search=False)
     return level_table(code, torch.device("cpu"))[indices] * scales.float()[:, None] @ rotation
 
 

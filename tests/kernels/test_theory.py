@@ -1,4 +1,7 @@
-"""The codec distorts as much as theory says: on Gaussian input, and little more on hard inputs."""
+"""The codec distorts as much as theory says: on Gaussian input, and little more on hard inputs.
+
+Theory speaks of nearest levels; what the search for a better cell size takes off is tested at the end.
+"""
 
 import dataclasses
 import math
@@ -12,8 +15,8 @@ from tq_kernels.reference import dequantize, level_table, nearest_indices, quant
 from tq_kernels.spec import DEFAULT_ROTATION_SEED
 
 from .hard_inputs import HARD_INPUTS, hard_input
-from .prediction import norm_corrected_distortion, positive_levels
-from .tolerances import DISTORTION, HARD_INPUT, SIGMAS
+from .prediction import exact_search, norm_corrected_distortion, positive_levels
+from .tolerances import DISTORTION, HARD_INPUT, SEARCH, SEARCH_GAIN, SIGMAS
 
 ROTATED = [name for name, spec in PRESETS.items() if spec.key.rotated]
 ROTATED_CODES = [Code.LM2, Code.LM3, Code.LM4, Code.E4M3_SCALED]
@@ -48,7 +51,7 @@ def test_gaussian_keys_and_values_distort_as_predicted(
     spec = preset(name)
     layout = PageLayout(spec=spec, head_dim=head_dim, num_kv_heads=2, page_tokens=PAGE_TOKENS)
     keys, values = _gaussian(layout, generator)
-    keys_hat, values_hat = dequantize(quantize(keys, values, layout), layout)
+    keys_hat, values_hat = dequantize(quantize(keys, values, layout, search=False), layout)
 
     centred = (PAGE_TOKENS - 1) / PAGE_TOKENS
     _assert_distortion(keys, keys_hat, centred * norm_corrected_distortion(spec.key, head_dim))
@@ -63,7 +66,7 @@ def test_gaussian_keys_without_a_centre(code: Code, generator: torch.Generator) 
     )
     keys, values = _gaussian(layout, generator)
     for side, side_hat in zip(
-        (keys, values), dequantize(quantize(keys, values, layout), layout), strict=True
+        (keys, values), dequantize(quantize(keys, values, layout, search=False), layout), strict=True
     ):
         _assert_distortion(side, side_hat, norm_corrected_distortion(code, 64))
 
@@ -72,7 +75,7 @@ def test_fp8_distorts_as_e4m3_does(generator: torch.Generator) -> None:
     layout = PageLayout(spec=preset("fp8"), head_dim=112, num_kv_heads=1, page_tokens=PAGE_TOKENS)
     keys, values = _gaussian(layout, generator)
     for side, side_hat in zip(
-        (keys, values), dequantize(quantize(keys, values, layout), layout), strict=True
+        (keys, values), dequantize(quantize(keys, values, layout, search=False), layout), strict=True
     ):
         _assert_distortion(side, side_hat, distortion(e4m3_levels(), 1.0))
 
@@ -82,7 +85,7 @@ def test_scalar_quantizer_is_the_gaussian_table(code: Code, generator: torch.Gen
     """Plain indices and levels of coordinates at unit scale, without norm correction."""
     # so long a vector has the length sqrt(d) up to 0.1 %: normalising changes nothing
     coordinates = torch.randn(4, 500_000, generator=generator)
-    indices, _ = nearest_indices(coordinates, code)
+    indices, _ = nearest_indices(coordinates, code, search=False)
     restored = level_table(code, torch.device("cpu"))[indices] / TARGETS[code]
 
     relative = (coordinates - restored).flatten() ** 2 / distortion(positive_levels(code), TARGETS[code])
@@ -114,7 +117,7 @@ def test_hard_inputs_cost_at_most_half_more(kind: str, head_dim: int, generator:
         for seed in seeds:
             spec = CodecSpec(key=code, value=code, rotation_seed=seed)
             layout = PageLayout(spec=spec, head_dim=head_dim, num_kv_heads=1, page_tokens=16)
-            sides = dequantize(quantize(vectors, vectors, layout), layout)
+            sides = dequantize(quantize(vectors, vectors, layout, search=False), layout)
             assert torch.equal(*sides)
             ratios.append(_relative_error(vectors, sides[0]) / norm_corrected_distortion(code, head_dim))
         assert ratios[0] < HARD_INPUT, code
@@ -130,7 +133,7 @@ def test_hard_keys_with_a_centre(name: str, head_dim: int, generator: torch.Gene
     for kind in HARD_INPUTS:
         keys = hard_input(kind, head_dim, generator)
         keys = _whole_pages(keys[torch.randperm(len(keys), generator=generator)])
-        keys_hat, _ = dequantize(quantize(keys, keys, layout), layout)
+        keys_hat, _ = dequantize(quantize(keys, keys, layout, search=False), layout)
         assert _relative_error(keys, keys_hat) < HARD_INPUT * gaussian, kind
 
 
@@ -150,7 +153,7 @@ def test_the_centre_removes_an_offset_that_ruins_keys_without_it(
             num_kv_heads=2,
             page_tokens=PAGE_TOKENS,
         )
-        keys_hat, _ = dequantize(quantize(noise + offset, noise, layout), layout)
+        keys_hat, _ = dequantize(quantize(noise + offset, noise, layout, search=False), layout)
         errors[center] = float(((keys_hat - noise - offset) ** 2).sum() / (noise**2).sum())
     gaussian = norm_corrected_distortion(spec.key, 128)
 
@@ -158,6 +161,29 @@ def test_the_centre_removes_an_offset_that_ruins_keys_without_it(
     assert errors[KeyCenter.PAGE] == pytest.approx(gaussian * (PAGE_TOKENS - 1) / PAGE_TOKENS, rel=0.02)
     # and without a centre the error is that of a vector 2501 times as strong
     assert errors[KeyCenter.NONE] > 1000 * gaussian
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("code", [Code.LM3, Code.LM4])
+def test_search_takes_off_what_is_promised(code: Code, head_dim: int, generator: torch.Generator) -> None:
+    """Against a search in double precision, with exact angles, of the same vectors."""
+    vectors = torch.randn(GAUSSIAN_COORDINATES // 4 // head_dim, head_dim, generator=generator)
+    indices, scales = nearest_indices(vectors, code)
+    assert scales is not None
+    restored = level_table(code, torch.device("cpu"))[indices] * scales.float()[:, None]
+    plain, best = exact_search(vectors.double(), code)
+    found = _relative_error(vectors, restored)
+
+    assert found == pytest.approx(best, rel=SEARCH)
+    assert plain == pytest.approx(norm_corrected_distortion(code, head_dim), rel=3 * DISTORTION)
+    if head_dim in SEARCH_GAIN[code]:
+        assert found / plain == pytest.approx(1 - SEARCH_GAIN[code][head_dim], abs=0.01)
+
+
+def test_two_bits_are_not_searched(generator: torch.Generator) -> None:
+    vectors = torch.randn(64, 64, generator=generator)
+    searched, plain = (nearest_indices(vectors, Code.LM2, search=search) for search in (True, False))
+    assert torch.equal(searched[0], plain[0])
 
 
 def _gaussian(layout: PageLayout, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _line(preset: str, groups: Mapping[str, Mapping[str, Row]]) -> str:
-    name = f"`{preset}`" if family(preset) in ("ours", "balanced", "cold") else preset
+    name = f"`{preset}`" if family(preset) in ("ours", "stateless", "cold") else preset
     cells = [name]
     for by_preset in groups.values():
         if row := by_preset.get(preset):

@@ -118,12 +118,12 @@ def test_stock_vllm_leaves_boundary_layers_raw():
 
 def test_a_view_leaves_sinks_raw_and_learns_from_first_tokens():
     keys, values = sides()
-    view = CacheView(METHODS["tq2-balanced"], 6, 4, state_tokens=64)
+    view = CacheView(METHODS["tq2"], 6, 4, state_tokens=64)
     seen_keys, seen_values = view(0, keys, keys, values)
     for raw, seen in ((keys, seen_keys), (values, seen_values)):
         assert torch.equal(raw[:4], seen[:4])
         assert not torch.equal(raw[4:8], seen[4:8])
-    method = METHODS["tq2-balanced"]
+    method = METHODS["tq2"]
     given = CacheView(method, 6, 4, states=[method.estimate(keys[4:64], keys[4:64], values[4:64])])
     torch.testing.assert_close(given(0, keys, keys, values), (seen_keys, seen_values))
 
@@ -207,7 +207,7 @@ def test_no_kind_of_vector_costs_a_preset_much_more_than_gaussian_ones(name, bit
     assert max(row.values()) < 1.5 * theory
 
 
-@pytest.mark.parametrize("name", ["tq3", "tq3-balanced", "kivi4", "fp8"])
+@pytest.mark.parametrize("name", ["tq3-stateless", "tq3", "kivi4", "fp8"])
 def test_a_sequence_that_grows_is_read_as_if_it_had_come_at_once(name):
     keys, values = sides(200)
     growing, whole = (CacheView(METHODS[name], 6, 4, state_tokens=64) for _ in range(2))
@@ -445,7 +445,7 @@ def test_bars_are_judged_where_rows_say_something():
     row = {"measure": "text", "tokens": 1024, "texts": 2, "sinks": 4, "tail": 0}
     row |= {"model": "qwen2.5-coder-0.5b-instruct", "kl_mean": 0.0135, "worst_layer_corr": 0.991}
     scores = {"measure": "retrieval", "model": "m", "tokens": 1024}
-    rows = [{**row, "preset": preset} for preset in ("tq4", "k4v3-balanced", "fp8")]
+    rows = [{**row, "preset": preset} for preset in ("tq4", "k4v3-cold", "fp8")]
     rows += [{**scores, "preset": "bf16", "ruler": {"vt": 70.0, "qa_1": 50.0}}]
     rows += [{**scores, "preset": "tq4", "ruler": {"vt": 69.0, "qa_1": 40.0}}]
     assert [" ".join(line.split()) for line in judged(rows)] == [
@@ -462,7 +462,7 @@ def test_without_rows_there_is_no_report(tmp_path, capsys):
 
 
 def test_a_second_half_is_decoded_on_blocks_from_a_store(loaded, texts):
-    methods = [METHODS[name] for name in ("vllm-4bit_nc", "fp8", "tq4", "tq4-balanced")]
+    methods = [METHODS[name] for name in ("vllm-4bit_nc", "fp8", "tq4", "tq4-stateless")]
     conditions = Conditions(num_texts=1, num_tokens=256)
     rows = measure_store(loaded, methods, conditions, lambda *_: None)
     assert [(row["preset"], row["blocks"]) for row in rows] == [("fp8", 2), ("tq4", 2)]

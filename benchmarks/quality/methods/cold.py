@@ -17,7 +17,7 @@ class ColdPages(Pages):
         name: As for `Pages`.
         spec: The codec whose bytes are spent.
         page_tokens: As for `Pages`.
-        balance: As for `Pages`.
+        balanced: As for `Pages`.
         key_extra_bits: As for `cold_page.quantize`.
     """
 
@@ -41,9 +41,9 @@ class ColdPages(Pages):
 
 
 def cold_methods(page_tokens: int) -> list[ColdPages]:
-    """The presets that `page_methods` has with a balance, at the same bytes."""
-    balanced = [method for method in page_methods(page_tokens) if method.balance]
+    """The presets that `page_methods` has with a state, at the same bytes."""
     return [
-        ColdPages(f"{method.name.removesuffix('-balanced')}-cold", method.spec, page_tokens, method.balance)
-        for method in balanced
+        ColdPages(f"{method.name}-cold", method.spec, page_tokens, balanced=True)
+        for method in page_methods(page_tokens)
+        if method.balanced
     ]

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.quality.methods.base import Geometry, Place, Sides
 from tq_kernels import PRESETS, CodecSpec, PageLayout
+from tq_kernels.balance import estimate_balance
 from tq_kernels.reference import dequantize, quantize
 from tq_store.block import HEADER_BYTES
 
@@ -18,13 +19,13 @@ class Pages:
         name: What rows call it.
         spec: The codec.
         page_tokens: Tokens in a page.
-        balance: Exponent of the channel scale by which keys are divided, 0 for none.
+        balanced: Whether keys are divided by the channel balance that replicas share.
     """
 
     name: str
     spec: CodecSpec
     page_tokens: int = 64
-    balance: float = 0.0
+    balanced: bool = False
 
     @property
     def group_tokens(self) -> int:
@@ -40,11 +41,10 @@ class Pages:
     def estimate(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor | None:
-        """Balance ``[num_kv_heads, head_dim]``: spread of channels to the power `balance`, mean log 0."""
-        if not self.balance:
+        """Balance ``[num_kv_heads, head_dim]``, as connectors measure it."""
+        if not self.balanced:
             return None
-        logs = keys.std(dim=0).clamp_min(1e-6).log() * self.balance
-        return (logs - logs.mean(-1, keepdim=True)).exp()
+        return estimate_balance(queries, keys, page_tokens=self.page_tokens, num_sinks=0)
 
     def read(
         self, keys: torch.Tensor, values: torch.Tensor, state: torch.Tensor | None, place: Place
@@ -74,7 +74,7 @@ class Pages:
 
 
 def page_methods(page_tokens: int) -> list[Pages]:
-    """Every quantizing preset, plain and balanced."""
+    """Every quantizing preset as connectors use it, and without the state (``-stateless``)."""
     presets = {name: spec for name, spec in PRESETS.items() if name not in ("fp8", "raw")}
-    plain = [Pages(name, spec, page_tokens) for name, spec in presets.items()]
-    return plain + [Pages(f"{name}-balanced", spec, page_tokens, 0.75) for name, spec in presets.items()]
+    stateless = [Pages(f"{name}-stateless", spec, page_tokens) for name, spec in presets.items()]
+    return stateless + [Pages(name, spec, page_tokens, balanced=True) for name, spec in presets.items()]

@@ -19,6 +19,9 @@ NUM_SINKS = 4
 PageListener = Callable[["TQCache"], None]
 """Called with the cache when all layers have sealed more pages; `num_sound_pages` of them may be shared."""
 
+Probe = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called with a layer's index, its new queries and all its raw keys, each ``[tokens, heads, head_dim]``."""
+
 
 def layer_of(key: torch.Tensor) -> "TQLayer | None":
     """The cache layer that returned these keys, or None when another kind of cache did."""
@@ -38,10 +41,22 @@ class TQCache(Cache):
         layout: Page layout.
         num_layers: Attention layers of the model.
         on_page: Told when this cache has made pages; not of pages it was given.
+        key_balance: ``[num_layers, num_kv_heads, head_dim]`` with which all its pages are made, or None.
+        probe: Told what every layer attends with, for as long as nothing is compressed.
     """
 
-    def __init__(self, layout: PageLayout, num_layers: int, on_page: PageListener | None = None) -> None:
+    def __init__(
+        self,
+        layout: PageLayout,
+        num_layers: int,
+        on_page: PageListener | None = None,
+        *,
+        key_balance: torch.Tensor | None = None,
+        probe: Probe | None = None,
+    ) -> None:
         self.layout = layout
+        self.key_balance = key_balance
+        self.probe = probe
         self.num_sound_pages = 0
         self.on_page = on_page
         self._layers = [TQLayer(self, index) for index in range(num_layers)]
@@ -159,6 +174,8 @@ class TQLayer(CacheLayerMixin):
         """Attention of the newest ``[num_new, num_query_heads, head_dim]`` over all tokens, float32."""
         layout = self._cache.layout
         keys, values, num_sinks = self._tail_keys, self._tail_values, 0
+        if self._cache.probe is not None and not self.num_pages:
+            self._cache.probe(self.index, query, keys[0].transpose(0, 1))
         if self.num_pages:
             keys = torch.cat((self._sink_keys, keys), dim=2)
             values = torch.cat((self._sink_values, values), dim=2)
@@ -174,6 +191,7 @@ class TQLayer(CacheLayerMixin):
             softmax_scale=softmax_scale,
             sliding_window=sliding_window,
             num_sinks=num_sinks,
+            key_balance=self._key_balance,
         )
         return output
 
@@ -188,12 +206,18 @@ class TQLayer(CacheLayerMixin):
                 side[0, :, :split].transpose(0, 1) for side in (self._tail_keys, self._tail_values)
             )
             self.is_finite &= bool(torch.isfinite(keys).all() and torch.isfinite(values).all())
-            self.slots(self.num_pages, num_new).copy_(quantize(keys, values, self._cache.layout))
+            pages = quantize(keys, values, self._cache.layout, key_balance=self._key_balance)
+            self.slots(self.num_pages, num_new).copy_(pages)
             self._tail_keys = self._tail_keys[:, :, split:].clone()
             self._tail_values = self._tail_values[:, :, split:].clone()
             self.num_pages += num_new
         if self.index == len(self._cache.layers) - 1:
             self._cache.finish_pass()
+
+    @property
+    def _key_balance(self) -> torch.Tensor | None:
+        balance = self._cache.key_balance
+        return None if balance is None else balance[self.index].to(self._tail_keys.device)
 
     def slots(self, first: int, count: int) -> torch.Tensor:
         """Pages from `first` on, in place: ``[count, page_bytes]``; the pool doubles when it is too small."""

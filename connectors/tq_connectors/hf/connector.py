@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tq_connectors.codec import CacheGeometry
+from tq_connectors.codec_state import CodecState
 from tq_connectors.hf.attention import ATTENTION_NAME, register_attention
 from tq_connectors.hf.cache import NUM_SINKS, TQCache
 from tq_connectors.prefix_cache import PrefixCache
+from tq_kernels.balance import estimate_balance
 from tq_kernels.layout import PageLayout
 from tq_kernels.spec import CodecSpec
 from tq_store.client import StoreClient
@@ -24,6 +27,10 @@ _LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
 """With these a key depends on the length of the whole sequence, so a page belongs to no prefix."""
 _NO_IDENTITY = ("_name_or_path", "transformers_version", "dtype")
 DEFAULT_PREFILL_TOKENS = 256
+STATE_TOKENS = 256
+"""Tokens that a codec state is measured on, fewer where the first prompt is shorter."""
+
+logger = logging.getLogger(__name__)
 
 
 def cache_geometry(config: PreTrainedConfig, dtype: torch.dtype) -> CacheGeometry:
@@ -105,6 +112,9 @@ class TQConnector:
         revision: What tells its weights from others of that name; the model's configuration is added to it.
         page_tokens: Tokens in a page.
         salt: Keeps apart what only the caller knows to differ (a LoRA adapter, a tenant).
+        balanced: Divide keys by a channel balance, which replicas share through the store: the first one
+            measures it on the first tokens it sees. Without it, or while it cannot be had, pages are made
+            without, in a namespace of their own.
 
     Raises:
         ConfigError: The model or its shape is not served.
@@ -120,6 +130,7 @@ class TQConnector:
         revision: str,
         page_tokens: int = 64,
         salt: str = "",
+        balanced: bool = True,
     ) -> None:
         geometry = cache_geometry(model.config, model.dtype)
         try:
@@ -132,8 +143,10 @@ class TQConnector:
         except ValueError as error:
             raise ConfigError(f"{model_name} cannot be cached with this codec: {error}") from error
         self.num_layers = geometry.num_layers
+        self.state: CodecState | None = None
         self._model = model
-        self.prefix_cache = None
+        self._is_balanced = balanced and spec.key.rotated
+        self.prefix_cache: PrefixCache | None = None
         if client is not None:
             self.prefix_cache = PrefixCache(
                 client,
@@ -160,16 +173,57 @@ class TQConnector:
         Args:
             token_ids: The whole prompt.
         """
+        if self._is_balanced and self.state is None and len(token_ids) >= self.layout.page_tokens:
+            self._agree_on_state(token_ids)
+        balance = None if self.state is None else self.state.key_balance
         if self.prefix_cache is None:
-            return TQCache(self.layout, self.num_layers)
+            return TQCache(self.layout, self.num_layers, key_balance=balance)
         saver = _PageSaver(self.prefix_cache, token_ids)
-        cache = TQCache(self.layout, self.num_layers, on_page=saver)
+        cache = TQCache(self.layout, self.num_layers, on_page=saver, key_balance=balance)
         reusable = (len(token_ids) - 1) // self.layout.page_tokens
         if reusable > 0:
             # sinks depend on themselves alone: computing four tokens is cheaper than storing them raw
             self.prefill(token_ids[:NUM_SINKS], cache, last_only=True)
             saver.skip(cache.preload(self.prefix_cache.load(saver.keys[:reusable])))
         return cache
+
+    def measure_state(self, token_ids: Sequence[int]) -> CodecState | None:
+        """A codec state from one forward pass over some tokens; None where they give no finite numbers."""
+        balances: dict[int, torch.Tensor] = {}
+
+        def probe(layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
+            balances[layer] = estimate_balance(
+                queries, keys, page_tokens=self.layout.page_tokens, num_sinks=NUM_SINKS
+            )
+
+        cache = TQCache(self.layout, self.num_layers, probe=probe)
+        try:
+            self.prefill(token_ids, cache, chunk_tokens=len(token_ids), last_only=True)
+        except ValueError as error:
+            logger.warning("no codec state can be measured, pages are made without one: %s", error)
+            return None
+        return CodecState.of_layers([balances[layer] for layer in range(self.num_layers)])
+
+    def use_state(self, state: CodecState) -> None:
+        """Make pages of caches that are opened from now on with this state; only while there is none.
+
+        Raises:
+            ValueError: There is one already, or the codec takes none.
+        """
+        if self.state is not None or not self._is_balanced:
+            raise ValueError("a connector takes one codec state, and only for a preset with rotated keys")
+        self.state = state
+        if self.prefix_cache is not None:
+            self.prefix_cache = self.prefix_cache.with_state(state)
+
+    def _agree_on_state(self, token_ids: Sequence[int]) -> None:
+        first = token_ids[:STATE_TOKENS]
+        if self.prefix_cache is None:
+            state = self.measure_state(first)
+        else:
+            state = self.prefix_cache.agree_on_state(lambda: self.measure_state(first))
+        if state is not None:
+            self.use_state(state)
 
     def save_generated(self, cache: TQCache, token_ids: Sequence[int]) -> None:
         """Save pages that were completed after the prompt, so that the next turn finds them.
