@@ -24,7 +24,7 @@ def judged(rows: Sequence[Row]) -> Iterator[str]:
     """A line for every bar about which the rows say something."""
     for model, group in main_groups(rows, "text").items():
         for row in group:
-            preset = row["preset"].removesuffix("-stateless")
+            preset = row["preset"]
             bars = (
                 ("kl_mean", LARGEST_KL.get(model, {}).get(preset), "at most", 1),
                 ("worst_layer_corr", SMALLEST_CORRELATION.get(preset), "at least", -1),

@@ -73,7 +73,9 @@ class PrefixCache:
         try:
             state = agree_on_state(self._client, self.namespace, self._geometry, propose)
         except (RpcError, BlockFormatError) as error:
-            self._warn_once(f"the store gives no codec state, pages are made without one: {error}")
+            self._warn_once(
+                f"no codec state from the store, prefixes are recomputed and pages made without: {error}"
+            )
             return None
         self._outage = False
         return state

@@ -57,6 +57,12 @@ def expected(model):
     return answer(connect(model, None))[1]
 
 
+@pytest.fixture(scope="module")
+def stateless(model):
+    """Logits without a store and without a codec state."""
+    return answer(connect(model, None, balanced=False))[1]
+
+
 @pytest.mark.parametrize("preset_name", PRESETS)
 def test_every_full_page_that_one_replica_saved_the_next_one_loads(model, preset_name):
     cold = answer(connect(model, None, preset_name))[1]
@@ -79,10 +85,10 @@ def test_the_last_token_is_computed_even_when_all_pages_are_stored(model):
         assert answer(connect(model, client), prompt)[0] == (FULL_PAGES - 1) * PAGE
 
 
-def test_a_prompt_shorter_than_a_page_asks_the_store_nothing(model):
+def test_a_prompt_without_a_reusable_page_asks_for_the_state_alone(model):
     with StoreClient("127.0.0.1:9", config=IMPATIENT) as client:
         assert answer(connect(model, client), PROMPT[:PAGE])[0] == 0
-        assert client.counters["failed_calls"] == 1  # the save of its one page
+        assert client.counters["failed_calls"] == 2  # the state, and the save of its one page
 
 
 def test_another_question_about_the_same_document_hits_the_document(model):
@@ -253,8 +259,10 @@ def test_a_prefill_that_means_nothing_is_refused(model, options, sentence):
 
 def test_a_reader_that_stops_early_is_no_failure(model):
     with running_server() as server, StoreClient(server.address) as client:
-        answer(connect(model, client))
+        first = connect(model, client)
+        answer(first)
         with connect(model, client) as connector:
+            connector.use_state(first.state)
             pages = connector.prefix_cache.load(connector.prefix_cache.keys(PROMPT))
             next(pages)
             pages.close()
@@ -283,11 +291,11 @@ def test_two_replicas_at_once_end_with_one_copy_of_each_page(model):
         for thread in threads:
             thread.join()
         with StoreClient(server.address) as client:
-            assert client.stats().tiers["memory"].num_blocks == FULL_PAGES
+            assert client.stats().tiers["memory"].num_blocks == FULL_PAGES + 1  # the codec state
             assert answer(connect(model, client))[0] == FULL_PAGES * PAGE
 
 
-def test_a_store_too_small_for_anything_changes_nothing(model, expected):
+def test_a_store_too_small_for_a_page_changes_nothing(model, expected):
     with running_server(memory_budget_bytes=1000) as server, StoreClient(server.address) as client:
         connector = connect(model, client)
         hit, logits = answer(connector)
@@ -297,12 +305,12 @@ def test_a_store_too_small_for_anything_changes_nothing(model, expected):
         assert answer(connect(model, client))[0] == 4
 
 
-def test_a_dead_store_changes_nothing_and_is_logged_once(model, expected, caplog):
+def test_a_dead_store_changes_nothing_and_is_logged_once(model, stateless, caplog):
     with caplog.at_level(logging.WARNING), StoreClient("127.0.0.1:9", config=IMPATIENT) as client:
         connector = connect(model, client)
         for _ in range(3):
             cache = connector.open_cache(PROMPT)
-            assert close_to(connector.prefill(PROMPT, cache, chunk_tokens=32)[-1], expected)
+            assert close_to(connector.prefill(PROMPT, cache, chunk_tokens=32)[-1], stateless)
         connector.close()
         connector.close()
     loading = [record for record in caplog.records if "recomputed" in record.message]
@@ -310,13 +318,13 @@ def test_a_dead_store_changes_nothing_and_is_logged_once(model, expected, caplog
     assert connector.prefix_cache.saves.saved_blocks == 0
 
 
-def test_a_store_that_never_answers_costs_its_deadline_and_nothing_else(model, expected):
+def test_a_store_that_never_answers_costs_its_deadline_and_nothing_else(model, stateless):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with StoreClient(address, config=IMPATIENT) as client:
             hit, logits = answer(connect(model, client))
     assert hit == 4
-    assert close_to(logits, expected)
+    assert close_to(logits, stateless)
 
 
 class LyingServicer(stubs.BlockStoreServicer):
@@ -389,6 +397,7 @@ def test_pages_after_a_missing_one_are_not_taken(model, expected):
 def test_a_sound_block_of_another_shape_under_the_key_is_a_miss(model, expected, caplog):
     with running_server() as server, StoreClient(server.address) as client:
         connector = connect(model, client)
+        connector.use_state(connector.measure_state(PROMPT))
         key = connector.prefix_cache.keys(PROMPT)[0]
         other = PageLayout(spec=preset("tq3"), head_dim=32, num_kv_heads=2, page_tokens=PAGE)
         pages = bytes(connector.num_layers * other.page_bytes)
@@ -403,8 +412,8 @@ def test_a_sound_block_of_another_shape_under_the_key_is_a_miss(model, expected,
 def test_each_outage_of_loading_is_logged_once(model, caplog):
     with running_server() as server, StoreClient(server.address) as client:
         connector = connect(model, client)
-        keys = connector.prefix_cache.keys(PROMPT)
         answer(connector)
+        keys = connector.prefix_cache.keys(PROMPT)
         with caplog.at_level(logging.WARNING):
             for outage in (1, 2):
                 connector.prefix_cache._client = Broken()

@@ -445,13 +445,13 @@ def test_bars_are_judged_where_rows_say_something():
     row = {"measure": "text", "tokens": 1024, "texts": 2, "sinks": 4, "tail": 0}
     row |= {"model": "qwen2.5-coder-0.5b-instruct", "kl_mean": 0.0135, "worst_layer_corr": 0.991}
     scores = {"measure": "retrieval", "model": "m", "tokens": 1024}
-    rows = [{**row, "preset": preset} for preset in ("tq4", "k4v3-cold", "fp8")]
+    rows = [{**row, "preset": preset} for preset in ("tq4", "k4v3", "fp8")]
     rows += [{**scores, "preset": "bf16", "ruler": {"vt": 70.0, "qa_1": 50.0}}]
     rows += [{**scores, "preset": "tq4", "ruler": {"vt": 69.0, "qa_1": 40.0}}]
     assert [" ".join(line.split()) for line in judged(rows)] == [
         "MISSED qwen2.5-coder-0.5b-instruct tq4: kl_mean 0.0135, at most 0.013",
         "met qwen2.5-coder-0.5b-instruct tq4: worst_layer_corr 0.9910, at least 0.99",
-        "met qwen2.5-coder-0.5b-instruct k4v3-balanced: kl_mean 0.0135, at most 0.02",
+        "met qwen2.5-coder-0.5b-instruct k4v3: kl_mean 0.0135, at most 0.02",
         "met m tq4: vt at 1024 69.0, bf16 70.0",
     ]
 
