@@ -20,7 +20,7 @@ from tq_store.errors import IdentityMismatch, InvalidHeader
 from tq_store.keys import BlockKey, Namespace
 from tq_store.results import PutOutcome
 
-STATE_CODEC_ID = 2
+STATE_CODEC_ID = 4
 _STATE_PREFIX = hashlib.sha256(b"tq-store codec state v1").digest()
 """In the place of a prefix hash; no tokens hash to it."""
 
