@@ -77,8 +77,8 @@ def test_a_token_depends_on_no_token_after_its_group(name):
     [
         ("vllm-4bit_nc", 0.0092, 0.00996),
         ("vllm-3bit_nc", 0.034, 0.0458),
-        ("tq4", 0.0092, 0.0093),
-        ("tq3", 0.034, 0.034),
+        ("tq4", 0.0083, 0.0083),
+        ("tq3", 0.0325, 0.0325),
         ("paper-2.5", 0.096, 0.096),
     ],
 )
@@ -199,11 +199,12 @@ def test_noise_lowers_the_correlation_as_much_as_it_must():
     assert loss.output_error.min() > 0.5
 
 
-@pytest.mark.parametrize(("name", "bits"), [("tq4", 4), ("tq3", 3), ("tq2", 2)])
-def test_no_kind_of_vector_costs_a_preset_much_more_than_gaussian_ones(name, bits):
+@pytest.mark.parametrize(("name", "bits", "searched"), [("tq4", 4, 0.852), ("tq3", 3, 0.93), ("tq2", 2, 1.0)])
+def test_no_kind_of_vector_costs_a_preset_much_more_than_gaussian_ones(name, bits, searched):
+    """`searched` is the share of the distortion that three cell sizes leave; `kernels/README.md` has it."""
     row = measure_codec(METHODS[name], GEOMETRY, 4)
     theory = distortion(LEVELS[bits], TARGETS[bits], 64)
-    assert row["codec_value_gaussian"] == pytest.approx(theory, rel=0.05)
+    assert row["codec_value_gaussian"] == pytest.approx(searched * theory, rel=0.05)
     assert max(row.values()) < 1.5 * theory
 
 
