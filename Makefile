@@ -41,7 +41,7 @@ test: $(STAMP)  ## all tests with coverage, on real Redis, sockets, processes an
 	@command -v faketime >/dev/null || tests/install_faketime.sh
 	@tests/install_tools.sh
 	$(BIN)/python -m tq_connectors.hf.models
-	$(BIN)/python -m pytest $(or $(ARGS),--cov --cov-report=term-missing:skip-covered)
+	$(BIN)/python -m pytest $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term-missing:skip-covered)
 
 test-engines:  ## the tests of one engine in an environment of its own; ENGINE=lmcache, ENGINE_VENV=elsewhere
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" tests/engines/$(ENGINE)/install.sh $(ENGINE_VENV)

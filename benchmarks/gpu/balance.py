@@ -70,12 +70,21 @@ def main() -> None:
     print(f"{'preset':8}{'batch x context':>17}{'without':>11}{'with':>11}{'ratio':>8}")
     for batch, tokens in SHAPES:
         for preset in ("tq4", "tq3"):
-            shape = {"op": "decode", "preset": preset, "batch": batch, "context": tokens}
-            case = Case(**shape, q_heads=32, kv_heads=8, head_dim=128, against=())
+            case = Case(
+                op="decode",
+                preset=preset,
+                batch=batch,
+                context=tokens,
+                q_heads=32,
+                kv_heads=8,
+                head_dim=128,
+                against=(),
+            )
             balance = torch.rand(8, 128, generator=arena.generator, device=device) + 0.5
             plain, balanced = (
                 watch.time_graph(calls(case, arena, each)).median_us for each in (None, balance)
             )
+            shape = {"op": "decode", "preset": preset, "batch": batch, "context": tokens}
             rows.append({**shape, "median_us": plain, "balanced_us": balanced, **context})
             print(
                 f"{preset:8}{f'{batch} x {tokens}':>17}{plain:9.1f}us{balanced:9.1f}us{balanced / plain:8.3f}"
