@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,11 @@ from tq_store.sizing import PRESETS, read_model
 if TYPE_CHECKING:
     from tq_store.server.app import Server
 
+
+ClientCommand = Callable[[argparse.Namespace, StoreClient], int]
+COMMANDS_GROUP = "tq_store.commands"
+"""Entry points of packages that add commands: functions that are given `_add_client_command`, to call it with
+a name, what runs, a text and an epilog, and to add arguments to the parser that comes back."""
 
 _SETTING = "setting:"
 """Keeps a command's settings apart from its own arguments in the namespace."""
@@ -372,7 +379,23 @@ examples:
     _add_token(commands)
     for command in (ping, stats, inspect, purge):
         _add_settings(command, ClientConfig)
+    for extension in entry_points(group=COMMANDS_GROUP):
+        extension.load()(partial(_add_client_command, commands))
     return parser
+
+
+def _add_client_command(
+    commands: Any, name: str, run: ClientCommand, text: str, epilog: str
+) -> argparse.ArgumentParser:
+    """A command of another package: it gets its arguments and a client, and returns an exit code."""
+
+    def with_client(options: argparse.Namespace) -> int:
+        with _client(options) as client:
+            return run(options, client)
+
+    command = _add_command(commands, name, with_client, text, epilog)
+    _add_settings(command, ClientConfig)
+    return command
 
 
 def _add_token(commands: Any) -> None:

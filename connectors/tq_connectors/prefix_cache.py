@@ -80,6 +80,15 @@ class PrefixCache:
         self._outage = False
         return state
 
+    def fetch_or_offer(self, state: CodecState) -> CodecState | None:
+        """The state that the store has, or this one if it had none and keeps it.
+
+        Raises:
+            RpcError: The store cannot be reached.
+            BlockFormatError: What the store has is no state.
+        """
+        return agree_on_state(self._client, self.namespace, self._geometry, lambda: state)
+
     def with_state(self, state: CodecState) -> "PrefixCache":
         """The same view of the same store, for pages made with a state; queue and counters are shared."""
         view = copy.copy(self)

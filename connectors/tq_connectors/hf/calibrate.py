@@ -1,0 +1,95 @@
+"""`tq-store calibrate`: measure a model's codec state on texts of your own, and give it to the store first.
+
+Never needed: the first replica that sees a page's worth of tokens does the same with its prompt. Run it
+before any replica, and run replicas with the same model name, revision, preset and page size.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tq_store.client import StoreClient
+from tq_store.errors import BlockFormatError, ConfigError
+
+if TYPE_CHECKING:
+    from tq_connectors.codec_state import CodecState
+
+EXIT_PRESENT = 1
+DEFAULT_TOKENS = 2048
+_EPILOG = """\
+example:
+  tq-store calibrate --model ./Qwen2.5-7B --model-name qwen2.5-7b --text notes.txt faq.txt
+
+The store keeps the first state of a model that it is given. If it has one already, nothing changes and the
+exit code is 1: purge the model's namespace first, so that no replica goes on with the old one.
+"""
+
+
+def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Make the command known to `tq-store`; an entry point of `tq_store.commands`."""
+    text = "Measure a model's codec state on texts of your own, before any replica does it on its prompt."
+    parser = add("calibrate", calibrate, text, _EPILOG)
+    parser.add_argument("--model", required=True, metavar="NAME|FOLDER", help="as for the demo")
+    parser.add_argument("--model-name", required=True, help="the name that replicas use")
+    parser.add_argument("--revision", help="as replicas have it (default: a digest of the weights)")
+    parser.add_argument("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8")
+    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="at most (default: %(default)s)")
+    parser.add_argument("--preset", default="tq4", help="(default: %(default)s)")
+    parser.add_argument("--page-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="the model's, as replicas run it (default: %(default)s)",
+    )
+
+
+def calibrate(options: argparse.Namespace, client: StoreClient) -> int:
+    """Measure, offer, and say what became of it; the exit code is 1 if the store has another state.
+
+    Raises:
+        ConfigError: A model, preset, dtype or text that is not to be had, or nothing to measure.
+        RpcError: The store cannot be reached.
+    """
+    try:
+        measured, agreed = _measure_and_offer(options, client)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing; run: pip install 'tq-store[hf]'") from error
+    except (ValueError, OSError, BlockFormatError) as error:
+        raise ConfigError(str(error)) from error
+    if agreed is None:
+        raise ConfigError("the store did not keep the state: has it room for it?")
+    if agreed.digest != measured.digest:
+        print(f"the store has a codec state of this model already: {agreed.digest[:16]}")
+        return EXIT_PRESENT
+    print(f"codec state {agreed.digest[:16]}, for {options.preset}")
+    return 0
+
+
+def _measure_and_offer(
+    options: argparse.Namespace, client: StoreClient
+) -> "tuple[CodecState, CodecState | None]":
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tq_connectors.hf.connector import TQConnector
+    from tq_connectors.hf.models import fetch_model, weights_revision
+    from tq_kernels import preset
+
+    spec, folder = preset(options.preset), fetch_model(options.model)
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in options.text)
+    tokens: Sequence[int] = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: options.tokens]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
+    with TQConnector(
+        model,
+        client,
+        spec,
+        model_name=options.model_name,
+        revision=options.revision or weights_revision(folder),
+        page_tokens=options.page_tokens,
+    ) as connector:
+        measured = connector.measure_state(tokens)
+        if measured is None or connector.prefix_cache is None or not spec.key.rotated:
+            raise ConfigError(f"{options.preset} on {len(tokens)} tokens has no codec state to measure")
+        return measured, connector.prefix_cache.fetch_or_offer(measured)
