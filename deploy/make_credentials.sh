@@ -62,7 +62,7 @@ done
 openssl rand -hex 32 >valkey_password
 cat >valkey.acl <<END
 user default off
-user tq-store on >$(cat valkey_password) resetkeys ~tq:* resetchannels -@all +@connection +info +dbsize +scan +exists +strlen +get +getex +set +unlink +rename +expire +multi +exec +asking +cluster|slots
+user tq-store on >$(cat valkey_password) resetkeys ~tq:* resetchannels -@all +ping +select +info +dbsize +scan +exists +strlen +get +getex +set +unlink +rename +expire +multi +exec +asking +cluster|slots
 END
 openssl rand -hex 16 >grafana_password
 cat >server.toml <<END

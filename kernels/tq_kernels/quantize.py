@@ -1,8 +1,9 @@
 """Quantize: keys and values of single tokens or whole chunks into packed pages, in one launch.
 
 With R the rotation and c the centre of a key's page, z = R k - c for keys and z = R v for values; each
-coordinate of z sqrt(d) t / |z| takes its nearest level L, and the scale is |z| / |L|. `kernels/README.md`
-derives it; `reference_slots.py` is the same in PyTorch.
+coordinate of z sqrt(d) t / |z| takes its nearest level L, or in launches of many tokens that of the best of
+three cell sizes; the scale is |z| / |L|. `kernels/README.md` derives it; `reference_slots.py` is the same in
+PyTorch.
 """
 
 from dataclasses import dataclass

@@ -85,7 +85,7 @@ def centre(generator: torch.Generator) -> list[list[str]]:
         for center in KeyCenter:
             spec = CodecSpec(key=code, value=code, key_center=center)
             layout = PageLayout(spec=spec, head_dim=128, num_kv_heads=1, page_tokens=64)
-            restored, _ = dequantize(quantize(keys, keys, layout), layout)
+            restored, _ = dequantize(quantize(keys, keys, layout, search=False), layout)
             row.append(f"{float(((restored - keys) ** 2).sum() / (noise**2).sum()):.4f}")
         rows.append(row)
     return rows
@@ -107,7 +107,9 @@ def estimators(generator: torch.Generator) -> list[list[str]]:
             layout = PageLayout(spec=spec, head_dim=128, num_kv_heads=1, page_tokens=16)
             restored = {
                 "mse": dequantize_mse(quantize_prod(x, bits=b + 1, seed=seed)),
-                "norm-corrected": dequantize(quantize(x[:, None], x[:, None], layout), layout)[0][:, 0],
+                "norm-corrected": dequantize(quantize(x[:, None], x[:, None], layout, search=False), layout)[
+                    0
+                ][:, 0],
                 "prod": dequantize_prod(quantize_prod(x, bits=b, seed=seed)),
             }
             for name, x_hat in restored.items():
@@ -131,7 +133,7 @@ def estimators(generator: torch.Generator) -> list[list[str]]:
 def _error(vectors: torch.Tensor, code: Code, seed: int) -> float:
     spec = CodecSpec(key=Code.BF16, value=code, rotation_seed=seed)
     layout = PageLayout(spec=spec, head_dim=vectors.shape[-1], num_kv_heads=1, page_tokens=16)
-    _, restored = dequantize(quantize(vectors, vectors, layout), layout)
+    _, restored = dequantize(quantize(vectors, vectors, layout, search=False), layout)
     return float(((restored - vectors) ** 2).sum() / (vectors**2).sum())
 
 

@@ -304,3 +304,21 @@ def test_a_hangup_reads_the_tokens_again_and_ends_nothing(tmp_path: Path) -> Non
         server.terminate()
         server.communicate(timeout=20)
     assert server.returncode == 0
+
+
+def test_a_command_whose_package_is_absent_is_left_out(monkeypatch, capsys):
+    """As in a server's image, which has no connectors."""
+
+    class Absent:
+        name = "calibrate"
+
+        def load(self):
+            raise ModuleNotFoundError("No module named 'tq_connectors'")
+
+    monkeypatch.setattr("tq_store.cli.entry_points", lambda group: [Absent()])
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "serve" in shown
+    assert "calibrate" not in shown

@@ -229,3 +229,33 @@ async def test_what_a_dead_server_left_is_replaced(tmp_path: Path) -> None:
     assert client.num_bytes <= segment_module.MAX_SEGMENT_BYTES
     client.close()
     await opened.close()
+
+
+async def test_clients_that_only_connect_are_bounded(segments: Segments, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(segments_module, "_WAITING", 2)
+    loop = asyncio.get_running_loop()
+    with ExitStack() as stack:
+        idle = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(10)]
+        for each in idle:
+            each.setblocking(False)
+            await loop.sock_connect(each, str(tmp_path / f"s{SOCKET_SUFFIX}"))
+        async with asyncio.timeout(5):
+            assert await loop.sock_recv(idle[-1], 1) == b""  # turned away at once
+
+
+async def test_a_server_out_of_files_lets_clients_in_later(
+    segments: Segments, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    loop = asyncio.get_running_loop()
+    accept, failures = loop.sock_accept, iter([OSError(24, "Too many open files")])
+
+    async def failing(listener):
+        for error in failures:
+            raise error
+        return await accept(listener)
+
+    monkeypatch.setattr(loop, "sock_accept", failing)
+    for _ in range(2):  # the first one is let in by the call that waits already
+        client = await open_segment(tmp_path)
+        client.close()
+    assert "cannot be let in" in caplog.text

@@ -21,6 +21,10 @@ from tq_store.rpc.segment import HANDLE_BYTES, MAX_SEGMENT_BYTES, required_seals
 logger = logging.getLogger(__name__)
 
 _HELLO_S = 2.0
+_WAITING = 16
+"""Clients that may be on their way to a segment while all are taken."""
+_REST_S = 0.1
+"""Before the next client is let in, when files or memory ran out."""
 _INLINE_BYTES = 256 << 10
 """Copying more than this would hold up the event loop, so a thread does it."""
 
@@ -174,7 +178,15 @@ class Segments:
 
     async def _accept(self) -> None:
         while True:
-            connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+            except OSError as error:
+                logger.warning("a client that wants to share memory cannot be let in: %s", error)
+                await asyncio.sleep(_REST_S)
+                continue
+            if len(self._tasks) > self._limit + _WAITING:
+                connection.close()
+                continue
             serving = self._begin(self._serve(connection))
             # not in the task, as one that is cancelled before it starts does nothing at all
             serving.add_done_callback(partial(_close, connection))

@@ -65,7 +65,7 @@ class TlsFiles:
             context.load_cert_chain(self._files[0], self._files[1], password="")
             for authority in authorities:
                 context.load_verify_locations(cadata=authority.decode("ascii"))
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:  # an SSLError is an OSError, and so is a file that has gone
             raise ConfigError(
                 f"the TLS files may not fit together: {', '.join(str(file) for file in self._files)}"
             ) from error

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 EXIT_PRESENT = 1
 DEFAULT_TOKENS = 2048
+SMALLEST_TOKENS, LARGEST_TOKENS = 64, 16384
 _EPILOG = """\
 example:
   tq-store calibrate --model ./Qwen2.5-7B --model-name qwen2.5-7b --text notes.txt faq.txt
 
 The store keeps the first state of a model that it is given. If it has one already, nothing changes and the
-exit code is 1: purge the model's namespace first, so that no replica goes on with the old one.
+exit code is 1: purge the namespace that is printed, measure again, and restart the replicas.
 """
 
 
@@ -34,7 +35,9 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--model-name", required=True, help="the name that replicas use")
     parser.add_argument("--revision", help="as replicas have it (default: a digest of the weights)")
     parser.add_argument("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8")
-    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=_tokens, default=DEFAULT_TOKENS, help="at most, in one pass (default: %(default)s)"
+    )
     parser.add_argument("--preset", default="tq4", help="(default: %(default)s)")
     parser.add_argument("--page-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument(
@@ -53,7 +56,7 @@ def calibrate(options: argparse.Namespace, client: StoreClient) -> int:
         RpcError: The store cannot be reached.
     """
     try:
-        measured, agreed = _measure_and_offer(options, client)
+        measured, agreed, namespace = _measure_and_offer(options, client)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is missing; run: pip install 'tq-store[hf]'") from error
     except (ValueError, OSError, BlockFormatError) as error:
@@ -61,7 +64,7 @@ def calibrate(options: argparse.Namespace, client: StoreClient) -> int:
     if agreed is None:
         raise ConfigError("the store did not keep the state: has it room for it?")
     if agreed.digest != measured.digest:
-        print(f"the store has a codec state of this model already: {agreed.digest[:16]}")
+        print(f"the store has a codec state of this model already: {agreed.digest[:16]}, in {namespace}")
         return EXIT_PRESENT
     print(f"codec state {agreed.digest[:16]}, for {options.preset}")
     return 0
@@ -69,7 +72,7 @@ def calibrate(options: argparse.Namespace, client: StoreClient) -> int:
 
 def _measure_and_offer(
     options: argparse.Namespace, client: StoreClient
-) -> "tuple[CodecState, CodecState | None]":
+) -> "tuple[CodecState, CodecState | None, str]":
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,4 +95,13 @@ def _measure_and_offer(
         measured = connector.measure_state(tokens)
         if measured is None or connector.prefix_cache is None or not spec.key.rotated:
             raise ConfigError(f"{options.preset} on {len(tokens)} tokens has no codec state to measure")
-        return measured, connector.prefix_cache.fetch_or_offer(measured)
+        prefix_cache = connector.prefix_cache
+        return measured, prefix_cache.fetch_or_offer(measured), prefix_cache.namespace.digest().hex()
+
+
+def _tokens(text: str) -> int:
+    """Bounded, as all are attended to in one pass."""
+    number = int(text)
+    if not SMALLEST_TOKENS <= number <= LARGEST_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be from {SMALLEST_TOKENS} to {LARGEST_TOKENS}")
+    return number

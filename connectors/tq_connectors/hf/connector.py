@@ -4,6 +4,8 @@ import copy
 import hashlib
 import json
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,8 @@ _NO_IDENTITY = ("_name_or_path", "transformers_version", "dtype")
 DEFAULT_PREFILL_TOKENS = 256
 STATE_TOKENS = 256
 """Tokens that a codec state is measured on, fewer where the first prompt is shorter."""
+STATE_RETRY_S = 10.0
+"""How long pages are made without a codec state before it is asked for again."""
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +148,9 @@ class TQConnector:
             raise ConfigError(f"{model_name} cannot be cached with this codec: {error}") from error
         self.num_layers = geometry.num_layers
         self.state: CodecState | None = None
+        self._agreeing = threading.RLock()
+        self._proposal: CodecState | None = None
+        self._next_try_s = 0.0
         self._model = model
         self._is_balanced = balanced and spec.key.rotated
         self.prefix_cache: PrefixCache | None = None
@@ -173,18 +180,16 @@ class TQConnector:
         Args:
             token_ids: The whole prompt.
         """
-        if self._is_balanced and self.state is None and len(token_ids) >= self.layout.page_tokens:
-            self._agree_on_state(token_ids)
-        balance = None if self.state is None else self.state.key_balance
-        if self.prefix_cache is None:
+        balance, prefix_cache = self._conditions(token_ids)
+        if prefix_cache is None:
             return TQCache(self.layout, self.num_layers, key_balance=balance)
-        saver = _PageSaver(self.prefix_cache, token_ids)
+        saver = _PageSaver(prefix_cache, token_ids)
         cache = TQCache(self.layout, self.num_layers, on_page=saver, key_balance=balance)
         reusable = (len(token_ids) - 1) // self.layout.page_tokens
         if reusable > 0:
             # sinks depend on themselves alone: computing four tokens is cheaper than storing them raw
             self.prefill(token_ids[:NUM_SINKS], cache, last_only=True)
-            saver.skip(cache.preload(self.prefix_cache.load(saver.keys[:reusable])))
+            saver.skip(cache.preload(prefix_cache.load(saver.keys[:reusable])))
         return cache
 
     def measure_state(self, token_ids: Sequence[int]) -> CodecState | None:
@@ -210,18 +215,28 @@ class TQConnector:
         Raises:
             ValueError: There is one already, or the codec takes none.
         """
-        if self.state is not None or not self._is_balanced:
-            raise ValueError("a connector takes one codec state, and only for a preset with rotated keys")
-        self.state = state
-        if self.prefix_cache is not None:
-            self.prefix_cache = self.prefix_cache.with_state(state)
+        with self._agreeing:
+            if self.state is not None or not self._is_balanced:
+                raise ValueError("a connector takes one codec state, and only for a preset with rotated keys")
+            self.state = state
+            if self.prefix_cache is not None:
+                self.prefix_cache = self.prefix_cache.with_state(state)
+
+    def _conditions(self, token_ids: Sequence[int]) -> tuple[torch.Tensor | None, PrefixCache | None]:
+        """The balance of a new cache and the view of the store that goes with it, agreed on if need be."""
+        with self._agreeing:
+            wants = self._is_balanced and self.state is None and len(token_ids) >= self.layout.page_tokens
+            if wants and time.monotonic() >= self._next_try_s:
+                self._agree_on_state(token_ids[:STATE_TOKENS])
+                self._next_try_s = time.monotonic() + STATE_RETRY_S
+            return None if self.state is None else self.state.key_balance, self.prefix_cache
 
     def _agree_on_state(self, token_ids: Sequence[int]) -> None:
-        first = token_ids[:STATE_TOKENS]
-        if self.prefix_cache is None:
-            state = self.measure_state(first)
-        else:
-            state = self.prefix_cache.agree_on_state(lambda: self.measure_state(first))
+        def propose() -> CodecState | None:
+            self._proposal = self._proposal or self.measure_state(token_ids)
+            return self._proposal
+
+        state = propose() if self.prefix_cache is None else self.prefix_cache.agree_on_state(propose)
         if state is not None:
             self.use_state(state)
 
