@@ -317,7 +317,7 @@ def test_a_command_whose_package_is_absent_is_left_out(monkeypatch, capsys):
 
     monkeypatch.setattr("tq_store.cli.entry_points", lambda group: [Absent()])
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        cli.main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "serve" in shown
