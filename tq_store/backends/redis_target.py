@@ -4,7 +4,6 @@ Imports no Redis client: what it says is what any would need.
 """
 
 import re
-import stat
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from tq_store.errors import ConfigError
+from tq_store.secret_file import read_secret_file
 
 _DEFAULT_PORT = 6379
 _DEFAULT_SENTINEL_PORT = 26379
@@ -217,13 +217,7 @@ def _address(text: str, default_port: int) -> Address:
 
 
 def _read_password(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            if stat.S_IMODE(path.stat().st_mode) & stat.S_IROTH:
-                raise ConfigError(f"password file {path} can be read by everybody; run `chmod 600 {path}`")
-            content = file.read(_MAX_PASSWORD_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"password file {path} cannot be read: {error.strerror}") from error
+    content = read_secret_file(path, "password file", _MAX_PASSWORD_BYTES)
     line = content.split(b"\n", 1)[0].rstrip(b"\r")
     if not line or len(line) > _MAX_PASSWORD_BYTES:
         raise ConfigError(f"password file {path} must hold a password on its first line")

@@ -1,12 +1,12 @@
 """The shared secret that a client shows and a server demands: its file and its place on the wire."""
 
 import logging
-import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tq_store.errors import ConfigError
+from tq_store.secret_file import read_secret_file
 
 METADATA_KEY = "authorization"
 MIN_TOKEN_CHARS = 16
@@ -24,13 +24,7 @@ def load_tokens(path: Path) -> tuple[str, ...]:
     Raises:
         ConfigError: Not readable, readable by everybody, or not tokens. The message never shows the contents.
     """
-    try:
-        with path.open("rb") as file:
-            if stat.S_IMODE(path.stat().st_mode) & stat.S_IROTH:
-                raise ConfigError(f"token_file {path} can be read by everybody; run `chmod 600 {path}`")
-            content = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"token_file {path} cannot be read: {error.strerror}") from error
+    content = read_secret_file(path, "token_file", _MAX_FILE_BYTES)
     tokens = tuple(line.strip() for line in content.decode("ascii", "replace").splitlines() if line.strip())
     if len(content) > _MAX_FILE_BYTES or not tokens or not all(_is_token(token) for token in tokens):
         raise ConfigError(

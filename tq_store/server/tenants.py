@@ -19,7 +19,6 @@ the same way through the code and after the same time as blocks that do not exis
 """
 
 import hashlib
-import stat
 import struct
 import tomllib
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from tq_store.backends.usage import GROUP_BYTES
 from tq_store.block import BlockInfo, verify_block
 from tq_store.errors import ConfigError, IdentityMismatch
 from tq_store.keys import DIGEST_BYTES, BlockKey, split_key
+from tq_store.secret_file import read_secret_file
 from tq_store.server.tokens import TokenEntry, parse_entry
 from tq_store.settings import COUNT, SIZE, SWITCH
 
@@ -182,13 +182,7 @@ def load_tenants(path: Path) -> Tenants:
         ConfigError: Not readable, readable by everybody, or not as this module's docstring says. The message
             shows no value, as it may be a token, by mistake.
     """
-    try:
-        with path.open("rb") as file:
-            if stat.S_IMODE(path.stat().st_mode) & stat.S_IROTH:
-                raise ConfigError(f"tenants_file {path} can be read by everybody; run `chmod 600 {path}`")
-            content = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"tenants_file {path} cannot be read: {error.strerror}") from error
+    content = read_secret_file(path, "tenants_file", _MAX_FILE_BYTES)
     if len(content) > _MAX_FILE_BYTES:
         raise ConfigError(f"tenants_file {path} has more than {_MAX_FILE_BYTES} bytes")
     try:
