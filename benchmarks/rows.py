@@ -5,7 +5,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ needs for those bytes or for the arithmetic, over the median; a baseline that ga
 
 OPTIONAL_KEYS: dict[str, tuple[type, ...]] = {"page_tokens": (int,), "new_tokens": (int,), "note": (str,)}
 
+Types = Mapping[str, tuple[type, ...]]
+"""What a value may be, by key."""
+
 _IDENTITY = (
     "op",
     "preset",
@@ -50,20 +53,29 @@ _IDENTITY = (
 )
 
 
+def check_types(row: Row, keys: Types, optional_keys: Types) -> None:
+    """Keys and types of a row of any benchmark are those declared.
+
+    Raises:
+        ValueError: They are not; the message names the key.
+    """
+    allowed = {**keys, **optional_keys}
+    unknown = sorted(row.keys() - allowed.keys())
+    missing = sorted(keys.keys() - row.keys())
+    if unknown or missing:
+        raise ValueError(f"row lacks {missing} and has unknown {unknown}: {row}")
+    for key, value in row.items():
+        if type(value) not in allowed[key]:
+            raise ValueError(f"{key} is {value!r}, not one of {allowed[key]}")
+
+
 def check_row(row: Row) -> None:
     """Keys and types are those declared, and the numbers agree with each other.
 
     Raises:
         ValueError: They do not; the message names the key.
     """
-    allowed = {**KEYS, **OPTIONAL_KEYS}
-    unknown = sorted(row.keys() - allowed.keys())
-    missing = sorted(KEYS.keys() - row.keys())
-    if unknown or missing:
-        raise ValueError(f"row lacks {missing} and has unknown {unknown}: {row}")
-    for key, value in row.items():
-        if type(value) not in allowed[key]:
-            raise ValueError(f"{key} is {value!r}, not one of {allowed[key]}")
+    check_types(row, KEYS, OPTIONAL_KEYS)
     if row["median_us"] <= 0:
         raise ValueError(f"median_us is {row['median_us']}: a time is positive")
     if (row["baseline_us"] is None) != (row["speedup"] is None):

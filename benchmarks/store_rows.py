@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import check_types
+
 RESULTS = Path(__file__).parent / "results" / "store.jsonl"
 
 Row = dict[str, Any]
@@ -43,14 +45,7 @@ def check_row(row: Row) -> None:
     Raises:
         ValueError: They are not; the message names the key.
     """
-    allowed = {**KEYS, **OPTIONAL_KEYS}
-    unknown = sorted(row.keys() - allowed.keys())
-    missing = sorted(KEYS.keys() - row.keys())
-    if unknown or missing:
-        raise ValueError(f"row lacks {missing} and has unknown {unknown}: {row}")
-    for key, value in row.items():
-        if type(value) not in allowed[key]:
-            raise ValueError(f"{key} is {value!r}, not one of {allowed[key]}")
+    check_types(row, KEYS, OPTIONAL_KEYS)
 
 
 def append_rows(rows: Iterable[Row], path: Path) -> None:

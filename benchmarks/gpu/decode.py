@@ -12,7 +12,7 @@ from tq_kernels.decode_attention import decode_attention, decode_workspace
 _SEQUENCES_CHECKED = 4
 
 
-def decode(case: Case, arena: Arena) -> Prepared:
+def decode(case: Case, arena: Arena, key_balance: torch.Tensor | None = None) -> Prepared:
     """One query a sequence against scattered pages."""
     layout = case.layout
     pages = arena.pages(layout, arena.num_sets(case) * case.batch * case.pages_per_seq)
@@ -38,6 +38,7 @@ def decode(case: Case, arena: Arena) -> Prepared:
             out=out,
             lse=lse,
             workspace=workspace,
+            key_balance=key_balance,
         )
 
     calls = [call(table) for table in tables]
@@ -49,7 +50,13 @@ def decode(case: Case, arena: Arena) -> Prepared:
         step = max(1, (case.batch - 1) // (_SEQUENCES_CHECKED - 1))
         some = torch.arange(0, case.batch, step, device=arena.device)[:_SEQUENCES_CHECKED]
         want, want_lse = reference_attention.decode_attention(
-            query[some], pages, tables[0][some], lengths[some], layout, softmax_scale=scale
+            query[some],
+            pages,
+            tables[0][some],
+            lengths[some],
+            layout,
+            softmax_scale=scale,
+            key_balance=key_balance,
         )
         return {
             "output": (relative(out[some], want), HALF_ERROR),
