@@ -12,7 +12,8 @@ from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8QuantizationSerializer
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 
-from tq_connectors.lmcache.chunk_codec import ChunkCodec, dequantize_on, quantize_on, read_serde_settings
+from tq_connectors.lmcache.chunk_codec import ChunkCodec, read_serde_settings
+from tq_connectors.page_transfer import dequantize_on, quantize_on
 from tq_connectors.lmcache.kv_layout import sides
 from tq_connectors.lmcache.serde import TQDeserializer, TQSerializer
 from tq_kernels import PageLayout

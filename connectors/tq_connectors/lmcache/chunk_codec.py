@@ -7,7 +7,6 @@ all of it. A reader with another preset, dtype or shape, another key, or a chang
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from tq_connectors.lmcache.envelope import pack_object, unpack_object
 from tq_connectors.lmcache.kv_layout import KVLayout, num_bytes, read_layout, sides
 from tq_connectors.lmcache.object_layout import describe
 from tq_connectors.lmcache.settings import UNCODED
+from tq_connectors.page_transfer import dequantize_on, quantize_on
 from tq_kernels import PageLayout, host, preset
-from tq_kernels.dequantize import dequantize_pages
-from tq_kernels.quantize import quantize_slots
 from tq_store.block import HEADER_BYTES, BlockInfo, pack_header, verify_block
 from tq_store.errors import ConfigError, IdentityMismatch
 from tq_store.keys import BlockKey
@@ -224,36 +222,6 @@ class ChunkCodec:
             return
         for target, side in zip((keys, values), dequantize_on(self._device, pages, self._pages), strict=True):
             target.copy_(side)
-
-
-def quantize_on(
-    device: torch.device, keys: torch.Tensor, values: torch.Tensor, layout: PageLayout
-) -> torch.Tensor:
-    """Pages on the device, packed by Triton's kernels in one launch."""
-    dtype = keys.dtype if keys.dtype.itemsize > 1 else torch.bfloat16  # which holds every fp8 exactly
-    num_tokens = keys.shape[0]
-    pages = torch.empty(num_tokens // layout.page_tokens, layout.page_bytes, dtype=torch.uint8, device=device)
-    slots = _every_slot(num_tokens, device)
-    quantize_slots(keys.to(device, dtype), values.to(device, dtype), slots, pages, layout)
-    return pages
-
-
-def dequantize_on(
-    device: torch.device, pages: torch.Tensor, layout: PageLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[tokens, heads, dim]`` bf16 on the device, unpacked by Triton in one launch."""
-    shape = (pages.shape[0], layout.page_tokens, layout.num_kv_heads, layout.head_dim)
-    keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
-    order = torch.arange(pages.shape[0], dtype=torch.int32, device=device)
-    slots = _every_slot(pages.shape[0] * layout.page_tokens, device)
-    dequantize_pages(pages.to(device), order, keys, values, slots, layout)
-    return keys.flatten(0, 1), values.flatten(0, 1)
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a constant first used in inference mode must serve outside it too
-def _every_slot(num_tokens: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(num_tokens, device=device)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

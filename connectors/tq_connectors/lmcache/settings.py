@@ -1,14 +1,14 @@
 """What an operator writes in LMCache's JSON for us, checked when LMCache starts."""
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
+from tq_connectors.engine_settings import read_engine_settings
 from tq_kernels import preset
-from tq_store.config import ClientConfig, load_config
+from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError
-from tq_store.settings import COUNT, SIZE, TEXT, about, settings
+from tq_store.settings import COUNT, SIZE, TEXT, about
 
 UNCODED = "none"
 SERDE_PREFIX = "serde:"
@@ -58,29 +58,9 @@ class StoreSettings:
 def read_settings(
     written: Mapping[str, Any], environment: Mapping[str, str]
 ) -> tuple[StoreSettings, ClientConfig]:
-    """Ours, and those of the connection: every setting of the client may stand beside ours.
-
-    Args:
-        written: The JSON object that LMCache hands over.
-        environment: Usually `os.environ`; the client's variables count where the JSON is silent.
+    """Ours, and those of the connection, from the JSON object that LMCache hands over.
 
     Raises:
         ConfigError: A setting is missing, unknown, not understood or not allowed; the message names it.
     """
-    own, client = settings(StoreSettings), settings(ClientConfig)
-    for name in written.keys() - own.keys() - client.keys():
-        (nearest,) = difflib.get_close_matches(name, sorted(own | client), n=1, cutoff=0.0)
-        raise ConfigError(f"unknown setting {name!r}; did you mean {nearest!r}?")
-    values = {}
-    for declared, (name, setting) in zip(fields(StoreSettings), own.items(), strict=True):
-        if name in written:
-            try:
-                values[setting.field_name] = setting.kind.parse(written[name])
-            except (ValueError, TypeError, OverflowError) as error:
-                raise ConfigError(
-                    f"{name}: {written[name]!r} is not understood; write for example {setting.kind.example}"
-                ) from error
-        elif declared.default is MISSING:
-            raise ConfigError(f"{name} is missing: {setting.help}")
-    connection = {name: value for name, value in written.items() if name in client}
-    return StoreSettings(**values), load_config(ClientConfig, arguments=connection, environment=environment)
+    return read_engine_settings(StoreSettings, written, environment)
