@@ -13,9 +13,9 @@ from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8Qua
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 
 from tq_connectors.lmcache.chunk_codec import ChunkCodec, read_serde_settings
-from tq_connectors.page_transfer import dequantize_on, quantize_on
 from tq_connectors.lmcache.kv_layout import sides
 from tq_connectors.lmcache.serde import TQDeserializer, TQSerializer
+from tq_connectors.page_transfer import dequantize_on, quantize_on
 from tq_kernels import PageLayout
 
 KEY = ObjectKey(chunk_hash=bytes(32), model_name="bench", kv_rank=0)
