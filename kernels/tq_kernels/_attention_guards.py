@@ -81,6 +81,7 @@ def check_sinks(
     num_sinks: int,
     sink_keys: torch.Tensor | None,
     sink_values: torch.Tensor | None,
+    sink_rows: torch.Tensor | None,
 ) -> None:
     """Raw sinks of a decode: both sides or neither, and as many as are left out of the pages.
 
@@ -90,13 +91,18 @@ def check_sinks(
     if (sink_keys is None) != (sink_values is None):
         raise ValueError("sink_keys and sink_values come together")
     if sink_keys is None or sink_values is None:
+        if sink_rows is not None:
+            raise ValueError("sink_rows needs sink_keys and sink_values")
         return
     if num_sinks > MAX_SINKS:
         raise ValueError(f"at most {MAX_SINKS} sinks are merged, not {num_sinks}")
-    shape = (query.shape[0], num_sinks, layout.num_kv_heads, layout.head_dim)
+    num_rows = query.shape[0] if sink_rows is None else None
+    shape = (num_rows, num_sinks, layout.num_kv_heads, layout.head_dim)
     halves = (torch.bfloat16, torch.float16)
     check_tensor("sink_keys", sink_keys, shape, halves, query.device)
-    check_tensor("sink_values", sink_values, shape, (sink_keys.dtype,), query.device)
+    check_tensor("sink_values", sink_values, tuple(sink_keys.shape), (sink_keys.dtype,), query.device)
+    if sink_rows is not None:
+        check_tensor("sink_rows", sink_rows, (query.shape[0],), (torch.int32,), query.device)
     if sink_keys.stride() != sink_values.stride():
         raise ValueError(
             f"sink_keys and sink_values must have equal strides, not {sink_keys.stride()} and "

@@ -192,6 +192,7 @@ def launch_merge(
     positions: torch.Tensor | None = None,
     sink_keys: torch.Tensor | None = None,
     sink_values: torch.Tensor | None = None,
+    sink_rows: torch.Tensor | None = None,
     softmax_scale: float = 1.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -211,8 +212,9 @@ def launch_merge(
         extra_lse: ``[num_seqs, num_kv_heads, columns]`` float32, dense, base 2.
         query: ``[num_seqs, rows, num_query_heads, head_dim]`` as the caller has it; with sinks only.
         positions: ``[num_seqs]`` int32 of the last row; with sinks only.
-        sink_keys: ``[num_seqs, num_sinks, num_kv_heads, head_dim]``.
+        sink_keys: ``[num_rows, num_sinks, num_kv_heads, head_dim]``.
         sink_values: The same shape and strides.
+        sink_rows: ``[num_seqs]`` int32 row of each sequence; by default its own number.
         softmax_scale: Factor on the scores of sinks.
         sliding_window: See only sinks among the last so many positions up to a row's own, or all.
         softcap: Their cap, or none.
@@ -232,6 +234,7 @@ def launch_merge(
         p_query=query,
         p_sink_keys=sink_keys,
         p_sink_values=sink_values,
+        p_sink_rows=sink_rows,
         p_positions=positions,
         p_rotation=whole_rotation(layout, out.device, rotated) if rotated or num_sinks else None,
         p_out=out,

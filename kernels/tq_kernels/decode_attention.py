@@ -96,6 +96,7 @@ def decode_attention(
     num_sinks: int = 0,
     sink_keys: torch.Tensor | None = None,
     sink_values: torch.Tensor | None = None,
+    sink_rows: torch.Tensor | None = None,
     key_balance: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
@@ -126,6 +127,8 @@ def decode_attention(
         sink_keys: ``[num_seqs, num_sinks, num_kv_heads, head_dim]`` bf16 or fp16: raw keys of these
             positions, up to 64, attended to in place of what pages hold, where the window reaches.
         sink_values: The same shape, dtype and strides; both or neither.
+        sink_rows: ``[num_seqs]`` int32: the first dimension of both is then any number of rows, and this is
+            the row of each sequence.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
         out: Written and returned: the query's shape, any of its dtypes, last dimension contiguous.
         lse: Written and returned: float32 of that shape without its last dimension.
@@ -142,7 +145,7 @@ def decode_attention(
     rows = query.shape[1] if query.dim() == 4 else 1
     check_decode(query, pages, block_table, lengths, layout, rows, query_positions)
     check_mask(layout, query.device, sliding_window, softcap, num_sinks, key_balance)
-    check_sinks(query, layout, num_sinks, sink_keys, sink_values)
+    check_sinks(query, layout, num_sinks, sink_keys, sink_values, sink_rows)
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     check_tensor("out", out, tuple(query.shape), FLOATS, pages.device)
@@ -167,6 +170,7 @@ def decode_attention(
             num_sinks=num_sinks,
             sink_keys=sink_keys,
             sink_values=sink_values,
+            sink_rows=sink_rows,
             key_balance=key_balance,
         )
         return out.copy_(results[0]), lse.copy_(results[1])
@@ -187,6 +191,7 @@ def decode_attention(
         num_sinks=num_sinks,
         sink_keys=sink_keys,
         sink_values=sink_values,
+        sink_rows=sink_rows,
         key_balance=key_balance,
         out=out if query.dim() == 4 else out[:, None],
         lse=lse if query.dim() == 4 else lse[:, None],
@@ -209,6 +214,7 @@ def _launch(
     num_sinks: int,
     sink_keys: torch.Tensor | None,
     sink_values: torch.Tensor | None,
+    sink_rows: torch.Tensor | None,
     key_balance: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -262,6 +268,7 @@ def _launch(
             layout=layout,
             sink_keys=sink_keys,
             sink_values=sink_values,
+            sink_rows=sink_rows,
             softmax_scale=softmax_scale,
             sliding_window=sliding_window,
             softcap=softcap,
@@ -294,6 +301,7 @@ def _launch(
         positions=positions,
         sink_keys=sink_keys,
         sink_values=sink_values,
+        sink_rows=sink_rows,
         softmax_scale=softmax_scale,
         sliding_window=sliding_window,
         softcap=softcap,

@@ -121,6 +121,9 @@ def quantize_slots(
     *,
     seed_pages: torch.Tensor | None = None,
     key_balance: torch.Tensor | None = None,
+    sink_slots: torch.Tensor | None = None,
+    sink_keys: torch.Tensor | None = None,
+    sink_values: torch.Tensor | None = None,
 ) -> None:
     """Write tokens into packed pages, in place; bits of other tokens stay as they are.
 
@@ -143,6 +146,10 @@ def quantize_slots(
         seed_pages: ``[num_tokens]`` int32 page whose centre a page opened by this token takes, or -1. The
             launch must not open that page itself.
         key_balance: ``[num_kv_heads, head_dim]`` float32, by which keys are divided before anything else.
+        sink_slots: ``[num_tokens]`` int32 place in `sink_keys` and `sink_values` where a token is kept as it
+            is besides, or -1; a token that is kept is different from all others that are.
+        sink_keys: ``[num_sink_slots, num_kv_heads, head_dim]``, bf16, fp16 or fp32.
+        sink_values: The same shape, dtype and strides; all three come together.
 
     Raises:
         ValueError: An argument of another shape, dtype or device, or a size that kernels do not serve.
@@ -165,6 +172,7 @@ def quantize_slots(
             raise ValueError(
                 f"{name} has a stride of {tensor.stride(0)}, too large for 32-bit offsets in a page"
             )
+    _check_sinks(sink_slots, sink_keys, sink_values, num_tokens, layout, pages.device)
     shape = page_shape(layout)
     if not num_tokens:
         return
@@ -181,8 +189,34 @@ def quantize_slots(
             key_balance=key_balance,
             search=plan.search,
         )
+        if sink_slots is not None and sink_keys is not None and sink_values is not None:
+            reference_slots.keep_sinks(keys, values, sink_slots, sink_keys, sink_values)
         return
-    _launch(plan, keys, values, slot_mapping, pages, layout, seed_pages, key_balance)
+    sinks = (sink_slots, sink_keys, sink_values)
+    _launch(plan, keys, values, slot_mapping, pages, layout, seed_pages, key_balance, sinks)
+
+
+def _check_sinks(
+    sink_slots: torch.Tensor | None,
+    sink_keys: torch.Tensor | None,
+    sink_values: torch.Tensor | None,
+    num_tokens: int,
+    layout: PageLayout,
+    device: torch.device,
+) -> None:
+    if sink_slots is None or sink_keys is None or sink_values is None:
+        if not sink_slots is sink_keys is sink_values:
+            raise ValueError("sink_slots, sink_keys and sink_values come together")
+        return
+    check_tensor("sink_slots", sink_slots, (num_tokens,), (torch.int32,), device)
+    shape = (None, layout.num_kv_heads, layout.head_dim)
+    check_tensor("sink_keys", sink_keys, shape, FLOATS, device)
+    check_tensor("sink_values", sink_values, tuple(sink_keys.shape), (sink_keys.dtype,), device)
+    if sink_keys.stride() != sink_values.stride():
+        raise ValueError(
+            f"sink_keys and sink_values must have equal strides, not {sink_keys.stride()} and "
+            f"{sink_values.stride()}"
+        )
 
 
 def _launch(
@@ -194,6 +228,7 @@ def _launch(
     layout: PageLayout,
     seed_pages: torch.Tensor | None,
     key_balance: torch.Tensor | None,
+    sinks: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
 ) -> None:
     from tq_kernels.device.quantize import quantize_runs
 
@@ -218,12 +253,17 @@ def _launch(
         p_balance=key_balance,
         p_rotation=_rotation_tile(layout, pages.device, rotation_dtype),
         p_pages=pages,
+        p_sink_slots=sinks[0],
+        p_sink_keys=sinks[1],
+        p_sink_values=sinks[2],
         num_tokens=keys.shape[0],
         key_token_stride=keys.stride(0),
         key_head_stride=keys.stride(1),
         value_token_stride=values.stride(0),
         value_head_stride=values.stride(1),
         page_stride=pages.stride(0),
+        sink_token_stride=0 if sinks[1] is None else sinks[1].stride(0),
+        sink_head_stride=0 if sinks[1] is None else sinks[1].stride(1),
         SHAPE=page_shape(layout),
         MODE=mode,
         num_warps=plan.num_warps,

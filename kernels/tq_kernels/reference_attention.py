@@ -28,6 +28,7 @@ def decode_attention(
     num_sinks: int = 0,
     sink_keys: torch.Tensor | None = None,
     sink_values: torch.Tensor | None = None,
+    sink_rows: torch.Tensor | None = None,
     key_balance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The newest queries of every sequence against the tokens in its pages.
@@ -47,6 +48,7 @@ def decode_attention(
         sink_keys: ``[num_seqs, num_sinks, num_kv_heads, head_dim]`` raw keys of these positions, attended to
             in place of what pages hold, where the window reaches.
         sink_values: The same shape; both or neither.
+        sink_rows: ``[num_seqs]`` row of both that is each sequence's; by default its own number.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
 
     Returns:
@@ -78,10 +80,11 @@ def decode_attention(
             key_balance=key_balance,
         )
         if sink_keys is not None and sink_values is not None and seen > 0:
+            sink_row = seq if sink_rows is None else int(sink_rows[seq])
             sinks = _attend_raw(
                 rows[seq],
-                sink_keys[seq, :seen],
-                sink_values[seq, :seen],
+                sink_keys[sink_row, :seen],
+                sink_values[sink_row, :seen],
                 torch.arange(seen, device=query.device),
                 softmax_scale=softmax_scale,
                 sliding_window=sliding_window,

@@ -61,6 +61,20 @@ def quantize_slots(
         )
 
 
+def keep_sinks(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sink_slots: torch.Tensor,
+    sink_keys: torch.Tensor,
+    sink_values: torch.Tensor,
+) -> None:
+    """Copy tokens to their sink slots, in place, as `tq_kernels.quantize.quantize_slots` does."""
+    wanted = sink_slots >= 0
+    slots = sink_slots[wanted].long()
+    sink_keys[slots] = keys[wanted].to(sink_keys.dtype)
+    sink_values[slots] = values[wanted].to(sink_values.dtype)
+
+
 def dequantize_pages(
     pages: torch.Tensor,
     page_indices: torch.Tensor,

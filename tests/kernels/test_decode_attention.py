@@ -303,6 +303,40 @@ def test_raw_sinks_take_their_place_where_the_window_reaches(
     )
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_sinks_lie_in_rows_of_any_order(rows: int, generator: torch.Generator, device: torch.device) -> None:
+    """The same as when every sequence has its own in its place; rows of nobody hold no number."""
+    lengths, sink_rows = [3, 9, 30], [5, 0, 5]
+    pages = make_pages("tq4", 8, generator, device)
+    own = torch.randn(2, 6, 4, 2, 64, generator=generator)
+    own[:, [1, 2, 3, 4]] = torch.nan
+    own = own.to(device, torch.bfloat16)
+    query = _query(3, rows, 4, 64, generator=generator, device=device)
+    table = _table(lengths, pages, generator)
+    numbers = torch.tensor(lengths, dtype=torch.int32, device=device)
+    at = torch.tensor(sink_rows, dtype=torch.int32, device=device)
+    for variant in _variants(pages):
+        parts = [
+            decode_attention(
+                query,
+                pages.packed,
+                table,
+                numbers,
+                pages.layout,
+                softmax_scale=0.125,
+                num_sinks=4,
+                workspace=_workspace(pages, 3, 4, table.shape[1], rows, variant),
+                **sinks,
+            )
+            for sinks in (
+                {"sink_keys": own[0], "sink_values": own[1], "sink_rows": at},
+                {"sink_keys": own[0, sink_rows], "sink_values": own[1, sink_rows]},
+            )
+        ]
+        assert torch.equal(parts[0][0], parts[1][0])
+        assert torch.equal(parts[0][1], parts[1][1])
+
+
 @pytest.mark.parametrize("name", ["tq4", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_balance_is_taken_back_by_the_query(
@@ -539,6 +573,16 @@ def _arguments() -> dict[str, Any]:
                 "sink_values": torch.zeros(3, 2, 2, 64).half().transpose(1, 2),
             },
             "equal strides",
+        ),
+        ({"sink_rows": torch.zeros(3, dtype=torch.int32)}, "sink_rows needs sink_keys"),
+        (
+            {
+                "num_sinks": 1,
+                "sink_keys": torch.zeros(7, 1, 2, 64).half(),
+                "sink_values": torch.zeros(7, 1, 2, 64).half(),
+                "sink_rows": torch.zeros(7, dtype=torch.int32),
+            },
+            r"sink_rows must be \[3\] int32",
         ),
         ({"key_balance": torch.zeros(2, 64).half()}, "key_balance must be .* float32"),
         ({"out": torch.zeros(3, 4, 32)}, r"out must be \[3, 4, 64\]"),

@@ -173,6 +173,49 @@ def test_other_dtypes_give_the_bytes_of_the_reference(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
+    ("dtype", "kept"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)]
+)
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_sinks_are_kept_as_they_are_besides(
+    head_dim: int,
+    dtype: torch.dtype,
+    kept: torch.dtype,
+    variant: str,
+    generator: torch.Generator,
+    device: torch.device,
+) -> None:
+    """Those of several sequences, skipped tokens too; nothing else of the rows is touched, nor of the pages."""
+    layout = layout_of("tq4", head_dim)
+    count = 8 if variant == "append" else SMALLEST_PAGES_LAUNCH + 7
+    keys, values = torch.randn(2, count, 2, head_dim, generator=generator).to(dtype).to(device)
+    slots = torch.full((count,), -1)
+    slots[:6] = torch.arange(6)
+    sink_slots = torch.full((count,), -1, dtype=torch.int32)
+    for token, slot in ((0, 4), (1, 5), (5, 0), (count - 1, 9)):
+        sink_slots[token] = slot
+    sinks = torch.full((2, 11, 2, head_dim), 7.0, dtype=kept, device=device)
+    expected = sinks.clone()
+    for token, slot in ((0, 4), (1, 5), (5, 0), (count - 1, 9)):
+        expected[0, slot], expected[1, slot] = keys[token].to(kept), values[token].to(kept)
+    pages = [torch.zeros(1, layout.page_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    slots, sink_slots = slots.to(device), sink_slots.to(device)
+    quantize_slots(keys, values, slots, pages[0], layout)
+    quantize_slots(
+        keys,
+        values,
+        slots,
+        pages[1],
+        layout,
+        sink_slots=sink_slots,
+        sink_keys=sinks[0],
+        sink_values=sinks[1],
+    )
+    assert torch.equal(sinks, expected)
+    assert torch.equal(pages[0], pages[1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
     ("key", "value"),
     [(Code.BF16, Code.LM4), (Code.E4M3, Code.LM3), (Code.LM2, Code.E4M3_SCALED), (Code.LM3, Code.BF16)],
 )
@@ -555,6 +598,14 @@ def test_a_cpu_without_the_interpreter_takes_the_reference(
     _assert_same(result, _reference(exact, slots, layout, search=False), layout)
 
 
+def _sinks(num_tokens: int) -> dict[str, Any]:
+    return {
+        "sink_slots": torch.full((num_tokens,), -1, dtype=torch.int32),
+        "sink_keys": torch.zeros(8, 2, 64),
+        "sink_values": torch.zeros(8, 2, 64),
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -565,6 +616,14 @@ def test_a_cpu_without_the_interpreter_takes_the_reference(
         ({"slot_mapping": torch.zeros(5, dtype=torch.int64)}, r"slot_mapping must be \[4\] int64 or int32"),
         ({"seed_pages": torch.zeros(4, dtype=torch.int64)}, r"seed_pages must be \[4\] int32"),
         ({"key_balance": torch.zeros(2, 32)}, r"key_balance must be \[2, 64\] float32"),
+        ({"sink_slots": torch.zeros(4, dtype=torch.int32)}, "sink_values come together"),
+        (_sinks(3), r"sink_slots must be \[4\] int32"),
+        (_sinks(4) | {"sink_keys": torch.zeros(8, 1, 64)}, r"sink_keys must be \[any, 2, 64\]"),
+        (
+            _sinks(4) | {"sink_values": torch.zeros(8, 2, 64).half()},
+            r"sink_values must be \[8, 2, 64\] float32",
+        ),
+        (_sinks(4) | {"sink_values": torch.zeros(2, 8, 64).transpose(0, 1)}, "equal strides"),
         ({"pages": torch.zeros(1, 64, dtype=torch.uint8)}, r"pages must be \[num_pages, \d+\] uint8"),
         (
             {"keys": torch.empty_strided((4, 2, 64), (1 << 27, 64, 1))},

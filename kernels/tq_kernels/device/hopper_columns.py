@@ -95,6 +95,7 @@ def merge_columns(
     p_query,
     p_sink_keys,
     p_sink_values,
+    p_sink_rows,
     p_positions,
     p_signs,
     p_out,
@@ -128,6 +129,7 @@ def merge_columns(
     """A column of a sequence and KV head, W warps sharing the splits; grid (columns, KV heads, sequences).
 
     A split that saw nothing has a log-sum-exp of -inf, in base 2, and nothing else of it is used.
+    `p_sink_rows` says where each sequence has its sinks; without it, they are in the order of sequences.
     """
     VEC: gl.constexpr = D // 32
     L_SPLITS: gl.constexpr = gl.BlockedLayout([U, VEC], [1, 32], [W, 1], [1, 0])
@@ -181,10 +183,13 @@ def merge_columns(
     x = _hadamard(gl.expand_dims(x, 0), 1, D, L_ROW) * gl.expand_dims(b_first, 0)
     x = _hadamard(x, 1, D, L_ROW) * gl.expand_dims(b_second * (1.0 / D), 0)
     x = gl.convert_layout(gl.reshape(x, [D]), L, assert_trivial=True)
+    i_sinks = i_seq
+    if p_sink_rows is not None:
+        i_sinks = gl.load(p_sink_rows + i_seq).to(gl.int64)
     for i_sink in gl.static_range(SINKS):
         # raw token i_sink of the sequence
         position = gl.load(p_positions + i_seq) - (COLUMNS // GROUP - 1) + i_row
-        o_sink = i_seq * sink_seq_stride + i_head * sink_head_stride
+        o_sink = i_sinks * sink_seq_stride + i_head * sink_head_stride
         o_sink += gl.to_tensor(i_sink).to(gl.int64) * sink_token_stride
         p_q = p_query + i_seq * query_seq_stride + i_row * query_row_stride + i_query_head * query_head_stride
         b_key = gl.load(p_sink_keys + o_sink + o_d).to(gl.float32)

@@ -222,6 +222,31 @@ def _quantize_run(
                 )
 
 
+@triton.jit
+def _keep_sinks(
+    p_keys,
+    p_values,
+    b_index,
+    key_stride,
+    value_stride,
+    p_sink_keys,
+    p_sink_values,
+    o_sink,
+    SHAPE: tl.constexpr,
+):
+    """Copy the vectors of a window's sinks, as they are, to where the head has its own; o_sink in elements."""
+    o_channel = tl.arange(0, SHAPE.tile_dim)
+    mask = (b_index >= 0)[:, None] & (o_channel < SHAPE.head_dim)[None, :]
+    o_kept = o_sink[:, None] + o_channel[None, :]
+    for p_side, stride, p_kept in (
+        (p_keys, key_stride, p_sink_keys),
+        (p_values, value_stride, p_sink_values),
+    ):
+        tl.store(
+            p_kept + o_kept, _gather(p_side, b_index, stride, SHAPE).to(p_kept.dtype.element_ty), mask=mask
+        )
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def quantize_runs(
     p_keys,
@@ -231,12 +256,17 @@ def quantize_runs(
     p_balance,
     p_rotation,
     p_pages,
+    p_sink_slots,
+    p_sink_keys,
+    p_sink_values,
     num_tokens,
     key_token_stride,
     key_head_stride,
     value_token_stride,
     value_head_stride,
     page_stride,
+    sink_token_stride,
+    sink_head_stride,
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
@@ -256,6 +286,21 @@ def quantize_runs(
     for i_window in range(MODE.windows):
         o_token = (tl.program_id(1) * MODE.windows + i_window) * WINDOW + tl.arange(0, WINDOW)
         m_token = o_token < num_tokens
+        if p_sink_slots is not None:
+            b_sink = tl.load(p_sink_slots + o_token, mask=m_token, other=-1)
+            if tl.max(b_sink) >= 0:
+                i_first = tl.min(o_token).to(tl.int64)
+                _keep_sinks(
+                    p_keys + i_first * key_token_stride,
+                    p_values + i_first * value_token_stride,
+                    tl.where(b_sink >= 0, tl.arange(0, WINDOW), -1),
+                    key_token_stride,
+                    value_token_stride,
+                    p_sink_keys,
+                    p_sink_values,
+                    b_sink.to(tl.int64) * sink_token_stride + i_head * sink_head_stride,
+                    SHAPE,
+                )
         b_page = page_of(tl.load(p_slots + o_token, mask=m_token, other=-1), P)
         b_before = page_of(tl.load(p_slots + o_token - 1, mask=m_token & (o_token > 0), other=-1), P)
         m_candidate = (b_page >= 0) & (b_page != b_before)
