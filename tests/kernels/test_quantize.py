@@ -184,7 +184,7 @@ def test_sinks_are_kept_as_they_are_besides(
     generator: torch.Generator,
     device: torch.device,
 ) -> None:
-    """Those of several sequences, skipped tokens too; nothing else of the rows is touched, nor of the pages."""
+    """Those of several sequences, skipped tokens too; no other row is touched, and pages are the same."""
     layout = layout_of("tq4", head_dim)
     count = 8 if variant == "append" else SMALLEST_PAGES_LAUNCH + 7
     keys, values = torch.randn(2, count, 2, head_dim, generator=generator).to(dtype).to(device)

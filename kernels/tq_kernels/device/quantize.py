@@ -223,28 +223,12 @@ def _quantize_run(
 
 
 @triton.jit
-def _keep_sinks(
-    p_keys,
-    p_values,
-    b_index,
-    key_stride,
-    value_stride,
-    p_sink_keys,
-    p_sink_values,
-    o_sink,
-    SHAPE: tl.constexpr,
-):
-    """Copy the vectors of a window's sinks, as they are, to where the head has its own; o_sink in elements."""
+def _keep(p_vectors, b_index, stride, p_kept, o_kept, SHAPE: tl.constexpr):
+    """Copy the vectors of tokens as they are; those of the negative in `b_index` are left out."""
     o_channel = tl.arange(0, SHAPE.tile_dim)
     mask = (b_index >= 0)[:, None] & (o_channel < SHAPE.head_dim)[None, :]
-    o_kept = o_sink[:, None] + o_channel[None, :]
-    for p_side, stride, p_kept in (
-        (p_keys, key_stride, p_sink_keys),
-        (p_values, value_stride, p_sink_values),
-    ):
-        tl.store(
-            p_kept + o_kept, _gather(p_side, b_index, stride, SHAPE).to(p_kept.dtype.element_ty), mask=mask
-        )
+    x = _gather(p_vectors, b_index, stride, SHAPE).to(p_kept.dtype.element_ty)
+    tl.store(p_kept + o_kept[:, None] + o_channel[None, :], x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -290,17 +274,12 @@ def quantize_runs(
             b_sink = tl.load(p_sink_slots + o_token, mask=m_token, other=-1)
             if tl.max(b_sink) >= 0:
                 i_first = tl.min(o_token).to(tl.int64)
-                _keep_sinks(
-                    p_keys + i_first * key_token_stride,
-                    p_values + i_first * value_token_stride,
-                    tl.where(b_sink >= 0, tl.arange(0, WINDOW), -1),
-                    key_token_stride,
-                    value_token_stride,
-                    p_sink_keys,
-                    p_sink_values,
-                    b_sink.to(tl.int64) * sink_token_stride + i_head * sink_head_stride,
-                    SHAPE,
-                )
+                b_index = tl.where(b_sink >= 0, tl.arange(0, WINDOW), -1)
+                o_kept = b_sink.to(tl.int64) * sink_token_stride + i_head * sink_head_stride
+                p_window = p_keys + i_first * key_token_stride
+                _keep(p_window, b_index, key_token_stride, p_sink_keys, o_kept, SHAPE)
+                p_window = p_values + i_first * value_token_stride
+                _keep(p_window, b_index, value_token_stride, p_sink_values, o_kept, SHAPE)
         b_page = page_of(tl.load(p_slots + o_token, mask=m_token, other=-1), P)
         b_before = page_of(tl.load(p_slots + o_token - 1, mask=m_token & (o_token > 0), other=-1), P)
         m_candidate = (b_page >= 0) & (b_page != b_before)
