@@ -103,6 +103,7 @@ def launch_split(
     num_sinks: int,
     sliding_window: int | None,
     softcap: float | None,
+    sink_rows: torch.Tensor | None = None,
 ) -> None:
     """Attend over every split of every sequence and KV head, by the kernel that the plan names.
 
@@ -121,6 +122,7 @@ def launch_split(
         num_sinks: Leave out the first so many positions.
         sliding_window: See only the last so many positions up to a row's own, or all.
         softcap: Cap of the scores, or none.
+        sink_rows: ``[num_seqs]`` int32; a negative one leaves out none of its sequence's positions.
     """
     num_seqs, num_kv_heads, padded, _ = prepared.shape
     if plan.variant == "hopper":
@@ -133,6 +135,7 @@ def launch_split(
             block_table=block_table,
             lengths=lengths,
             positions=positions,
+            sink_rows=sink_rows,
             partial_out=partial_out,
             partial_lse=partial_lse,
             layout=layout,
@@ -151,6 +154,7 @@ def launch_split(
         p_table=block_table,
         p_lengths=lengths,
         p_positions=positions,
+        p_sink_rows=sink_rows,
         p_out=partial_out,
         p_lse=partial_lse,
         table_stride=block_table.stride(0),

@@ -128,7 +128,7 @@ def decode_attention(
             positions, up to 64, attended to in place of what pages hold, where the window reaches.
         sink_values: The same shape, dtype and strides; both or neither.
         sink_rows: ``[num_seqs]`` int32: the first dimension of both is then any number of rows, and this is
-            the row of each sequence.
+            the row of each sequence, or negative for one that has no raw sinks and reads those of its pages.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
         out: Written and returned: the query's shape, any of its dtypes, last dimension contiguous.
         lse: Written and returned: float32 of that shape without its last dimension.
@@ -248,6 +248,7 @@ def _launch(
             block_table=block_table,
             lengths=lengths,
             positions=query_positions,
+            sink_rows=sink_rows,
             partial_out=partial_out,
             partial_lse=partial_lse,
             layout=layout,
@@ -288,6 +289,7 @@ def _launch(
         num_sinks=num_sinks,
         sliding_window=sliding_window,
         softcap=softcap,
+        sink_rows=sink_rows,
     )
     plain.launch_merge(
         partial_out=partial_out,

@@ -48,7 +48,8 @@ def decode_attention(
         sink_keys: ``[num_seqs, num_sinks, num_kv_heads, head_dim]`` raw keys of these positions, attended to
             in place of what pages hold, where the window reaches.
         sink_values: The same shape; both or neither.
-        sink_rows: ``[num_seqs]`` row of both that is each sequence's; by default its own number.
+        sink_rows: ``[num_seqs]`` row of both that is each sequence's, by default its own number; a sequence
+            with a negative one has no raw sinks, and nothing of its pages is left out.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys were divided when pages were made.
 
     Returns:
@@ -64,7 +65,9 @@ def decode_attention(
     positions = lengths - 1 if query_positions is None else query_positions
     parts = []
     for seq in range(query.shape[0]):
-        seen = min(int(positions[seq]) + 1, num_sinks)
+        sink_row = seq if sink_rows is None else int(sink_rows[seq])
+        raw_sinks = num_sinks if sink_row >= 0 else 0
+        seen = min(int(positions[seq]) + 1, raw_sinks)
         first_position = int(positions[seq]) - rows.shape[1] + 1
         part = _attend_pages(
             rows[seq],
@@ -76,11 +79,10 @@ def decode_attention(
             sliding_window=sliding_window,
             softcap=softcap,
             first_position=first_position,
-            num_sinks=num_sinks,
+            num_sinks=raw_sinks,
             key_balance=key_balance,
         )
         if sink_keys is not None and sink_values is not None and seen > 0:
-            sink_row = seq if sink_rows is None else int(sink_rows[seq])
             sinks = _attend_raw(
                 rows[seq],
                 sink_keys[sink_row, :seen],

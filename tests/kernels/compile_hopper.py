@@ -34,6 +34,7 @@ POINTERS = {
     "p_partial_lse": "*fp32",
     "p_sink_keys": "*bf16",
     "p_sink_values": "*bf16",
+    "p_sink_rows": "*i32",
     "p_out": "*bf16",
     "p_lse": "*fp32",
 }

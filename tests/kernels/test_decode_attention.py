@@ -337,6 +337,44 @@ def test_sinks_lie_in_rows_of_any_order(rows: int, generator: torch.Generator, d
         assert torch.equal(parts[0][1], parts[1][1])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_sequence_without_raw_sinks_reads_its_pages_from_the_start(
+    rows: int, generator: torch.Generator, device: torch.device
+) -> None:
+    lengths = [3, 30]
+    pages = make_pages("tq4", 8, generator, device)
+    own = torch.randn(2, 1, 4, 2, 64, generator=generator).to(device, torch.bfloat16)
+    query = _query(2, rows, 4, 64, generator=generator, device=device)
+    table = _table(lengths, pages, generator)
+    numbers = torch.tensor(lengths, dtype=torch.int32, device=device)
+    for variant in _variants(pages):
+        for row, others in ((0, {"num_sinks": 4, "sink_keys": own[0], "sink_values": own[1]}), (1, {})):
+            found, alone = (
+                decode_attention(
+                    query,
+                    pages.packed,
+                    table,
+                    numbers,
+                    pages.layout,
+                    softmax_scale=0.125,
+                    workspace=_workspace(pages, 2, 4, table.shape[1], rows, variant),
+                    **arguments,
+                )
+                for arguments in (
+                    {
+                        "num_sinks": 4,
+                        "sink_keys": own[0],
+                        "sink_values": own[1],
+                        "sink_rows": torch.tensor([0, -1], dtype=torch.int32, device=device),
+                    },
+                    others
+                    | ({"sink_rows": torch.zeros(2, dtype=torch.int32, device=device)} if others else {}),
+                )
+            )
+            assert torch.equal(found[0][row], alone[0][row])
+            assert torch.equal(found[1][row], alone[1][row])
+
+
 @pytest.mark.parametrize("name", ["tq4", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_balance_is_taken_back_by_the_query(

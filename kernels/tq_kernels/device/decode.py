@@ -59,6 +59,7 @@ def attend_split(
     p_table,
     p_lengths,
     p_positions,
+    p_sink_rows,
     p_out,
     p_lse,
     table_stride,
@@ -79,7 +80,10 @@ def attend_split(
     PTX: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Grid (splits, tiles of C columns x KV heads, sequences); a split takes its share of visible pages."""
+    """Grid (splits, tiles of C columns x KV heads, sequences); a split takes its share of visible pages.
+
+    A sequence whose entry of `p_sink_rows` is negative has no raw sinks: its pages are read from the start.
+    """
     D: tl.constexpr = SHAPE.head_dim
     D_TILE: tl.constexpr = SHAPE.tile_dim
     P: tl.constexpr = SHAPE.page_tokens
@@ -94,6 +98,8 @@ def attend_split(
     first_row = position - num_columns // GROUP + 1
     end = tl.minimum(length, position + 1)
     first = num_sinks
+    if p_sink_rows is not None:
+        first = tl.where(tl.load(p_sink_rows + i_seq) < 0, 0, first)
     if WINDOW:
         first = tl.maximum(first, first_row - window + 1)
     first_page = first // P

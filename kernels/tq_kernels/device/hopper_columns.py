@@ -129,7 +129,7 @@ def merge_columns(
     """A column of a sequence and KV head, W warps sharing the splits; grid (columns, KV heads, sequences).
 
     A split that saw nothing has a log-sum-exp of -inf, in base 2, and nothing else of it is used.
-    `p_sink_rows` says where each sequence has its sinks; without it, they are in the order of sequences.
+    `p_sink_rows` says where each sequence has its sinks, negative nowhere; without it, in its own place.
     """
     VEC: gl.constexpr = D // 32
     L_SPLITS: gl.constexpr = gl.BlockedLayout([U, VEC], [1, 32], [W, 1], [1, 0])
@@ -189,14 +189,14 @@ def merge_columns(
     for i_sink in gl.static_range(SINKS):
         # raw token i_sink of the sequence
         position = gl.load(p_positions + i_seq) - (COLUMNS // GROUP - 1) + i_row
-        o_sink = i_sinks * sink_seq_stride + i_head * sink_head_stride
+        o_sink = gl.maximum(i_sinks, 0) * sink_seq_stride + i_head * sink_head_stride
         o_sink += gl.to_tensor(i_sink).to(gl.int64) * sink_token_stride
         p_q = p_query + i_seq * query_seq_stride + i_row * query_row_stride + i_query_head * query_head_stride
         b_key = gl.load(p_sink_keys + o_sink + o_d).to(gl.float32)
         score = gl.sum(gl.load(p_q + o_d).to(gl.float32) * b_key, axis=0) * score_factor
         if SOFTCAP:
             score = cap_log2 * (1.0 - 2.0 / (gl.exp2(score * 2.8853900817779268) + 1.0))
-        seen = i_sink <= position
+        seen = (i_sink <= position) & (i_sinks >= 0)
         if WINDOW:
             seen = seen & (i_sink > position - window)
         score = gl.where(seen, score, -float("inf"))

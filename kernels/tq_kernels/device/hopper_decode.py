@@ -41,6 +41,7 @@ def attend_split(
     p_table,
     p_lengths,
     p_positions,
+    p_sink_rows,
     p_out,
     p_lse,
     table_stride,
@@ -80,7 +81,10 @@ def attend_split(
     L_VALUES: gl.constexpr,
     L_CENTER: gl.constexpr,
 ):
-    """A run of pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences)."""
+    """A run of pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences).
+
+    A sequence whose entry of `p_sink_rows` is negative has no raw sinks: its pages are read from the start.
+    """
     L_A: gl.constexpr = gl.DotOperandLayout(0, L_ACC, 2)
     L_B: gl.constexpr = gl.DotOperandLayout(1, L_ACC, 2)
     K_GROUPS: gl.constexpr = count(K_ASM)
@@ -104,6 +108,8 @@ def attend_split(
         position = gl.load(p_positions + i_seq)
     end = gl.minimum(length, position + 1)
     first = num_sinks
+    if p_sink_rows is not None:
+        first = gl.where(gl.load(p_sink_rows + i_seq) < 0, 0, first)
     earliest = position - (ROWS - 1)
     whole_from = first
     if WINDOW:

@@ -74,7 +74,7 @@ def merge_splits(
     Log-sum-exps are in base 2 inside; the units convert at the borders. An empty part has one of -inf, and
     nothing else of it is used, as it may never have been written. `p_rotation` is head_dim times the
     rotation, or None; with sinks it is never None, but without a rotation head_dim times the identity.
-    `p_sink_rows` says where each sequence has its sinks; without it, they are in the order of sequences.
+    `p_sink_rows` says where each sequence has its sinks, negative nowhere; without it, in its own place.
     """
     pair = tl.program_id(0).to(tl.int64)
     i_seq, i_head = pair // num_kv_heads, pair % num_kv_heads
@@ -121,6 +121,7 @@ def merge_splits(
         i_sinks = i_seq
         if p_sink_rows is not None:
             i_sinks = tl.load(p_sink_rows + i_seq).to(tl.int64)
+            m_s = m_s & (i_sinks >= 0)
         o_sink = i_sinks * sink_seq_stride + i_head * sink_head_stride + o_s.to(tl.int64) * sink_token_stride
         p_q = p_query + i_seq * query_seq_stride + row[:, None] * query_row_stride + o_d[None, :]
         p_q += (i_head * GROUP + head)[:, None] * query_head_stride
