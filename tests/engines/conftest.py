@@ -2,4 +2,4 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [engine for engine in ("lmcache",) if find_spec(engine) is None]
+collect_ignore = [engine for engine in ("lmcache", "sglang") if find_spec(engine) is None]
