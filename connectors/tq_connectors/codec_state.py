@@ -6,6 +6,7 @@ their own, named by the state's digest, so pages of two states never meet.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from tq_connectors.codec import CacheGeometry
 from tq_kernels.balance import LARGEST_RATIO
 from tq_kernels.spec import Code
-from tq_store.block import BlockInfo, Buffer, pack_block, parse_header, payload_of
+from tq_store.block import BlockInfo, Buffer, pack_block, parse_header, payload_of, verify_block
 from tq_store.client import StoreClient
 from tq_store.errors import IdentityMismatch, InvalidHeader
 from tq_store.keys import BlockKey, Namespace
@@ -84,14 +85,34 @@ def unpack_state(block: Buffer, namespace: Namespace, geometry: CacheGeometry) -
     Raises:
         BlockFormatError: Not a state of this model.
     """
-    if parse_header(block) != _info(namespace, geometry):
+    info = parse_header(block)
+    if info != _info(namespace, geometry):
         raise IdentityMismatch("the block under the state's key holds no codec state of this model")
-    shape = (geometry.num_layers, geometry.num_kv_heads, geometry.head_dim)
-    numbers = torch.frombuffer(bytearray(payload_of(block)), dtype=torch.bfloat16)
+    return _state_of(block, info)
+
+
+def read_state(block: Buffer) -> CodecState:
+    """The state in the bytes of `pack_state`, of whatever model it is.
+
+    Raises:
+        BlockFormatError: Not the bytes of a state.
+    """
+    info = verify_block(block)
+    if (info.codec_id, info.prefix_hash) != (STATE_CODEC_ID, _STATE_PREFIX):
+        raise IdentityMismatch("a block, but not one that holds a codec state")
+    return _state_of(block, info)
+
+
+def _state_of(block: Buffer, info: BlockInfo) -> CodecState:
+    shape = (info.num_layers, info.num_kv_heads, info.head_dim)
+    payload = payload_of(block)
+    if len(payload) != 2 * math.prod(shape):
+        raise InvalidHeader(f"{len(payload)} bytes hold no codec state of {shape}")
+    numbers = torch.frombuffer(bytearray(payload), dtype=torch.bfloat16)
     try:
         return CodecState(numbers.float().view(shape))
     except ValueError as error:
-        raise InvalidHeader(f"the codec state in the store is none: {error}") from error
+        raise InvalidHeader(f"the codec state is none: {error}") from error
 
 
 def agree_on_state(

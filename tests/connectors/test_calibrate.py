@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from store.running_server import running_server
 
+from tq_connectors.engine.state import STATE_VARIABLE, load_state
 from tq_connectors.hf.connector import TQConnector
 from tq_connectors.hf.models import SMOLLM2, weights_revision
 from tq_kernels import preset
@@ -36,6 +37,16 @@ def test_replicas_take_the_state_that_was_measured_first(smollm2, smollm2_folder
             assert connector.state.digest.startswith(digest)
         assert main(arguments(server.address, "--tokens", "100")) == 1
         assert f"already: {digest}" in capsys.readouterr().out
+
+
+@pytest.mark.model
+def test_a_state_for_engines_goes_into_a_file_without_a_store(tmp_path, capsys):
+    file = tmp_path / "smollm2.state"
+    assert main(arguments("127.0.0.1:9", "--save", str(file))) == 0
+    state = load_state({STATE_VARIABLE: str(file)})
+    assert state is not None
+    assert state.key_balance.shape == (30, 3, 64)
+    assert f"codec state {state.digest[:16]}, in {file}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

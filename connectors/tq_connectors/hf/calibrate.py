@@ -1,7 +1,8 @@
-"""`tq-store calibrate`: measure a model's codec state on texts of your own, and give it to the store first.
+"""`tq-store calibrate`: measure a model's codec state on texts of your own, for the store or for a file.
 
-Never needed: the first replica that sees a page's worth of tokens does the same with its prompt. Run it
-before any replica, and run replicas with the same model name, revision, preset and page size.
+The first transformers replica that sees a page's worth of tokens does the same with its prompt; vLLM and
+SGLang read a file. Run it before any replica of a store, and run replicas with the same model name, revision,
+preset and page size.
 """
 
 import argparse
@@ -21,6 +22,9 @@ SMALLEST_TOKENS, LARGEST_TOKENS = 64, 16384
 _EPILOG = """\
 example:
   tq-store calibrate --model ./Qwen2.5-7B --model-name qwen2.5-7b --text notes.txt faq.txt
+  tq-store calibrate --model ./Qwen2.5-7B --model-name qwen2.5-7b --text notes.txt --save qwen.state
+
+With --save no store is asked; vLLM and SGLang take the file by TQ_CONNECTORS_STATE=qwen.state.
 
 The store keeps the first state of a model that it is given. If it has one already, nothing changes and the
 exit code is 1: purge the namespace that is printed, measure again, and restart the replicas.
@@ -38,6 +42,7 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--tokens", type=_tokens, default=DEFAULT_TOKENS, help="at most, in one pass (default: %(default)s)"
     )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the state there, not to the store")
     parser.add_argument("--preset", default="tq4", help="(default: %(default)s)")
     parser.add_argument("--page-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument(
@@ -61,6 +66,9 @@ def calibrate(options: argparse.Namespace, client: StoreClient) -> int:
         raise ConfigError(f"{error.name} is missing; run: pip install 'tq-store[hf]'") from error
     except (ValueError, OSError, BlockFormatError) as error:
         raise ConfigError(str(error)) from error
+    if options.save is not None:
+        print(f"codec state {measured.digest[:16]}, in {options.save}: TQ_CONNECTORS_STATE={options.save}")
+        return 0
     if agreed is None:
         raise ConfigError("the store did not keep the state: has it room for it?")
     if agreed.digest != measured.digest:
@@ -76,7 +84,8 @@ def _measure_and_offer(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tq_connectors.hf.connector import TQConnector
+    from tq_connectors.codec_state import pack_state
+    from tq_connectors.hf.connector import TQConnector, cache_geometry
     from tq_connectors.hf.models import fetch_model, weights_revision
     from tq_kernels import preset
 
@@ -96,6 +105,10 @@ def _measure_and_offer(
         if measured is None or connector.prefix_cache is None or not spec.key.rotated:
             raise ConfigError(f"{options.preset} on {len(tokens)} tokens has no codec state to measure")
         prefix_cache = connector.prefix_cache
+        if options.save is not None:
+            geometry = cache_geometry(model.config, model.dtype)
+            options.save.write_bytes(pack_state(measured, prefix_cache.namespace, geometry))
+            return measured, None, ""
         return measured, prefix_cache.fetch_or_offer(measured), prefix_cache.namespace.digest().hex()
 
 

@@ -154,7 +154,7 @@ def test_steps_of_every_kind_attend_to_what_was_written(with_sinks: bool, balanc
         for seq, part, out in zip(active, parts, outs, strict=True):
             done[seq] = part.stop
             errors.append(_error(out, query[seq][part], keys[seq][: part.stop], values[seq][: part.stop]))
-    assert max(errors) < 0.2  # a few tokens' values, which their mean nearly cancels
+    assert max(errors) < 0.25  # a few tokens' values, which their mean nearly cancels
     assert errors[0] < 1e-5  # a chunk without a prefix is raw
 
 
