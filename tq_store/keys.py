@@ -1,8 +1,9 @@
 """Who a block is: namespace, chained prefix hash, block key.
 
 A block key is 64 bytes: the digest of the namespace (everything that makes two caches incompatible) and the
-hash of all tokens up to the end of the block. Two blocks of one key that cover the same layers, heads and
-tokens are interchangeable; whoever saves parts of a model keeps to one division of it per namespace.
+hash of all tokens up to the end of the block; a block that holds only a part of the layers or KV heads mixes
+that part into the hash. Two blocks of one key are interchangeable, whichever ranks of whichever engines made
+them.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ class Namespace:
         codec_fingerprint: Hex digest over all parameters of the codec.
         codec_state: Hex digest of statistics that readers must share; empty for a stateless codec.
         page_tokens: Tokens in a page; part of the byte layout.
-        num_layers: Attention layers whose pages a block holds.
+        num_layers: Attention layers of the whole model, whatever the parallelism.
         num_kv_heads: KV heads of the whole model, whatever the parallelism.
         head_dim: Values in one key.
         salt: Keeps apart what only the caller knows to be different (a LoRA adapter, a user).
@@ -104,6 +105,84 @@ def block_keys(namespace: Namespace, token_ids: Sequence[int]) -> list[BlockKey]
     """Keys of all full pages of a token sequence, in order."""
     digest = namespace.digest()
     return [BlockKey(digest + prefix) for prefix in prefix_hashes(token_ids, namespace.page_tokens)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some consecutive layers of a model's cache, and of each of them the same consecutive KV heads.
+
+    Args:
+        first_layer: First attention layer, counted from 0 in the whole model.
+        num_layers: Attention layers.
+        first_kv_head: First KV head, counted from 0 in the whole model.
+        num_kv_heads: KV heads of each layer.
+
+    Raises:
+        ValueError: No layer, no head, or one before the first.
+    """
+
+    first_layer: int
+    num_layers: int
+    first_kv_head: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        if min(self.first_layer, self.first_kv_head) < 0 or min(self.num_layers, self.num_kv_heads) < 1:
+            raise ValueError(f"a part has at least one layer and one KV head, counted from 0, not {self}")
+
+    @property
+    def last_layer(self) -> int:
+        """Last attention layer."""
+        return self.first_layer + self.num_layers - 1
+
+    @property
+    def last_kv_head(self) -> int:
+        """Last KV head."""
+        return self.first_kv_head + self.num_kv_heads - 1
+
+    def overlap(self, other: "Part") -> "Part | None":
+        """What both cover; None where that is nothing."""
+        first_layer = max(self.first_layer, other.first_layer)
+        first_kv_head = max(self.first_kv_head, other.first_kv_head)
+        num_layers = min(self.last_layer, other.last_layer) - first_layer + 1
+        num_kv_heads = min(self.last_kv_head, other.last_kv_head) - first_kv_head + 1
+        if num_layers < 1 or num_kv_heads < 1:
+            return None
+        return Part(
+            first_layer=first_layer,
+            num_layers=num_layers,
+            first_kv_head=first_kv_head,
+            num_kv_heads=num_kv_heads,
+        )
+
+    def covers(self, other: "Part") -> bool:
+        """Whether the other lies wholly within this one."""
+        return (
+            self.first_layer <= other.first_layer
+            and other.last_layer <= self.last_layer
+            and self.first_kv_head <= other.first_kv_head
+            and other.last_kv_head <= self.last_kv_head
+        )
+
+
+def part_key(key: BlockKey, part: Part, whole: Part) -> BlockKey:
+    """Key of the block that holds a part of what `key` stands for, and the key itself for the whole.
+
+    Args:
+        key: Key of all layers and heads of a page.
+        part: What the block holds.
+        whole: All layers and heads of the model.
+
+    Raises:
+        ValueError: The part does not lie within the whole.
+    """
+    if not whole.covers(part):
+        raise ValueError(f"{part} does not lie within {whole}")
+    if part == whole:
+        return key
+    namespace, prefix_hash = split_key(key)
+    place = struct.pack("<4I", part.first_layer, part.num_layers, part.first_kv_head, part.num_kv_heads)
+    return BlockKey(namespace + hashlib.sha256(b"tq-store part v1" + prefix_hash + place).digest())
 
 
 def split_key(key: BlockKey) -> tuple[bytes, bytes]:

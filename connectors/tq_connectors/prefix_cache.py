@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from tq_connectors.codec import CacheGeometry, block_info, namespace_for, pack_pages, unpack_pages
 from tq_connectors.codec_state import CodecState, agree_on_state
+from tq_connectors.parts import Division, Shard
+from tq_connectors.reshard import join_pages, slice_pages
 from tq_connectors.save_queue import SaveQueue
 from tq_kernels.layout import PageLayout
 from tq_store.block import Buffer
 from tq_store.client import StoreClient
 from tq_store.errors import BlockFormatError, ConfigError, RpcError
-from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, block_keys
+from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, Part, block_keys
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +32,25 @@ class LoadCounters:
 
 
 class PrefixCache:
-    """One model's view of the store. Used by engine connectors; never raises into them.
+    """One rank's view of one model in the store. Used by engine connectors; never raises into them.
+
+    Pages that go in and come out are those of the rank's shard; keys are those of pages with all layers and
+    heads, the same on all ranks. Ranks that load agree on the least number of pages that one of them got.
 
     Args:
         client: Connection to the store; owned by the caller.
-        layout: Page layout, which fixes codec and shape.
-        geometry: Shape of the model's KV cache.
+        layout: Page layout of the whole model, which fixes codec and shape.
+        geometry: Shape of the whole model's KV cache.
         model: Name of the model.
         revision: What tells its weights from others of that name.
         salt: Keeps apart what only the caller knows to differ (a LoRA adapter, a tenant).
         save_queue_bytes: Most bytes of blocks waiting to be saved; more are dropped.
+        division: How blocks divide the model, the same for all who share them; None for one block a page.
+        shard: What this rank holds; None for all layers and heads.
 
     Raises:
-        ConfigError: The model has no name or no revision, or its pages are too large for a block.
+        ConfigError: The model has no name or no revision, its pages are too large for a block, or division or
+            shard are those of another shape.
     """
 
     def __init__(
@@ -55,11 +63,22 @@ class PrefixCache:
         revision: str,
         salt: str = "",
         save_queue_bytes: int = DEFAULT_SAVE_QUEUE_BYTES,
+        division: Division | None = None,
+        shard: Shard | None = None,
     ) -> None:
+        self._division = division or Division.undivided(geometry)
+        self._shard = shard or Shard(geometry.whole)
+        if self._division.whole != geometry.whole or not geometry.whole.covers(self._shard.part):
+            raise ConfigError(f"{self._division} and {self._shard} do not go with {geometry}")
         try:
-            block_info(layout, geometry.num_layers, BlockKey(bytes(BLOCK_KEY_BYTES)))
+            for part in self._division.parts:
+                block_info(layout, geometry.num_layers, BlockKey(bytes(BLOCK_KEY_BYTES)), part)
         except BlockFormatError as error:
-            raise ConfigError(f"a page of all layers makes no block, use smaller pages: {error}") from error
+            raise ConfigError(
+                f"a page makes no block, use smaller pages or a finer division: {error}"
+            ) from error
+        self._saved_parts = self._division.saved_by(self._shard)
+        self._loaded_parts = self._division.loaded_by(self._shard)
         self._client = client
         self._layout = layout
         self._geometry = geometry
@@ -99,21 +118,28 @@ class PrefixCache:
         """Keys of all full pages of a token sequence."""
         return block_keys(self.namespace, token_ids)
 
-    def load(self, keys: Sequence[BlockKey]) -> Iterator[memoryview]:
-        """Page bytes of all layers for the leading keys that the store has, each as soon as it is here.
+    def lookup(self, keys: Sequence[BlockKey]) -> int:
+        """Number of leading pages that the store has with all their parts; 0 while it cannot be asked."""
+        try:
+            num_pages = self._lookup(keys)
+        except RpcError as error:
+            self._warn_once(f"the store does not answer, prefixes are recomputed: {error}")
+            return 0
+        self._outage = False
+        return num_pages
 
-        Stops at the first page that is missing, late, or not sound; the caller computes the rest.
+    def load(self, keys: Sequence[BlockKey]) -> Iterator[memoryview]:
+        """Pages of the shard for the leading keys that the store has, each as soon as it is here.
+
+        Stops at the first page that is missing, late, or not sound, on this rank or on another; the caller
+        computes the rest.
         """
         promised, loaded = 0, 0
         try:
-            promised = self._client.lookup(keys)
-            for index, block in self._client.get(keys[:promised]):
-                if block is None:
-                    break
-                pages = unpack_pages(self._layout, self._geometry.num_layers, keys[index], block)
+            promised = self._lookup(keys)
+            for pages in self._get(keys[:promised]):
                 loaded += 1
                 self.counters.loaded_pages += 1
-                self.counters.loaded_bytes += len(block)
                 yield pages
             self._outage = False
         except (RpcError, BlockFormatError) as error:
@@ -121,8 +147,37 @@ class PrefixCache:
         self.counters.failed_pages += promised - loaded
 
     def save(self, key: BlockKey, pages: Buffer) -> bool:
-        """Queue the page bytes of all layers; False when they were dropped. Never blocks."""
-        return self.saves.offer(key, pack_pages(self._layout, self._geometry.num_layers, key, pages))
+        """Queue pages of the shard, as far as this rank saves them; False if some were dropped.
+
+        Never blocks.
+        """
+        layout, num_layers = self._layout, self._geometry.num_layers
+        is_queued = True
+        for part in self._saved_parts:
+            piece = slice_pages(pages, self._shard.part, part, section_bytes=layout.section_bytes)
+            block = pack_pages(layout, num_layers, key, piece, part)
+            is_queued = self.saves.offer(self._division.key(key, part), block) and is_queued
+        return is_queued
+
+    def _lookup(self, keys: Sequence[BlockKey]) -> int:
+        """A page that lacks a part is not there, whichever ranks hold that part."""
+        part_keys = [each for key in keys for each in self._division.keys(key)]
+        return self._client.lookup(part_keys) // len(self._division.parts)
+
+    def _get(self, keys: Sequence[BlockKey]) -> Iterator[memoryview]:
+        """Pages of the shard, until a part is missing."""
+        parts, layout = self._loaded_parts, self._layout
+        part_keys = [self._division.key(key, part) for key in keys for part in parts]
+        pieces: list[tuple[Part, memoryview]] = []
+        for index, block in self._client.get(part_keys):
+            if block is None:
+                return
+            key, part = keys[index // len(parts)], parts[index % len(parts)]
+            pieces.append((part, unpack_pages(layout, self._geometry.num_layers, key, block, part)))
+            self.counters.loaded_bytes += len(block)
+            if len(pieces) == len(parts):
+                yield join_pages(pieces, self._shard.part, section_bytes=layout.section_bytes)
+                pieces = []
 
     def _warn_once(self, message: str) -> None:
         """Once an outage."""

@@ -17,8 +17,10 @@ from tq_store.keys import (
     DIGEST_BYTES,
     BlockKey,
     Namespace,
+    Part,
     block_keys,
     parse_key,
+    part_key,
     prefix_hashes,
     split_key,
 )
@@ -280,3 +282,61 @@ def test_a_path_that_is_not_unicode_has_a_digest() -> None:
 def test_only_128_hex_digits_are_a_key(text: str) -> None:
     with pytest.raises(ValueError, match="128 hex digits"):
         parse_key(text)
+
+
+EXAMPLE_WHOLE = Part(first_layer=0, num_layers=32, first_kv_head=0, num_kv_heads=8)
+EXAMPLE_PARTS = {
+    "1196ee8423268033ea55d35a934c6071384ea0e449b16e99c2140ddc52799636": (0, 32, 4, 4),
+    "d17ef813eedba9de5660667cbc3d0531deb9409b886afc3e4cc08eddc59028b8": (10, 11, 0, 8),
+}
+
+
+def part_of(first_layer: int, num_layers: int, first_kv_head: int, num_kv_heads: int) -> Part:
+    return Part(
+        first_layer=first_layer,
+        num_layers=num_layers,
+        first_kv_head=first_kv_head,
+        num_kv_heads=num_kv_heads,
+    )
+
+
+@st.composite
+def example_parts(draw: st.DrawFn) -> Part:
+    layer, head = draw(st.integers(0, 31)), draw(st.integers(0, 7))
+    return part_of(layer, draw(st.integers(1, 32 - layer)), head, draw(st.integers(1, 8 - head)))
+
+
+@pytest.mark.parametrize("digest", EXAMPLE_PARTS)
+def test_keys_of_parts_are_the_documented_ones(digest: str) -> None:
+    numbers = EXAMPLE_PARTS[digest]
+    prefix_hash = bytes.fromhex(EXAMPLE_PAGES[1])
+    key = BlockKey(EXAMPLE.digest() + prefix_hash)
+    mixed = hashlib.sha256(b"tq-store part v1" + prefix_hash + struct.pack("<4I", *numbers)).hexdigest()
+    layer, num_layers, head, num_heads = numbers
+    row = (
+        f"| layers {layer} to {layer + num_layers - 1}, heads {head} to {head + num_heads - 1} | `{digest}` |"
+    )
+    assert row in FORMAT_DOCUMENT.read_text()
+    assert part_key(key, part_of(*numbers), EXAMPLE_WHOLE) == EXAMPLE.digest() + bytes.fromhex(digest)
+    assert mixed == digest
+
+
+@given(example_parts(), example_parts())
+def test_two_parts_have_one_key_only_if_they_are_the_same(one: Part, other: Part) -> None:
+    key = BlockKey(bytes(range(64)))
+    keys = [part_key(key, part, EXAMPLE_WHOLE) for part in (one, other)]
+    assert (keys[0] == keys[1]) is (one == other)
+    assert [each == key for each in keys] == [part == EXAMPLE_WHOLE for part in (one, other)]
+    assert one.covers(other) is (one.overlap(other) == other)
+
+
+@pytest.mark.parametrize("numbers", [(-1, 1, 0, 1), (0, 0, 0, 1), (0, 1, -1, 1), (0, 1, 0, 0)])
+def test_a_part_of_nothing_is_refused(numbers: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least one layer and one KV head"):
+        part_of(*numbers)
+
+
+@pytest.mark.parametrize("numbers", [(0, 33, 0, 8), (31, 2, 0, 8), (0, 32, 0, 9), (0, 32, 8, 1)])
+def test_a_part_beyond_the_whole_has_no_key(numbers: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="does not lie within"):
+        part_key(BlockKey(bytes(64)), part_of(*numbers), EXAMPLE_WHOLE)
