@@ -54,8 +54,9 @@ def balance_of_layer(
     """
     layers, heads, channels = state.key_balance.shape
     if (layers, channels) != (num_layers, head_dim) or first_kv_head + num_kv_heads > heads:
+        asked = first_kv_head + num_kv_heads
         raise ConfigError(
-            f"the codec state is of {layers} layers, {heads} KV heads and {channels} channels; "
-            f"this model has {num_layers} layers, {first_kv_head + num_kv_heads} or more KV heads and {head_dim}"
+            f"the codec state is of {layers} layers, {heads} KV heads and {channels} channels, "
+            f"this model has {num_layers}, {asked} or more and {head_dim}"
         )
     return state.key_balance[layer, first_kv_head : first_kv_head + num_kv_heads].clone()
