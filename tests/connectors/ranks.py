@@ -11,8 +11,10 @@ from tq_store.keys import Part
 TP_SIZES = (1, 2, 4, 8, 16)
 
 
-def geometry_of(num_layers: int, num_kv_heads: int) -> CacheGeometry:
-    return CacheGeometry(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=16, kv_dtype="bfloat16")
+def geometry_of(num_layers: int, num_kv_heads: int, head_dim: int = 16) -> CacheGeometry:
+    return CacheGeometry(
+        num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, kv_dtype="bfloat16"
+    )
 
 
 @st.composite
