@@ -14,6 +14,7 @@ from tq_kernels.reference import (
     quantize,
     read_key_center,
     read_side,
+    roundtrip,
 )
 
 from . import page_document
@@ -118,6 +119,21 @@ def test_strides_do_not_matter(name: str, generator: torch.Generator) -> None:
 
     assert torch.equal(quantize(*head_major, layout), expected)
     assert torch.equal(quantize(interleaved[..., 0], interleaved[..., 1], layout), expected)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_roundtrip_without_bytes_gives_what_pages_give(
+    name: str, balanced: bool, generator: torch.Generator
+) -> None:
+    layout = _layout(name, head_dim=80)
+    keys, values = _tokens(layout, 3, generator)
+    balance = torch.rand(2, 80, generator=generator) + 0.5 if balanced else None
+    read = dequantize(quantize(keys, values, layout, key_balance=balance), layout, key_balance=balance)
+    for side, expected in zip(roundtrip(keys, values, layout, key_balance=balance), read, strict=True):
+        assert torch.equal(side, expected)
+    with pytest.raises(ValueError, match="not whole pages"):
+        roundtrip(keys[1:], values[1:], layout)
 
 
 @pytest.mark.parametrize("name", PRESETS)

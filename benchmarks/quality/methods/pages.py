@@ -7,7 +7,7 @@ import torch
 from benchmarks.quality.methods.base import Geometry, Place, Sides
 from tq_kernels import PRESETS, CodecSpec, PageLayout
 from tq_kernels.balance import estimate_balance
-from tq_kernels.reference import dequantize, quantize
+from tq_kernels.reference import dequantize, quantize, roundtrip
 from tq_store.block import HEADER_BYTES
 
 
@@ -49,16 +49,20 @@ class Pages:
     def read(
         self, keys: torch.Tensor, values: torch.Tensor, state: torch.Tensor | None, place: Place
     ) -> Sides:
-        """See `Method`; a page that is not full is filled up with its mean key, which moves no centre."""
-        num_tokens = keys.shape[0]
+        """See `Method`: whole pages by way of their bytes, and the open page without, at the same numbers."""
         layout = self._layout(*keys.shape[1:])
-        keys, values = self._whole(keys, values)
-        pages = quantize(keys, values, layout, key_balance=state)
-        read_keys, read_values = dequantize(pages, layout, key_balance=state)
-        return read_keys[:num_tokens], read_values[:num_tokens]
+        num_whole = keys.shape[0] // self.page_tokens * self.page_tokens
+        read: list[Sides] = []
+        if num_whole:
+            pages = quantize(keys[:num_whole], values[:num_whole], layout, key_balance=state)
+            read.append(dequantize(pages, layout, key_balance=state))
+        if num_open := keys.shape[0] - num_whole:
+            page = roundtrip(*self._whole(keys[num_whole:], values[num_whole:]), layout, key_balance=state)
+            read.append((page[0][:num_open], page[1][:num_open]))
+        return torch.cat([part[0] for part in read]), torch.cat([part[1] for part in read])
 
     def _whole(self, keys: torch.Tensor, values: torch.Tensor) -> Sides:
-        """Whole pages."""
+        """Whole pages; one that is not full is filled up with its mean key, which moves no centre."""
         num_tokens = keys.shape[0]
         missing = -num_tokens % self.page_tokens
         if missing:
