@@ -22,11 +22,11 @@ def quantize_on(
 
 
 def dequantize_on(
-    device: torch.device, pages: torch.Tensor, layout: PageLayout
+    device: torch.device, pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[tokens, heads, dim]`` bf16 on the device, unpacked by Triton in one launch."""
+    """Keys and values ``[tokens, heads, dim]`` on the device, unpacked by Triton's kernels in one launch."""
     shape = (pages.shape[0], layout.page_tokens, layout.num_kv_heads, layout.head_dim)
-    keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+    keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     order = torch.arange(pages.shape[0], dtype=torch.int32, device=device)
     slots = _every_slot(pages.shape[0] * layout.page_tokens, device)
     dequantize_pages(pages.to(device), order, keys, values, slots, layout)

@@ -1,0 +1,89 @@
+"""What an operator writes in SGLang's JSON for the store, checked when the engine starts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tq_connectors.engine_settings import read_engine_settings
+from tq_kernels import preset
+from tq_store.config import ClientConfig
+from tq_store.errors import ConfigError
+from tq_store.settings import SIZE, TEXT, about
+
+UNCODED = "none"
+_OF_SGLANG = frozenset(
+    {
+        "backend_name",
+        "module_path",
+        "class_name",
+        "interface_v1",
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "hicache_storage_pass_prefix_keys",
+        "tp_lcm_size",
+    }
+)
+"""Keys that stand in the same JSON and are read by SGLang itself."""
+_CLIENT_DEFAULTS = {"transfer_timeout": "5s"}
+"""A request may wait for its get, which is worth nothing once computing the prompt would have been faster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageSettings:
+    """How SGLang's pages go into the store; each field's meaning is its `help`.
+
+    SGLang's keys hold hashes of tokens, and neither dtype nor weights. So the first two have no default: they
+    are part of every key, and a change of one is another cache.
+    """
+
+    revision: str = field(
+        metadata=about(TEXT, "which weights: a commit, a digest, whatever changes with them")
+    )
+    codec: str = field(
+        metadata=about(TEXT, "a preset, which also a packed pool must have been made with, or none")
+    )
+    model: str = field(default="", metadata=about(TEXT, "name of the model; the served name where not set"))
+    salt: str = field(default="", metadata=about(TEXT, "keeps apart what only you know to differ"))
+    device: str = field(
+        default="auto", metadata=about(TEXT, "where pages are packed: auto, cpu, or for example cuda:0")
+    )
+    staging_bytes: int = field(
+        default=64 << 20, metadata=about(SIZE, "most bytes of unpacked pages on their way at once")
+    )
+
+    def __post_init__(self) -> None:
+        if self.codec != UNCODED:
+            try:
+                preset(self.codec)
+            except ValueError as error:
+                raise ConfigError(f"codec is {self.codec!r}: {error}, or {UNCODED}") from error
+        if self.staging_bytes < 1:
+            raise ConfigError("staging is 0 bytes; a page needs some to pass through")
+
+    def codec_device(self) -> torch.device:
+        """Where packing runs.
+
+        Raises:
+            ConfigError: There is no such device.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.device(self.device)
+        except RuntimeError as error:
+            raise ConfigError(f"device is {self.device!r}: {error}") from error
+
+
+def read_settings(
+    written: Mapping[str, Any], environment: Mapping[str, str]
+) -> tuple[PageSettings, ClientConfig]:
+    """Ours, and those of the connection, from the JSON object that SGLang hands over.
+
+    Raises:
+        ConfigError: A setting is missing, unknown, not understood or not allowed; the message names it.
+    """
+    ours = {name: value for name, value in written.items() if name not in _OF_SGLANG}
+    return read_engine_settings(PageSettings, ours, environment, client_defaults=_CLIENT_DEFAULTS)

@@ -1,0 +1,203 @@
+"""A page of keys and values of all layers to the payload of a block and back."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from tq_connectors.codec import block_info
+from tq_connectors.page_transfer import dequantize_on, quantize_on
+from tq_connectors.sglang.page_shape import PagePart, PageShape
+from tq_kernels import PageLayout, host
+from tq_store.block import BlockInfo
+from tq_store.keys import BlockKey, split_key
+
+ROWS_CODEC_ID = 5
+"""A block of keys and values as the engine has them; `proto/BLOCK_FORMAT.md` lists it."""
+
+
+class PageCodec(Protocol):
+    """What a page store needs to make blocks of pages, and pages of blocks.
+
+    A page is a view ``[2, layers, tokens, heads, channels]`` on the CPU, of any strides but for its channels,
+    which are contiguous.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over what decides the payload besides the page's shape."""
+
+    def info(self, key: BlockKey) -> BlockInfo:
+        """Header of the block of one page."""
+
+    def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Payloads ``[n, payload_bytes]`` uint8 of n pages."""
+
+    def unpack(self, payloads: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages from payloads whose headers are as `info` says."""
+
+
+class RowCodec:
+    """Keys and values as they are, layer after layer, head after head: a range of heads is a range of bytes.
+
+    Args:
+        part: Layers and heads of a page.
+        shape: A page in the engine.
+    """
+
+    def __init__(self, part: PagePart, shape: PageShape) -> None:
+        self._part = part
+        self._shape = shape
+        self._digest = hashlib.sha256(f"rows v1 {shape.dtype_name}".encode()).digest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over the dtype."""
+        return self._digest.hex()
+
+    def info(self, key: BlockKey) -> BlockInfo:
+        """Header of the block of one page."""
+        namespace, prefix_hash = split_key(key)
+        return BlockInfo(
+            namespace=namespace,
+            prefix_hash=prefix_hash,
+            codec_fingerprint=self._digest,
+            rotation_seed=0,
+            codec_id=ROWS_CODEC_ID,
+            packing_id=0,
+            key_code=0,
+            value_code=0,
+            rotation_id=0,
+            key_center=0,
+            page_bytes=self._shape.page_bytes // self._shape.num_layers,
+            num_tokens=self._shape.page_tokens,
+            page_tokens=self._shape.page_tokens,
+            head_dim=self._shape.head_dim,
+            first_layer=self._part.first_layer,
+            num_layers=self._part.num_layers,
+            first_kv_head=self._part.first_kv_head,
+            num_kv_heads=self._part.num_kv_heads,
+            total_kv_heads=self._part.total_kv_heads,
+        )
+
+    def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Payloads ``[n, payload_bytes]`` uint8 of n pages."""
+        return torch.stack([_by_head(page) for page in pages]).flatten(1)
+
+    def unpack(self, payloads: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages; each byte is copied once."""
+        for payload, page in zip(payloads, pages, strict=True):
+            rows = _by_head(page).numpy()
+            rows[...] = np.frombuffer(payload, dtype=np.uint8).reshape(rows.shape)
+
+
+class QuantizedCodec:
+    """Keys and values as packed pages, made and read on a device or on the CPU.
+
+    Args:
+        layout: Page geometry and codec.
+        part: Layers and heads of a page.
+        device: Where packing runs.
+        key_balance: ``[layers, heads, channels]`` float32 on the CPU, by which keys are divided before they
+            are quantized; None for no balance.
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        part: PagePart,
+        device: torch.device,
+        key_balance: torch.Tensor | None = None,
+    ) -> None:
+        self._layout = layout
+        self._part = part
+        self._device = device
+        self._balance = None if key_balance is None else key_balance[:, None].to(device)
+        self._on_host = device.type == "cpu"
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over the codec."""
+        return self._layout.spec.fingerprint.hex()
+
+    def info(self, key: BlockKey) -> BlockInfo:
+        """Header of the block of one page."""
+        return replace(
+            block_info(self._layout, self._part.num_layers, key),
+            first_layer=self._part.first_layer,
+            first_kv_head=self._part.first_kv_head,
+            total_kv_heads=self._part.total_kv_heads,
+        )
+
+    def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Payloads ``[n, payload_bytes]`` uint8 of n pages."""
+        with torch.cuda.stream(self._stream):
+            keys, values = (torch.stack([page[side].to(self._device) for page in pages]) for side in range(2))
+            if self._balance is not None:
+                keys, values = keys.float() / self._balance, values.float()
+            keys, values = keys.flatten(0, 2), values.flatten(0, 2)
+            if self._on_host:
+                packed = self._empty_pages(len(pages))
+                host.quantize(keys, values, self._layout, packed)
+            else:
+                packed = quantize_on(self._device, keys, values, self._layout).cpu()
+            return packed.view(len(pages), -1)
+
+    def unpack(self, payloads: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages from the packed ones of as many blocks."""
+        packed = self._empty_pages(len(pages))
+        for target, payload in zip(packed.view(len(pages), -1), payloads, strict=True):
+            target.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
+        with torch.cuda.stream(self._stream):
+            keys, values = self._dequantize(packed, _wide(pages[0].dtype))
+            shape = (len(pages), *pages[0].shape[1:])
+            keys, values = keys.view(shape), values.view(shape)
+            if self._balance is not None:
+                keys = keys * self._balance
+            for side, tokens in enumerate((keys, values)):
+                for page, source in zip(pages, _narrowed(tokens, pages[0].dtype), strict=True):
+                    _copy_in_memory_order(page[side], source)
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _empty_pages(self, num_pages: int) -> torch.Tensor:
+        """Memory for packed pages of all layers, pinned where a device reads it."""
+        shape = (num_pages * self._part.num_layers, self._layout.page_bytes)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
+
+    def _dequantize(self, packed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._on_host:
+            return dequantize_on(self._device, packed, self._layout, dtype)
+        shape = (packed.shape[0] * self._layout.page_tokens, self._layout.num_kv_heads, self._layout.head_dim)
+        keys, values = (torch.empty(shape, dtype=dtype) for _ in range(2))
+        host.dequantize(packed, self._layout, keys, values)
+        return keys, values
+
+
+def _by_head(page: torch.Tensor) -> torch.Tensor:
+    """A page as bytes ``[layers, heads, 2, tokens, channel bytes]``; a view."""
+    return page.view(torch.uint8).permute(1, 3, 0, 2, 4)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What pages are dequantized to for a pool of `dtype`."""
+    return dtype if dtype.itemsize > 1 else torch.bfloat16
+
+
+def _narrowed(tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `dtype`; what an fp8 pool cannot hold becomes the largest number that it can, and not a NaN."""
+    if dtype.itemsize == 1:
+        largest = torch.finfo(dtype).max
+        tokens = tokens.clamp(-largest, largest)
+    return tokens.to(dtype)
+
+
+def _copy_in_memory_order(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy where the source is turned on its own device, so that a transfer is one run where it can be."""
+    strides = target.stride()
+    order = sorted(range(target.dim()), key=lambda axis: -strides[axis])
+    target.permute(order).copy_(source.permute(order).contiguous(), non_blocking=True)

@@ -1,0 +1,136 @@
+"""Pages to payloads and back: exactly as they were, or as exactly as their preset says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from connectors.sglang.host_pool import SHAPES, HostMemory
+
+from tq_connectors.sglang.host_pages import HostPages, read_host_pool
+from tq_connectors.sglang.page_codecs import QuantizedCodec, RowCodec
+from tq_connectors.sglang.page_shape import PagePart
+from tq_kernels import PageLayout, preset, reference
+from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
+
+CPU = torch.device("cpu")
+KEY = BlockKey(bytes(BLOCK_KEY_BYTES))
+PART = PagePart(first_layer=2, num_layers=3, first_kv_head=4, num_kv_heads=2, total_kv_heads=8)
+SIZES = {"num_pages": 4, "page_size": 16, "layers": 3, "heads": 2, "dim": 32}
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def pool_of(layout: str, dtype: torch.dtype, seed: int | None = None) -> HostPages:
+    pool = HostMemory(layout, **SIZES, dtype=dtype)
+    return read_host_pool(pool if seed is None else pool.fill(seed))
+
+
+def all_pages(pages: HostPages) -> list[torch.Tensor]:
+    return [pages.page(index) for index in range(0, 64, 16)]
+
+
+def quantized(name: str, key_balance: torch.Tensor | None = None) -> QuantizedCodec:
+    layout = PageLayout(spec=preset(name), head_dim=32, num_kv_heads=2, page_tokens=16)
+    return QuantizedCodec(layout, PART, CPU, key_balance)
+
+
+def payloads_of(packed: torch.Tensor) -> list[memoryview]:
+    return [memoryview(row.numpy().tobytes()) for row in packed]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", SHAPES)
+def test_rows_come_back_as_they_were_in_a_pool_of_any_layout(layout, dtype):
+    saved, loaded = pool_of(layout, dtype, seed=1), pool_of("page_first_direct", dtype)
+    codec = RowCodec(PART, saved.shape)
+    packed = codec.pack(all_pages(saved))
+    assert packed.shape == (4, codec.info(KEY).payload_bytes)
+    codec.unpack(payloads_of(packed), all_pages(loaded))
+    for page, original in zip(all_pages(loaded), all_pages(saved), strict=True):
+        assert torch.equal(page.view(torch.uint8), original.view(torch.uint8))
+
+
+def test_a_range_of_heads_is_a_range_of_bytes_of_each_layer():
+    whole = pool_of("layer_first", torch.float32, seed=1)
+    (packed,) = RowCodec(PART, whole.shape).pack([whole.page(0)])
+    head = replace(whole.shape, num_kv_heads=1)
+    part = replace(PART, num_kv_heads=1)
+    (alone,) = RowCodec(part, head).pack([whole.page(0)[:, :, :, 1:]])
+    assert torch.equal(packed.view(3, 2, -1)[:, 1].flatten(), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", SHAPES)
+def test_packed_pages_are_those_of_the_reference(layout, dtype):
+    saved, loaded = pool_of(layout, dtype, seed=1), pool_of(layout, dtype)
+    codec = quantized("tq4")
+    packed = codec.pack(all_pages(saved))
+    page_layout = PageLayout(spec=preset("tq4"), head_dim=32, num_kv_heads=2, page_tokens=16)
+    for row, page in zip(packed, all_pages(saved), strict=True):
+        keys, values = page.flatten(1, 2).float()
+        expected = reference.quantize(keys, values, page_layout)
+        assert torch.equal(row, expected.flatten())
+    codec.unpack(payloads_of(packed), all_pages(loaded))
+    for page, original in zip(all_pages(loaded), all_pages(saved), strict=True):
+        error = (page.float() - original.float()).square().mean() / original.float().square().mean()
+        assert 0 < error < 0.012
+
+
+def test_a_device_and_the_host_read_pages_alike():
+    (page, *_), loaded = all_pages(pool_of("page_first", torch.float16, seed=1)), []
+    host, device = quantized("tq4"), quantized("tq4")
+    device._on_host = False  # what runs on a GPU, on the CPU
+    packed = device.pack([page])
+    for codec in (host, device):
+        loaded.append(pool_of("page_first", torch.float16).page(0))
+        codec.unpack(payloads_of(packed), loaded[-1:])
+    assert (loaded[0].float() - loaded[1].float()).abs().max() <= 0.01  # the last bits of the dtype
+    assert 0 < (loaded[0].float() - page.float()).square().mean() < 0.012
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_fp8_pool_never_gets_a_number_it_cannot_hold(dtype):
+    saved, loaded = pool_of("page_first", dtype), pool_of("page_first", dtype)
+    for page in all_pages(saved):
+        page.copy_(torch.full(page.shape, torch.finfo(dtype).max).index_fill_(4, torch.tensor([0]), 0))
+    codec = quantized("tq2")
+    codec.unpack(payloads_of(codec.pack(all_pages(saved))), all_pages(loaded))
+    for page in all_pages(loaded):
+        assert page.float().isfinite().all()
+        assert page.float().max() == torch.finfo(dtype).max
+
+
+def test_a_balance_divides_keys_and_multiplies_them_again():
+    saved, loaded = pool_of("layer_first", torch.float32, seed=1), pool_of("layer_first", torch.float32)
+    balance = torch.ones(3, 2, 32)
+    balance[1, 0, 5] = 16
+    for page in all_pages(saved):
+        page[0, 1, :, 0, 5] *= 16  # an outlier channel, as some models' keys have
+    errors = []
+    for codec in (quantized("tq3"), quantized("tq3", balance)):
+        codec.unpack(payloads_of(codec.pack(all_pages(saved))), all_pages(loaded))
+        others = [channel for channel in range(32) if channel != 5]
+        errors.append(
+            sum(
+                (page[0, 1, :, 0, others] - original[0, 1, :, 0, others]).square().mean()
+                for page, original in zip(all_pages(loaded), all_pages(saved), strict=True)
+            )
+        )
+    assert errors[1] < errors[0] / 4
+
+
+def test_headers_say_what_the_payload_is():
+    pages = pool_of("layer_first", torch.bfloat16)
+    rows, packed = RowCodec(PART, pages.shape).info(KEY), quantized("tq4").info(KEY)
+    for info in (rows, packed):
+        assert (info.first_layer, info.num_layers) == (2, 3)
+        assert (info.first_kv_head, info.num_kv_heads, info.total_kv_heads) == (4, 2, 8)
+        assert (info.num_tokens, info.page_tokens, info.head_dim) == (16, 16, 32)
+    assert rows.payload_bytes == pages.shape.page_bytes
+    assert (rows.codec_id, packed.codec_id) == (5, 1)
+
+
+def test_fingerprints_tell_dtypes_and_presets_apart():
+    shape = pool_of("layer_first", torch.bfloat16).shape
+    codecs = [RowCodec(PART, replace(shape, dtype=dtype)) for dtype in FLOATS]
+    codecs += [quantized(name) for name in ("tq4", "tq3", "raw")]
+    assert len({codec.fingerprint for codec in codecs}) == len(codecs)

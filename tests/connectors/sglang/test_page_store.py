@@ -1,0 +1,191 @@
+"""Pages through a real server: what is there comes back, and everything else is a miss."""
+
+import dataclasses
+import socket
+import time
+
+import pytest
+import torch
+from connectors.sglang.host_pool import HostMemory
+from store.running_server import running_server
+
+from tq_connectors.codec import CacheGeometry, namespace_for
+from tq_connectors.codec_state import CodecState, agree_on_state
+from tq_connectors.sglang.hicache_settings import PageSettings
+from tq_connectors.sglang.host_pages import HostPages, read_host_pool
+from tq_connectors.sglang.page_setup import Place, open_page_store, page_layout
+from tq_connectors.sglang.page_store import PageStore
+from tq_store.block import pack_block
+from tq_store.client import StoreClient
+from tq_store.config import ClientConfig
+from tq_store.errors import ConfigError
+
+HASHES = [f"{number:064x}" for number in range(4)]
+PLACE = Place(model="model")
+SETTINGS = PageSettings(revision="v1", codec="none", device="cpu")
+
+
+def pool_of(dtype: torch.dtype = torch.bfloat16, *, seed: int | None = None, dim: int = 32) -> HostPages:
+    sizes = {"num_pages": 4, "page_size": 16, "layers": 2, "heads": 2, "dim": dim}
+    pool = HostMemory("page_first", **sizes, dtype=dtype)
+    return read_host_pool(pool if seed is None else pool.fill(seed))
+
+
+def page_at(pages: HostPages):
+    return lambda position: pages.page(16 * position)
+
+
+def save(
+    client: StoreClient, pages: HostPages, settings: PageSettings = SETTINGS, place: Place = PLACE
+) -> PageStore:
+    store = open_page_store(client, settings, pages.shape, place)
+    assert store.save(HASHES, page_at(pages)) == [True] * 4
+    return store
+
+
+@pytest.mark.parametrize("staging_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("codec", ["none", "raw", "tq4"])
+def test_another_replica_finds_the_pages(client, codec, staging_bytes):
+    settings = dataclasses.replace(SETTINGS, codec=codec, staging_bytes=staging_bytes)
+    saved, loaded = pool_of(seed=1), pool_of()
+    save(client, saved, settings)
+    store = open_page_store(client, settings, loaded.shape, PLACE)
+    assert store.count_present(HASHES) == 4
+    assert store.load(HASHES, page_at(loaded)) == [True] * 4
+    difference = (saved.pool.kv_buffer.float() - loaded.pool.kv_buffer.float()).square().mean()
+    assert difference < 0.012 if codec == "tq4" else difference == 0
+    assert store.count_everything()["loaded_pages"] == 4
+
+
+def test_pages_that_the_store_has_are_not_sent_again(client):
+    saved = pool_of(seed=1)
+    save(client, saved)
+    again = save(client, saved)
+    assert (again.counters.present_pages, again.counters.saved_pages) == (4, 0)
+
+
+def test_a_load_ends_at_the_first_page_that_is_missing(client):
+    saved, loaded = pool_of(seed=1), pool_of()
+    store = save(client, saved)
+    client.delete([store._names.key(HASHES[2])])
+    assert store.count_present(HASHES) == 2
+    assert store.load(HASHES, page_at(loaded)) == [True, True, False, False]
+    assert torch.equal(loaded.page(16), saved.page(16))
+    assert not loaded.page(32).any()
+    assert (store.counters.loaded_pages, store.counters.failed_pages) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"settings": dataclasses.replace(SETTINGS, revision="v2")},
+        {"settings": dataclasses.replace(SETTINGS, codec="tq4")},
+        {"settings": dataclasses.replace(SETTINGS, salt="tenant")},
+        {"place": Place(model="another")},
+        {"place": Place(model="model", tp_size=2)},
+        {"place": Place(model="model", first_layer=2, is_whole_depth=False)},
+        {"place": Place(model="model", rank="cp 1/2")},
+        {"pages": pool_of(torch.float16)},
+        {"pages": pool_of(dim=16)},
+    ],
+)
+def test_what_makes_another_cache_is_no_hit(client, other):
+    save(client, pool_of(seed=1))
+    arguments = {"settings": SETTINGS, "place": PLACE, "pages": pool_of()} | other
+    pages = arguments["pages"]
+    store = open_page_store(client, arguments["settings"], pages.shape, arguments["place"])
+    assert store.count_present(HASHES) == 0
+    assert store.load(HASHES, page_at(pages)) == [False] * 4
+    assert not pages.pool.kv_buffer.view(torch.uint8).any()
+
+
+def test_a_sound_block_that_holds_something_else_is_a_miss(client, caplog):
+    saved, loaded = pool_of(seed=1), pool_of()
+    store = save(client, saved)
+    key = store._names.key(HASHES[1])
+    info = dataclasses.replace(store._codec.info(key), first_layer=7)
+    client.delete([key])
+    client.put([(key, pack_block(info, bytes(info.payload_bytes)))])
+    assert store.load(HASHES, page_at(loaded)) == [True, False, False, False]
+    assert store.counters.rejected_blocks == 1
+    assert "is a miss" in caplog.text
+
+
+def test_what_the_store_does_not_take_is_counted():
+    saved = pool_of(seed=1)
+    with running_server(memory_budget_bytes=4096) as server, StoreClient(server.address) as client:
+        store = open_page_store(client, SETTINGS, saved.shape, PLACE)
+        assert store.save(HASHES, page_at(saved)) == [False] * 4
+        assert (store.counters.saved_pages, store.counters.refused_pages) == (0, 4)
+        assert store.guard.is_reachable
+
+
+def test_a_purge_takes_the_pages_of_its_own_kind_alone(client):
+    pages = pool_of(seed=1)
+    store = save(client, pages)
+    other = save(client, pages, dataclasses.replace(SETTINGS, salt="tenant"))
+    assert store.purge()
+    assert (store.count_present(HASHES), other.count_present(HASHES)) == (0, 4)
+
+
+def test_a_dead_store_is_a_miss_at_once(caplog):
+    with socket.socket() as listener:  # bound, and nobody listens
+        listener.bind(("127.0.0.1", 0))
+        config = ClientConfig(address=f"127.0.0.1:{listener.getsockname()[1]}", lookup_timeout_s=0.3)
+        with StoreClient(config=config) as client:
+            pages = pool_of(seed=1)
+            store = open_page_store(client, SETTINGS, pages.shape, PLACE)
+            started = time.monotonic()
+            for _ in range(50):
+                assert store.count_present(HASHES) == 0
+                assert store.load(HASHES, page_at(pages)) == [False] * 4
+                assert store.save(HASHES, page_at(pages)) == [False] * 4
+                assert not store.purge()
+            assert time.monotonic() - started < 3
+    assert store.count_everything()["skipped_calls"] > 190
+    assert caplog.text.count("the store fails") == 1
+
+
+def test_pages_are_made_with_the_state_that_the_store_has(client):
+    settings = dataclasses.replace(SETTINGS, codec="tq3")
+    stateless = save(client, pool_of(seed=1), settings)
+    pages = pool_of(seed=1)
+    layout = page_layout("tq3", pages.shape)
+    geometry = CacheGeometry(num_layers=2, num_kv_heads=2, head_dim=32, kv_dtype="bfloat16")
+    namespace = namespace_for(layout, geometry, model="model", revision="v1")
+    state = CodecState(torch.full((2, 2, 32), 2.0))
+    agree_on_state(client, namespace, geometry, lambda: state)
+    store = open_page_store(client, settings, pages.shape, PLACE)
+    assert store._names.namespace.codec_state == state.digest
+    assert store.count_present(HASHES) == 0
+    assert stateless.count_present(HASHES) == 4
+    stage = Place(model="model", is_whole_depth=False)  # of a pipeline; a state covers all layers
+    assert open_page_store(client, settings, pages.shape, stage)._names.namespace.codec_state == ""
+    half = pool_of(seed=1)
+    split = dataclasses.replace(half.shape, num_kv_heads=1)
+    second = open_page_store(client, settings, split, Place(model="model", tp_rank=1, tp_size=2))
+    assert second._names.namespace.codec_state == state.digest
+    assert second._codec._balance.shape == (2, 1, 1, 32)
+
+
+def test_without_a_store_pages_are_made_without_a_state(caplog):
+    config = ClientConfig(address="127.0.0.1:1", lookup_timeout_s=0.2, transfer_timeout_s=0.3)
+    with StoreClient(config=config) as client:
+        store = open_page_store(client, dataclasses.replace(SETTINGS, codec="tq4"), pool_of().shape, PLACE)
+    assert store._names.namespace.codec_state == ""
+    assert "no codec state from the store" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "codec", "message"),
+    [
+        ({"page_tokens": 1}, "tq4", r"cannot pack SGLang's pages \(--page-size\)"),
+        ({"head_dim": 24}, "tq4", "head_dim must be"),
+        ({"dtype": torch.uint8}, "tq4", "the pool holds uint8"),
+        ({"page_tokens": 1 << 24}, "none", "use smaller pages"),
+    ],
+)
+def test_pages_that_a_codec_cannot_pack_are_refused(client, change, codec, message):
+    shape = dataclasses.replace(pool_of().shape, **change)
+    with pytest.raises(ConfigError, match=message):
+        open_page_store(client, dataclasses.replace(SETTINGS, codec=codec), shape, PLACE)
