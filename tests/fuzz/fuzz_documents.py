@@ -10,7 +10,7 @@ from pathlib import Path
 from fuzz.driver import mutated
 from fuzz.fuzz_block import sealed
 
-from tq_connectors.lmcache.envelope import pack_object, unpack_object
+from tq_connectors.envelope import pack_object, unpack_object
 from tq_connectors.lmcache.object_layout import parse_layout
 from tq_store.block import HEADER_BYTES
 from tq_store.errors import BlockFormatError, ConfigError

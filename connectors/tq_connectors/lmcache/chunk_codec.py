@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tq_connectors.codec import block_info
-from tq_connectors.lmcache.envelope import pack_object, unpack_object
+from tq_connectors.envelope import pack_object, unpack_object
 from tq_connectors.lmcache.kv_layout import KVLayout, num_bytes, read_layout, sides
 from tq_connectors.lmcache.object_layout import describe
 from tq_connectors.lmcache.settings import UNCODED

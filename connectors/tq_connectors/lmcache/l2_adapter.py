@@ -24,7 +24,7 @@ from tq_connectors.lmcache.object_layout import describe
 from tq_connectors.lmcache.object_store import NewObject, ObjectStore
 from tq_connectors.lmcache.serde import register_serde
 from tq_connectors.lmcache.settings import read_settings
-from tq_connectors.lmcache.task_queue import TaskQueue
+from tq_connectors.task_queue import TaskQueue
 from tq_store.client import StoreClient
 from tq_store.keys import BlockKey
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tq_connectors.lmcache.envelope import StoredObject, pack_object, unpack_object
+from tq_connectors.envelope import StoredObject, pack_object, unpack_object
 from tq_store.block import Buffer
 from tq_store.client import StoreClient
 from tq_store.errors import BlockFormatError, RpcError

@@ -17,7 +17,7 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObj
 from lmcache.v1.storage_backend.connector import ConnectorAdapter, ConnectorContext
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
-from tq_connectors.lmcache.envelope import StoredObject
+from tq_connectors.envelope import StoredObject
 from tq_connectors.lmcache.identity import ObjectNames
 from tq_connectors.lmcache.object_layout import ObjectLayout, parse_layout
 from tq_connectors.lmcache.object_store import NewObject, ObjectStore

@@ -6,8 +6,8 @@ import pytest
 from store.running_server import running_server
 from store.sample_blocks import sample_block, sample_key
 
+from tq_connectors.envelope import MAX_LAYOUT_BYTES
 from tq_connectors.lmcache import object_store
-from tq_connectors.lmcache.envelope import MAX_LAYOUT_BYTES
 from tq_connectors.lmcache.object_store import NewObject, ObjectStore
 from tq_store.client import StoreClient
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tq_connectors.lmcache.task_queue import TaskQueue
+from tq_connectors.task_queue import TaskQueue
 
 WAIT_S = 10.0
 

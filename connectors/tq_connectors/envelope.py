@@ -1,4 +1,4 @@
-"""An object of LMCache's as a block: its layout in words, then its bytes, under the block's checksums."""
+"""An object of an engine's as a block: its layout in words, then its bytes, under the block's checksums."""
 
 import struct
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def unpack_object(key: BlockKey, block: Buffer) -> StoredObject:
         BlockFormatError: Not what `pack_object` makes for this key; such a block is a miss.
     """
     if parse_header(block) != _info(key, len(block) - HEADER_BYTES):
-        raise IdentityMismatch("the block does not hold an object of LMCache's of this key")
+        raise IdentityMismatch("the block does not hold an object of this key")
     payload = payload_of(block)
     if len(payload) < _LENGTH.size:
         raise InvalidHeader("the payload is too short for an object")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from store.sample_blocks import sample_block, sample_key
 
-from tq_connectors.lmcache.envelope import MAX_LAYOUT_BYTES, OBJECT_CODEC_ID, pack_object, unpack_object
+from tq_connectors.envelope import MAX_LAYOUT_BYTES, OBJECT_CODEC_ID, pack_object, unpack_object
 from tq_kernels import cold_layout, spec
 from tq_store.block import HEADER_BYTES, pack_block, parse_header, verify_block
 from tq_store.errors import IdentityMismatch, InvalidHeader

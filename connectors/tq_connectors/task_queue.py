@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class TaskQueue(Generic[Result]):
-    """Tasks of one kind, first in, first out. Nothing here blocks, but for `close`.
+    """Tasks of one kind, first in, first out. Nothing here blocks, but for `drain` and `close`.
 
     Args:
         name: Of the threads.
@@ -24,10 +24,10 @@ class TaskQueue(Generic[Result]):
     def __init__(
         self, name: str, *, num_threads: int, max_pending: int, announce: Callable[[], None]
     ) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=f"tq-lmcache-{name}")
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=f"tq-{name}")
         self._max_pending = max_pending
         self._announce = announce
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._next_id = 0
         self._pending = 0
         self._results: dict[int, Result] = {}
@@ -45,7 +45,7 @@ class TaskQueue(Generic[Result]):
             work: Runs on a thread of the queue.
             failed: The result if the queue is full or closed, or if `work` raises.
         """
-        with self._lock:
+        with self._changed:
             task_id = self._next_id
             self._next_id += 1
             is_taken = self._pending < self._max_pending
@@ -62,14 +62,19 @@ class TaskQueue(Generic[Result]):
 
     def take(self, task_id: int) -> Result | None:
         """The result of a task, once; None while there is none and ever after."""
-        with self._lock:
+        with self._changed:
             return self._results.pop(task_id, None)
 
     def take_all(self) -> dict[int, Result]:
         """All results that nobody took yet."""
-        with self._lock:
+        with self._changed:
             results, self._results = self._results, {}
         return results
+
+    def drain(self) -> None:
+        """Wait until nothing waits or runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending)
 
     def close(self) -> None:
         """Drop what waits and wait for what runs. May be called twice."""
@@ -84,7 +89,8 @@ class TaskQueue(Generic[Result]):
         self._finish(task_id, result, was_pending=True)
 
     def _finish(self, task_id: int, result: Result, *, was_pending: bool) -> None:
-        with self._lock:
+        with self._changed:
             self._results[task_id] = result
             self._pending -= was_pending
+            self._changed.notify_all()
         self._announce()

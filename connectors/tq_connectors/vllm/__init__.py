@@ -1,0 +1,1 @@
+"""vLLM on compressed pages; its entry point is `tq_connectors.vllm.plugin`."""

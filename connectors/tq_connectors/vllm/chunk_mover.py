@@ -1,0 +1,164 @@
+"""ChunkMover: chunks between an engine's device and rows of host memory, one after the other, on a thread.
+
+Two buffers of bounded size take turns: while one is copied over the bus, the codec works on the other. On a
+device with streams both happen on streams of their own, beside the engine's.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from tq_connectors.vllm.chunk_codec import ChunkCodec
+from tq_connectors.vllm.streams import Event, streams_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk to move.
+
+    Args:
+        group: Which of the engine's groups of layers, and so which codec.
+        cell: ``[cell_bytes]`` uint8 in host memory.
+        blocks: Numbers of the blocks on the device, -1 for those to leave out.
+    """
+
+    group: int
+    cell: torch.Tensor
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A job that is done. One that failed has left its target in a state that nobody may read."""
+
+    job_id: int
+    success: bool
+    num_bytes: int
+    seconds: float
+
+
+class ChunkMover:
+    """One direction. Jobs run in the order of submission; nothing here blocks but `wait` and `close`.
+
+    Args:
+        codecs: What a chunk of each group of layers becomes on the device; cells of one size.
+        staging_bytes: Most bytes of each of the two buffers, but at least one chunk.
+        is_save: From blocks to cells, or from cells to blocks.
+    """
+
+    def __init__(self, codecs: Sequence[ChunkCodec], *, staging_bytes: int, is_save: bool) -> None:
+        self._codecs, self._is_save = codecs, is_save
+        device, self._cell_bytes = codecs[0].device, codecs[0].cell_bytes
+        self._chunks_at_once = chunks_at_once(self._cell_bytes, staging_bytes)
+        shape = (self._chunks_at_once, self._cell_bytes)
+        self._buffers = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._streams = streams_of(device)
+        self._free = [self._streams.event(), self._streams.event()]
+        self._jobs: dict[int, Future[Moved]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"tq-{'save' if is_save else 'load'}")
+
+    def submit(self, job_id: int, chunks: Sequence[Chunk]) -> None:
+        """Move chunks as soon as all that the engine has given its device to do so far is done."""
+        ready = self._streams.engine_event()
+        self._jobs[job_id] = self._pool.submit(self._move, job_id, chunks, ready)
+
+    def take_finished(self) -> list[Moved]:
+        """Jobs that are done, each once."""
+        done = [job_id for job_id, job in self._jobs.items() if job.done()]
+        return [_result(job_id, self._jobs.pop(job_id)) for job_id in done]
+
+    def wait(self, job_ids: Collection[int]) -> None:
+        """Wait until these jobs are done; those that are not known are."""
+        wait([self._jobs[job_id] for job_id in job_ids if job_id in self._jobs])
+
+    def close(self) -> None:
+        """Drop what waits, and wait for what runs. May be called twice."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _move(self, job_id: int, chunks: Sequence[Chunk], ready: Event) -> Moved:
+        started = time.monotonic()
+        with torch.inference_mode():
+            done = self._save(chunks, ready) if self._is_save else self._load(chunks, ready)
+            done.synchronize()
+        num_bytes = len(chunks) * self._cell_bytes
+        return Moved(job_id, True, num_bytes, time.monotonic() - started)
+
+    def _save(self, chunks: Sequence[Chunk], ready: Event) -> Event:
+        def quantize(part: Sequence[Chunk], cells: torch.Tensor) -> None:
+            self._codecs[part[0].group].save(self._blocks_of(part), cells)
+
+        def copy(part: Sequence[Chunk], cells: torch.Tensor) -> None:
+            for chunk, cell in zip(part, cells, strict=True):
+                chunk.cell.copy_(cell, non_blocking=True)
+
+        return self._pipeline(chunks, ready, self._streams.compute, quantize, self._streams.copy, copy)
+
+    def _load(self, chunks: Sequence[Chunk], ready: Event) -> Event:
+        def copy(part: Sequence[Chunk], cells: torch.Tensor) -> None:
+            for chunk, cell in zip(part, cells, strict=True):
+                cell.copy_(chunk.cell, non_blocking=True)
+
+        def dequantize(part: Sequence[Chunk], cells: torch.Tensor) -> None:
+            self._codecs[part[0].group].load(cells, self._blocks_of(part))
+
+        return self._pipeline(chunks, ready, self._streams.copy, copy, self._streams.compute, dequantize)
+
+    def _pipeline(
+        self,
+        chunks: Sequence[Chunk],
+        ready: Event,
+        first: Callable[[], AbstractContextManager[object]],
+        fill: Callable[[Sequence[Chunk], torch.Tensor], None],
+        second: Callable[[], AbstractContextManager[object]],
+        drain: Callable[[Sequence[Chunk], torch.Tensor], None],
+    ) -> Event:
+        """Fill one buffer on one stream while the other drains on the other; the event after all of it."""
+        for turn, part in zip(itertools.cycle(range(2)), self._parts(chunks), strict=False):
+            cells, free = self._buffers[turn][: len(part)], self._free[turn]
+            filled = self._streams.event()
+            with first():
+                ready.wait()
+                free.wait()
+                fill(part, cells)
+                filled.record()
+            with second():
+                ready.wait()
+                filled.wait()
+                drain(part, cells)
+                free.record()
+        done = self._streams.event()
+        with second():
+            done.record()
+        return done
+
+    def _parts(self, chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
+        """Chunks of one group, as many as a buffer holds."""
+        for _, of_group in itertools.groupby(chunks, key=lambda chunk: chunk.group):
+            group = list(of_group)
+            for start in range(0, len(group), self._chunks_at_once):
+                yield group[start : start + self._chunks_at_once]
+
+    def _blocks_of(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        blocks = torch.tensor([block for chunk in chunks for block in chunk.blocks], dtype=torch.int64)
+        return self._streams.to_device(blocks)
+
+
+def _result(job_id: int, job: Future[Moved]) -> Moved:
+    error = job.exception()
+    if error is None:
+        return job.result()
+    logger.error("moving chunks between device and host memory failed", exc_info=error)
+    return Moved(job_id, False, 0, 0.0)
+
+
+def chunks_at_once(cell_bytes: int, staging_bytes: int) -> int:
+    """Chunks that a buffer holds."""
+    return max(1, staging_bytes // cell_bytes)

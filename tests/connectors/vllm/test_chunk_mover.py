@@ -1,0 +1,162 @@
+"""Chunks from an engine's blocks to cells and back, on the CPU through the reference ops."""
+
+import threading
+
+import pytest
+import torch
+from connectors.vllm.rows_of import page_layout, random_cache
+
+from tq_connectors.vllm.chunk_codec import CopiedChunks, QuantizedChunks
+from tq_connectors.vllm.chunk_mover import Chunk, ChunkMover, chunks_at_once
+from tq_connectors.vllm.engine_pages import BlockShape, PermutedPages, StridedPages
+from tq_connectors.vllm.streams import streams_of
+from tq_kernels import reference
+from tq_store.errors import ConfigError
+
+SHAPE = BlockShape(block_tokens=16, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+LAYOUT = page_layout(2)
+PAGES, CHUNK_BLOCKS, NUM_BLOCKS = 2, 8, 40
+
+
+@pytest.fixture(autouse=True)
+def reference_ops(monkeypatch):
+    """As in an engine on a CPU: no interpreter of Triton, which other tests use."""
+    for op in ("quantize", "dequantize"):
+        monkeypatch.setattr(f"tq_kernels.{op}.takes_kernel", lambda device: False)
+
+
+def layers(num_layers: int = 2) -> list[torch.Tensor]:
+    return list(random_cache(num_layers * NUM_BLOCKS, SHAPE.num_bytes).chunk(num_layers))
+
+
+def permutation(seed: int) -> torch.Tensor:
+    return torch.randperm(16 * 64, generator=torch.Generator().manual_seed(seed))
+
+
+PAGE_KINDS = {
+    "head_major": lambda kept: StridedPages(kept, SHAPE, head_major=True),
+    "token_major": lambda kept: StridedPages(kept, SHAPE, head_major=False),
+    "permuted": lambda kept: PermutedPages(kept, SHAPE, permutation(1), permutation(2)),
+}
+
+
+def tokens_of(pages, layer: int, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(len(blocks), 16, 2, 128, dtype=torch.bfloat16)
+    pages.gather(layer, torch.tensor(blocks), out)
+    keys, values = out.flatten(0, 1).split(64, dim=-1)
+    return keys, values
+
+
+def codec_of(pages, **options: object) -> QuantizedChunks:
+    return QuantizedChunks(pages, LAYOUT, pages_per_chunk=PAGES, most_chunks=3, **options)
+
+
+def run(codec, chunks: list[Chunk], *, is_save: bool, cells_at_once: int = 2) -> None:
+    staging_bytes = cells_at_once * codec.cell_bytes
+    mover = ChunkMover([codec], staging_bytes=staging_bytes, is_save=is_save)
+    mover.submit(7, chunks)
+    mover.wait({7, 99})
+    (moved,) = mover.take_finished()
+    assert (moved.job_id, moved.success) == (7, True)
+    assert moved.num_bytes == len(chunks) * codec.cell_bytes
+    assert not mover.take_finished()
+    mover.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_balanced"), [("head_major", False), ("token_major", True), ("permuted", False)]
+)
+def test_a_saved_chunk_is_the_reference_s_pages_and_loads_into_other_blocks(kind, is_balanced):
+    kept = layers()
+    pages = PAGE_KINDS[kind](kept)
+    balance = torch.full((2, 2, 64), 2.0) if is_balanced else None
+    codec = codec_of(pages, key_balance=balance)
+    sources = [list(range(first, first + CHUNK_BLOCKS)) for first in (3, 20)]
+    cells = torch.zeros(2, codec.cell_bytes, dtype=torch.uint8)
+    run(codec, [Chunk(0, cell, blocks) for cell, blocks in zip(cells, sources, strict=True)], is_save=True)
+    for layer in range(2):
+        keys, values = tokens_of(pages, layer, sources[1])
+        keys = keys / balance[layer] if balance is not None else keys
+        expected = reference.quantize(keys, values, LAYOUT)
+        found = cells[1].view(2, PAGES, -1)[layer]
+        assert (found != expected).float().mean() < 1e-3  # sums over several pages are rounded otherwise
+
+    before = [layer.clone() for layer in kept]
+    targets = [[30, 31, -1, 33, 34, 35, 36, 37]]
+    run(codec, [Chunk(0, cells[1], targets[0])], is_save=False)
+    for layer in range(2):
+        keys, values = reference.dequantize(cells[1].view(2, PAGES, -1)[layer], LAYOUT)
+        keys = keys * balance[layer] if balance is not None else keys
+        found_keys, found_values = tokens_of(pages, layer, [30, 31, 33])
+        wanted = [*range(32), *range(48, 64)]
+        torch.testing.assert_close(found_keys, keys[wanted].bfloat16(), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(found_values, values[wanted].bfloat16(), rtol=0.01, atol=0.01)
+        untouched = [*range(30), 32, 38, 39]
+        assert torch.equal(kept[layer][untouched], before[layer][untouched])
+
+
+def test_bytes_are_moved_as_they_are_and_blocks_left_out_go_to_the_null_block():
+    kept = layers(3)
+    codec = CopiedChunks(kept, blocks_per_chunk=2)
+    cells = torch.zeros(2, codec.cell_bytes, dtype=torch.uint8)
+    before = [layer.clone() for layer in kept]
+    run(codec, [Chunk(0, cells[0], [3, 4]), Chunk(0, cells[1], [9, -1])], is_save=True)
+    run(codec, [Chunk(0, cells[0], [20, 21]), Chunk(0, cells[1], [-1, 23])], is_save=False)
+    for layer, old in zip(kept, before, strict=True):
+        assert torch.equal(layer[[20, 21]], old[[3, 4]])
+        assert torch.equal(layer[1:20], old[1:20])
+
+
+def test_chunks_of_groups_go_through_their_own_codecs():
+    codecs = [CopiedChunks(layers(1), blocks_per_chunk=1), CopiedChunks(layers(1), blocks_per_chunk=1)]
+    cells = torch.zeros(3, codecs[0].cell_bytes, dtype=torch.uint8)
+    mover = ChunkMover(codecs, staging_bytes=1, is_save=True)
+    mover.submit(1, [Chunk(0, cells[0], [1]), Chunk(1, cells[1], [1]), Chunk(1, cells[2], [2])])
+    mover.wait({1})
+    mover.close()
+    first, second = (codec._layers[0] for codec in codecs)
+    assert torch.equal(cells, torch.stack([first[1], second[1], second[2]]))
+
+
+class Stuck:
+    """A codec that waits, then fails."""
+
+    cell_bytes, blocks_per_chunk, device = 16, 1, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.may_go = threading.Event()
+
+    def save(self, blocks: torch.Tensor, cells: torch.Tensor) -> None:
+        assert self.may_go.wait(10)
+        raise RuntimeError("the device is gone")
+
+    load = save
+
+
+def test_a_job_that_fails_says_so_and_nothing_waits_for_it_before(caplog):
+    codec = Stuck()
+    mover = ChunkMover([codec], staging_bytes=1, is_save=True)
+    mover.submit(1, [Chunk(0, torch.zeros(16, dtype=torch.uint8), [0])])
+    assert not mover.take_finished()
+    codec.may_go.set()
+    mover.wait({1})
+    (moved,) = mover.take_finished()
+    assert not moved.success
+    assert "the device is gone" in caplog.text
+    mover.close()
+
+
+def test_chunks_are_whole_numbers_of_blocks():
+    shape = BlockShape(block_tokens=48, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    pages = StridedPages([random_cache(2, shape.num_bytes)], shape, head_major=True)
+    with pytest.raises(ConfigError, match="chunks of 128 tokens are not made of blocks of 48"):
+        codec_of(pages)
+
+
+def test_a_buffer_holds_at_least_one_chunk():
+    assert (chunks_at_once(100, 50), chunks_at_once(100, 350)) == (1, 3)
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match="CUDA and CPUs"):
+        streams_of(torch.device("meta"))
