@@ -60,7 +60,7 @@ def append(case: Case, arena: Arena) -> Prepared:
     new = tokens[:, slots].contiguous()
 
     def call(pages: torch.Tensor) -> Call:
-        return lambda: quantize_slots(new[0], new[1], slots, pages, layout)
+        return lambda: quantize_slots(new[0], new[1], slots, pages, layout, one_per_page=True)
 
     calls = [call(pages) for pages in layers]
 

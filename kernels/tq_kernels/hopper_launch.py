@@ -9,11 +9,15 @@ from functools import lru_cache
 import torch
 
 from tq_kernels import hopper
+from tq_kernels._page_shape import page_shape
+from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
 from tq_kernels.decode_plan import DecodePlan
+from tq_kernels.device.hopper_append import append_tokens
 from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
-from tq_kernels.layout import PageLayout
+from tq_kernels.layout import WORD_FORMATS, PageLayout
 from tq_kernels.rotation import rotation_signs
+from tq_kernels.spec import Code
 
 _COLUMNS_AT_ONCE = 4
 _SPLITS_AT_ONCE = 8
@@ -170,6 +174,51 @@ def launch_merge(
         WINDOW=sliding_window is not None,
         SOFTCAP=softcap is not None,
         num_warps=num_warps,
+        launch_pdl=True,
+    )
+
+
+def side_constants(code: Code) -> tuple[object, ...]:
+    """What `append_tokens` must know of a Lloyd-Max code; levels are in quarters."""
+    levels = tuple(int(4 * level) for level in LEVELS[code])
+    return int(code), WORD_FORMATS[code].groups, TARGETS[code], BOUNDARIES[code], levels
+
+
+def launch_append(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    *,
+    seed_pages: torch.Tensor | None,
+    key_balance: torch.Tensor | None,
+    sinks: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+) -> None:
+    """Write tokens, no two of a page; see `quantize.quantize_slots` for the tensors."""
+    sink_slots, sink_keys, sink_values = sinks
+    append_tokens[(layout.num_kv_heads, len(keys), 2)](
+        p_keys=keys,
+        p_values=values,
+        p_slots=slot_mapping,
+        p_seeds=seed_pages,
+        p_balance=key_balance,
+        p_signs=_signs(layout, keys.device),
+        p_pages=pages,
+        p_sink_slots=sink_slots,
+        p_sink_keys=sink_keys,
+        p_sink_values=sink_values,
+        key_token_stride=keys.stride(0),
+        key_head_stride=keys.stride(1),
+        value_token_stride=values.stride(0),
+        value_head_stride=values.stride(1),
+        page_stride=pages.stride(0),
+        sink_token_stride=0 if sink_keys is None else sink_keys.stride(0),
+        sink_head_stride=0 if sink_keys is None else sink_keys.stride(1),
+        SHAPE=page_shape(layout),
+        KEY=side_constants(layout.spec.key),
+        VALUE=side_constants(layout.spec.value),
+        num_warps=1,
         launch_pdl=True,
     )
 

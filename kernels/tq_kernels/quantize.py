@@ -15,6 +15,8 @@ from tq_kernels import reference_slots
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted, takes_kernel
 from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import PageShape, page_shape
+from tq_kernels.codebook import LEVELS
+from tq_kernels.decode_plan import choose_variant, machine_of
 from tq_kernels.layout import PageLayout
 from tq_kernels.reference import rotation_of
 from tq_kernels.spec import Rotation
@@ -41,14 +43,15 @@ class LaunchPlan:
     """How a launch cuts its tokens up.
 
     Args:
-        variant: ``"append"`` for few tokens or ``"pages"`` for many.
+        variant: ``"append"`` for few tokens, ``"pages"`` for many, ``"hopper"`` for tokens of as many pages
+            on such a machine.
         programs: Programs a KV head.
         windows: Windows a program looks at, one after the other.
         window: Tokens in a window, each of which may lead a run.
         rows: Tokens of a page that are rotated and packed at once.
         num_warps: Warps a program.
-        search: Whether every vector tries all of `codebook.STEPS`. Single tokens do not: a decode step would
-            wait for the search, one vector after the other.
+        search: Whether every vector tries all of `codebook.STEPS`. "append" does not: a decode step would
+            wait for the search.
         max_registers: Registers a thread on NVIDIA, so that more programs share a multiprocessor, or None.
     """
 
@@ -77,14 +80,28 @@ class Mode:
     ptx: bool
 
 
-def plan_quantize(num_tokens: int, shape: PageShape, *, wide: bool = False) -> LaunchPlan:
+def plan_quantize(
+    num_tokens: int, shape: PageShape, *, wide: bool = False, hopper: bool = False
+) -> LaunchPlan:
     """The plan for a number of tokens.
 
     Args:
         num_tokens: Tokens in the launch.
         shape: Of the pages.
         wide: Whether rows are float32 before they are rotated, by their dtype or by a balance.
+        hopper: Whether a warp may take a token, as `hopper_appends` says.
     """
+    if hopper and num_tokens <= _LARGEST_APPEND:
+        return LaunchPlan(
+            variant="hopper",
+            programs=2 * num_tokens,
+            windows=1,
+            window=1,
+            rows=1,
+            num_warps=1,
+            search=True,
+            max_registers=None,
+        )
     is_broad = shape.tile_dim > _LARGEST_WIDTH
     max_registers = None if wide or is_broad else _MAX_REGISTERS
     if num_tokens <= _LARGEST_APPEND:
@@ -112,6 +129,12 @@ def plan_quantize(num_tokens: int, shape: PageShape, *, wide: bool = False) -> L
     )
 
 
+def hopper_appends(device: torch.device, layout: PageLayout) -> bool:
+    """Whether tokens that share no page have a kernel of their own on a device."""
+    coded = layout.spec.key.rotated and layout.spec.key in LEVELS
+    return coded and takes_kernel(device) and choose_variant(machine_of(device), layout) == "hopper"
+
+
 def quantize_slots(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -119,6 +142,7 @@ def quantize_slots(
     pages: torch.Tensor,
     layout: PageLayout,
     *,
+    one_per_page: bool = False,
     seed_pages: torch.Tensor | None = None,
     key_balance: torch.Tensor | None = None,
     sink_slots: torch.Tensor | None = None,
@@ -143,6 +167,8 @@ def quantize_slots(
             or -1 to skip the token.
         pages: ``[num_pages, page_bytes]`` uint8.
         layout: Page geometry and codec; page_tokens a power of two up to 128.
+        one_per_page: The caller's word that no two tokens have the same page, as in a decode step; it is
+            faster, and makes other bytes where tokens of few launches try fewer cell sizes.
         seed_pages: ``[num_tokens]`` int32 page whose centre a page opened by this token takes, or -1. The
             launch must not open that page itself.
         key_balance: ``[num_kv_heads, head_dim]`` float32, by which keys are divided before anything else.
@@ -177,7 +203,8 @@ def quantize_slots(
     if not num_tokens:
         return
     wide = keys.dtype is torch.float32 or key_balance is not None
-    plan = plan_quantize(num_tokens, shape, wide=wide)
+    hopper = one_per_page and hopper_appends(pages.device, layout)
+    plan = plan_quantize(num_tokens, shape, wide=wide, hopper=hopper)
     if not takes_kernel(pages.device):
         reference_slots.quantize_slots(
             keys,
@@ -193,6 +220,20 @@ def quantize_slots(
             reference_slots.keep_sinks(keys, values, sink_slots, sink_keys, sink_values)
         return
     sinks = (sink_slots, sink_keys, sink_values)
+    if plan.variant == "hopper":
+        from tq_kernels.hopper_launch import launch_append  # Gluon is a part of some Triton releases only
+
+        launch_append(
+            keys,
+            values,
+            slot_mapping,
+            pages,
+            layout,
+            seed_pages=seed_pages,
+            key_balance=key_balance,
+            sinks=sinks,
+        )
+        return
     _launch(plan, keys, values, slot_mapping, pages, layout, seed_pages, key_balance, sinks)
 
 

@@ -15,13 +15,22 @@ from triton.compiler import compile as compile_for
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tq_kernels import PageLayout, hopper, preset
+from tq_kernels._page_shape import page_shape
+from tq_kernels.device.hopper_append import append_tokens
 from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
+from tq_kernels.hopper_launch import side_constants
 
 SPLITS = [("tq4", 128, 128, 1, 4), ("tq3", 64, 64, 1, 7), ("tq2", 128, 64, 1, 4), ("k8v4", 64, 128, 4, 4)]
+APPENDS = [("tq4", 128), ("tq3", 64), ("k3v2", 256)]
 HEAD_DIMS = [64, 128, 256]
 POINTERS = {
     "p_query": "*bf16",
+    "p_keys": "*bf16",
+    "p_values": "*bf16",
+    "p_slots": "*i64",
+    "p_seeds": "*i32",
+    "p_sink_slots": "*i32",
     "p_pages": "*u8",
     "p_table": "*i32",
     "p_lengths": "*i32",
@@ -73,6 +82,14 @@ def _columns(head_dim: int) -> list[dict[str, object]]:
     ]
 
 
+def _append(name: str, head_dim: int) -> dict[str, object]:
+    """A token into its page, with everything optional switched on."""
+    layout = PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=2, page_tokens=64)
+    sides = {"KEY": side_constants(layout.spec.key), "VALUE": side_constants(layout.spec.value)}
+    fixed = {"SHAPE": page_shape(layout), **sides}
+    return _report(f"append {name} {head_dim}", append_tokens, fixed, POINTERS, num_warps=1)
+
+
 def _report(
     case: str,
     function: Any,
@@ -118,5 +135,6 @@ def _dump(what: str, path: str) -> str:
 
 
 if __name__ == "__main__":
-    for report in [*(_split(*case) for case in SPLITS), *(each for d in HEAD_DIMS for each in _columns(d))]:
+    columns = [each for head_dim in HEAD_DIMS for each in _columns(head_dim)]
+    for report in [*(_split(*case) for case in SPLITS), *columns, *(_append(*case) for case in APPENDS)]:
         sys.stdout.write(json.dumps(report) + "\n")

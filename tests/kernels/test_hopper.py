@@ -62,6 +62,15 @@ def test_a_rotation_reads_no_matrix(compiled: dict[str, dict[str, int]], head_di
     assert before["stack_bytes"] == after["stack_bytes"] == 0
 
 
+@pytest.mark.parametrize("case", ["append tq4 128", "append tq3 64", "append k3v2 256"])
+def test_a_token_is_appended_within_a_warp(compiled: dict[str, dict[str, int]], case: str) -> None:
+    found = compiled[case]
+
+    assert found["shared_bytes"] == found["LDS"] == found["STS"] == found["BAR"] == 0
+    assert found["SHFL"] >= 2 * 2 * 5 * int(case.split()[-1]) // 32
+    assert found["registers"] <= 128
+
+
 @pytest.mark.parametrize("name", CODED)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_warp_loads_every_word_of_a_strip_once(name: str, head_dim: int) -> None:

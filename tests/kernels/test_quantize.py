@@ -10,7 +10,7 @@ from tq_kernels import PRESETS, CodecSpec, KeyCenter, PageLayout, quantize, refe
 from tq_kernels._page_shape import page_shape
 from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS, midpoints
 from tq_kernels.device import quantize as device_quantize
-from tq_kernels.quantize import LaunchPlan, plan_quantize, quantize_slots
+from tq_kernels.quantize import LaunchPlan, hopper_appends, plan_quantize, quantize_slots
 from tq_kernels.reference import plane_view, read_key_center, read_side, rotation_of
 from tq_kernels.spec import Code
 
@@ -596,6 +596,56 @@ def test_a_cpu_without_the_interpreter_takes_the_reference(
 
     assert not calls
     _assert_same(result, _reference(exact, slots, layout, search=False), layout)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "page_tokens", "dtype"),
+    [
+        *((name, 64, 16, torch.bfloat16) for name, spec in PRESETS.items() if spec.key.rotated),
+        ("tq4", 128, 128, torch.float16),
+        ("tq3", 256, 64, torch.bfloat16),
+        ("k3v2", 64, 64, torch.float32),
+    ],
+)
+def test_tokens_that_share_no_page_are_written_as_the_plan_says(
+    name: str,
+    head_dim: int,
+    page_tokens: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    device: torch.device,
+) -> None:
+    """First tokens with a seed and without, tokens of every group and lane, one to skip; sinks besides."""
+    layout = layout_of(name, head_dim, page_tokens=page_tokens)
+    p = page_tokens
+    offsets = (0, 0, 1, 6, p // 4 + 2, p // 2 + 3, 3 * p // 4 + 1, p - 1)
+    slots = [page * p + offset for page, offset in enumerate(offsets)]
+    slots.insert(3, -1)
+    seed_pages = [8, *[-1] * 8]
+    exact = exact_tokens(layout, slots, 10, generator, {0: 8})
+    result = guarded(exact.pages, device)
+    sink_slots = torch.tensor([-1, 2, -1, 5, *[-1] * 5], dtype=torch.int32, device=device)
+    sinks = torch.zeros(2, 6, 2, head_dim, dtype=dtype, device=device)
+    keys, values = exact.keys.to(dtype).to(device), exact.values.to(dtype).to(device)
+    quantize_slots(
+        keys,
+        values,
+        torch.tensor(slots, device=device),
+        result.pages,
+        layout,
+        one_per_page=True,
+        seed_pages=torch.tensor(seed_pages, dtype=torch.int32, device=device),
+        key_balance=torch.ones(2, head_dim, device=device),
+        sink_slots=sink_slots,
+        sink_keys=sinks[0],
+        sink_values=sinks[1],
+    )
+    hopper = hopper_appends(device, layout)
+    search = plan_quantize(9, page_shape(layout), hopper=hopper).search
+    _assert_same(result, _reference(exact, slots, layout, seed_pages, search=search), layout)
+    for side, kept in zip((keys, values), sinks, strict=True):
+        assert torch.equal(kept[[2, 5]], side[[1, 3]])
+        assert not kept[[0, 1, 3, 4]].any()
 
 
 def _sinks(num_tokens: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class PagedAttention:
         *,
         seed_pages: torch.Tensor,
         sink_slots: torch.Tensor | None,
+        one_per_page: bool = False,
     ) -> None:
         """Compress tokens into their slots, and keep sinks. May be captured in a graph.
 
@@ -53,6 +54,7 @@ class PagedAttention:
             pages: The layer's pool.
             seed_pages: ``[num_tokens]`` int32 of `prepare_step`.
             sink_slots: Likewise; only of layers with sinks.
+            one_per_page: Whether no two tokens have the same page, as in a decode step of one token each.
         """
         kept = self.sink_keys is not None and sink_slots is not None
         quantize_slots(
@@ -61,6 +63,7 @@ class PagedAttention:
             slot_mapping,
             pages,
             self.layout,
+            one_per_page=one_per_page,
             seed_pages=seed_pages,
             key_balance=self.key_balance,
             sink_slots=sink_slots if kept else None,
