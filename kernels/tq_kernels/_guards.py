@@ -2,6 +2,7 @@
 
 import torch
 
+from tq_kernels.cold_layout import ColdLayout
 from tq_kernels.layout import PageLayout
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,15 +18,40 @@ def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
     Raises:
         ValueError: Another shape or dtype, or rows that kernels cannot read.
     """
-    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
-        raise ValueError(
-            f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
-        )
+    check_page_bytes(pages, layout)
     if pages.stride(1) != 1 or pages.stride(0) % _PAGE_STRIDE_MULTIPLE or pages.data_ptr() % 16:
         raise ValueError(
             "pages must be rows of contiguous bytes that begin at multiples of "
             f"{_PAGE_STRIDE_MULTIPLE} bytes, not strides {pages.stride()} at address {pages.data_ptr():#x}"
         )
+
+
+def check_page_bytes(pages: torch.Tensor, layout: PageLayout | ColdLayout) -> None:
+    """Pages are rows of bytes of the layout's size.
+
+    Raises:
+        ValueError: Another shape or dtype.
+    """
+    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
+        raise ValueError(
+            f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
+        )
+
+
+def check_tokens(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout | ColdLayout) -> None:
+    """Keys and values are whole pages of the layout.
+
+    Raises:
+        ValueError: A shape that does not fit; the message says how.
+    """
+    expected = (layout.num_kv_heads, layout.head_dim)
+    if keys.shape != values.shape or keys.dim() != 3 or tuple(keys.shape[1:]) != expected:
+        raise ValueError(
+            f"keys and values must both be [num_tokens, {expected[0]}, {expected[1]}], "
+            f"not {list(keys.shape)} and {list(values.shape)}"
+        )
+    if keys.shape[0] % layout.page_tokens:
+        raise ValueError(f"{keys.shape[0]} tokens are not whole pages of {layout.page_tokens}")
 
 
 def check_tensor(

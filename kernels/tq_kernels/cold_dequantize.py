@@ -4,8 +4,8 @@ import torch
 
 from tq_kernels._dispatch import takes_kernel
 from tq_kernels.cold_layout import LANES, ColdLayout
-from tq_kernels.cold_page import dequantize, restore
-from tq_kernels.cold_sections import OpenSections, open_sections, refuse_unsound
+from tq_kernels.cold_page import dequantize
+from tq_kernels.cold_sections import OpenSections, read_symbols
 from tq_kernels.device.read_cold import read_cold_sections
 from tq_kernels.entropy import reading_table
 
@@ -20,29 +20,9 @@ def dequantize_cold(
     *,
     key_balance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values that cold pages stand for; on a CPU by `cold_page.dequantize`.
-
-    Waits for the device, to say whether pages are sound.
-
-    Args:
-        pages: ``[num_pages, page_bytes]`` uint8, whatever they hold.
-        layout: Geometry, the same as when they were made.
-        dtype: Of the result.
-        key_balance: The balance with which the pages were made, by which keys are multiplied.
-
-    Returns:
-        Keys and values, each ``[num_pages * page_tokens, num_kv_heads, head_dim]``.
-
-    Raises:
-        ValueError: Pages of another size or dtype, or bytes that no writer produces.
-    """
-    if not takes_kernel(pages.device):
-        return dequantize(pages, layout, dtype, key_balance=key_balance)
-    opened = open_sections(pages, layout)
-    levels, differences, sound = read_symbols_on_device(opened, layout)
-    refuse_unsound(sound, layout)
-    keys, values = restore(levels, opened.scales_of(differences), opened.center, layout, key_balance)
-    return keys.to(dtype), values.to(dtype)
+    """`cold_page.dequantize`, on a GPU by a kernel; waits for the device, to say whether pages are sound."""
+    read = read_symbols_on_device if takes_kernel(pages.device) else read_symbols
+    return dequantize(pages, layout, dtype, key_balance=key_balance, read=read)
 
 
 def read_symbols_on_device(

@@ -8,12 +8,16 @@ written as the nearest path of levels L. Its scale |z| / |L| keeps the length, a
 reader needs the step.
 """
 
+from collections.abc import Callable
+
 import torch
 
+from tq_kernels._guards import check_tokens
 from tq_kernels.cold_layout import ColdLayout, section_bytes_for
 from tq_kernels.cold_scales import REACH_OCTAVES, Scales, dequantize_scales
 from tq_kernels.cold_search import CodedSections, fill
 from tq_kernels.cold_sections import (
+    OpenSections,
     open_sections,
     read_symbols,
     refuse_unsound,
@@ -28,6 +32,9 @@ from tq_kernels.spec import DEFAULT_ROTATION_SEED
 KEY_EXTRA_BITS = 0.5
 """Bits that an index of a key gets more than one of a value, where nobody says: errors of keys pass through
 an exponential, those of values are averaged, and at equal size the former count about twice as much."""
+
+ReadSymbols = Callable[[OpenSections, ColdLayout], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""`cold_sections.read_symbols`, or a kernel that does the same."""
 
 
 def quantize(
@@ -75,8 +82,7 @@ def _vectors(
     keys: torch.Tensor, values: torch.Tensor, layout: ColdLayout, key_balance: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is to be coded, ``[sections, 2, page_tokens, head_dim]``, and key centres as fp16."""
-    if keys.shape != values.shape:
-        raise ValueError(f"keys and values differ in shape: {list(keys.shape)} and {list(values.shape)}")
+    check_tokens(keys, values, layout)
     key, value = (_by_section(tensor, layout) for tensor in (keys, values))
     if key_balance is not None:
         key = key / key_balance.repeat(len(key) // layout.num_kv_heads, 1)[:, None]
@@ -102,14 +108,8 @@ def _settled(center: torch.Tensor, vectors: torch.Tensor, coded: CodedSections) 
 
 def _by_section(tensor: torch.Tensor, layout: ColdLayout) -> torch.Tensor:
     """``[num_tokens, heads, dim]`` as float32 ``[pages * heads, page_tokens, dim]``."""
-    heads, dim = layout.num_kv_heads, layout.head_dim
-    if tensor.dim() != 3 or tuple(tensor.shape[1:]) != (heads, dim) or tensor.shape[0] % layout.page_tokens:
-        raise ValueError(
-            f"keys and values must both be [whole pages of {layout.page_tokens}, {heads}, {dim}], "
-            f"not {list(tensor.shape)}"
-        )
-    by_page = (tensor.shape[0] // layout.page_tokens, layout.page_tokens, heads, dim)
-    return tensor.float().reshape(by_page).transpose(1, 2).flatten(0, 1)
+    by_page = tensor.float().reshape(-1, layout.page_tokens, *tensor.shape[1:])
+    return by_page.transpose(1, 2).flatten(0, 1)
 
 
 def dequantize(
@@ -118,6 +118,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     *,
     key_balance: torch.Tensor | None = None,
+    read: ReadSymbols = read_symbols,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values that cold pages stand for.
 
@@ -126,6 +127,7 @@ def dequantize(
         layout: Geometry, the same as when they were made.
         dtype: Of the result.
         key_balance: The balance with which the pages were made, by which keys are multiplied.
+        read: What walks through the words.
 
     Returns:
         Keys and values, each ``[num_pages * page_tokens, num_kv_heads, head_dim]``.
@@ -133,7 +135,7 @@ def dequantize(
     Raises:
         ValueError: Pages of another size or dtype, or bytes that no writer produces.
     """
-    levels, scales, center = read_levels(pages, layout)
+    levels, scales, center = read_levels(pages, layout, read)
     keys, values = restore(levels, scales, center, layout, key_balance)
     return keys.to(dtype), values.to(dtype)
 
@@ -158,7 +160,9 @@ def restore(
     return keys, values
 
 
-def read_levels(pages: torch.Tensor, layout: ColdLayout) -> tuple[torch.Tensor, Scales, torch.Tensor]:
+def read_levels(
+    pages: torch.Tensor, layout: ColdLayout, read: ReadSymbols = read_symbols
+) -> tuple[torch.Tensor, Scales, torch.Tensor]:
     """The integers of cold pages, checked.
 
     Returns:
@@ -169,7 +173,7 @@ def read_levels(pages: torch.Tensor, layout: ColdLayout) -> tuple[torch.Tensor, 
         ValueError: As for `dequantize`.
     """
     opened = open_sections(pages, layout)
-    levels, differences, sound = read_symbols(opened, layout)
+    levels, differences, sound = read(opened, layout)
     refuse_unsound(sound, layout)
     return levels, opened.scales_of(differences), opened.center
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tq_kernels._guards import check_page_bytes
 from tq_kernels.cold_layout import HEADER_FIELDS, LANES, SECTION_VERSION, ColdLayout
 from tq_kernels.cold_scales import Scales, is_top
 from tq_kernels.cold_search import CodedSections
@@ -113,10 +114,7 @@ def open_sections(pages: torch.Tensor, layout: ColdLayout) -> OpenSections:
     Raises:
         ValueError: Pages of another size or dtype, or headers that no writer produces.
     """
-    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
-        raise ValueError(
-            f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
-        )
+    check_page_bytes(pages, layout)
     # a copy, because views as wider numbers want an alignment
     sections = pages.reshape(len(pages) * layout.num_kv_heads, layout.section_bytes).clone()
     num_words = field_of(sections, "num_words").long() & 0xFFFF

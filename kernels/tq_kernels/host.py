@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 
+from tq_kernels._guards import check_tokens
 from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
 from tq_kernels.layout import PageLayout
 from tq_kernels.packing import pack
@@ -16,7 +17,6 @@ from tq_kernels.reference import (
     E4M3_MAX,
     FP16_MAX,
     SMALLEST_NORM,
-    check_tokens,
     level_table,
     nearest_indices,
     plane_view,

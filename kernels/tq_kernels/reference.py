@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from tq_kernels._guards import check_page_bytes, check_tokens
 from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
 from tq_kernels.layout import PageLayout
 from tq_kernels.packing import pack, unpack
@@ -303,10 +304,7 @@ def plane_view(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tens
     plane = layout.plane(name)
     if plane is None:
         raise KeyError(name)
-    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
-        raise ValueError(
-            f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
-        )
+    check_page_bytes(pages, layout)
     sections = pages.view(-1, layout.num_kv_heads, layout.section_bytes)
     raw = sections[..., plane.offset : plane.offset + plane.num_bytes]
     return raw.view(_ITEM_DTYPES[plane.item_bytes]).view(*raw.shape[:-1], plane.rows, plane.columns)
@@ -315,19 +313,3 @@ def plane_view(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tens
 def _by_page(tensor: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     """``[num_tokens, heads, dim]`` as float32 ``[num_pages, heads, page_tokens, dim]``."""
     return tensor.float().reshape(-1, layout.page_tokens, *tensor.shape[1:]).transpose(1, 2)
-
-
-def check_tokens(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> None:
-    """Keys and values are whole pages of the layout.
-
-    Raises:
-        ValueError: A shape that does not fit; the message says how.
-    """
-    expected = (layout.num_kv_heads, layout.head_dim)
-    if keys.shape != values.shape or keys.dim() != 3 or tuple(keys.shape[1:]) != expected:
-        raise ValueError(
-            f"keys and values must both be [num_tokens, {expected[0]}, {expected[1]}], "
-            f"not {list(keys.shape)} and {list(values.shape)}"
-        )
-    if keys.shape[0] % layout.page_tokens:
-        raise ValueError(f"{keys.shape[0]} tokens are not whole pages of {layout.page_tokens}")
