@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8QuantizationSerializer
-from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
+from lmcache.v1.memory_management import TensorMemoryObj
 
+from benchmarks.lmcache_objects import memory_object
 from tq_connectors.lmcache.chunk_codec import ChunkCodec, read_serde_settings
 from tq_connectors.lmcache.kv_layout import sides
 from tq_connectors.lmcache.serde import TQDeserializer, TQSerializer
@@ -85,22 +86,6 @@ def all_serdes(num_kv_heads: int, head_dim: int) -> tuple[list[Serde], list[str]
             there = partial(_ours_on_device, settings.page_layout()) if device == "cuda" else None
             serdes.append(Serde(f"{name} ({device})", TQSerializer(codec), TQDeserializer(codec), there))
     return serdes, missing
-
-
-def memory_object(tensor: torch.Tensor) -> TensorMemoryObj:
-    """An object of LMCache's with the tensor's numbers."""
-    raw = tensor.contiguous().view(-1).view(torch.uint8).clone()
-    metadata = MemoryObjMetadata(
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        address=0,
-        phy_size=raw.numel(),
-        fmt=MemoryFormat.KV_2LTD,
-        ref_count=1,
-        shapes=[tensor.shape],
-        dtypes=[tensor.dtype],
-    )
-    return TensorMemoryObj(raw, metadata, parent_allocator=None)
 
 
 def seconds(work: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:

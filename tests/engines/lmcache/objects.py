@@ -13,8 +13,9 @@ from lmcache.v1.distributed.l2_adapters.config import get_l2_adapter_config_clas
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry
 from lmcache.v1.distributed.l2_adapters.serde_wrapper import SerdeL2AdapterWrapper
 from lmcache.v1.distributed.serde import SerdeConfig, create_serde_processor
-from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 from lmcache.v1.platform import consume_fd
+
+from benchmarks.lmcache_objects import memory_object
 
 WAIT_S = 30.0
 PLUGIN = {
@@ -44,22 +45,6 @@ def object_key(number: int, *, salt: str = "", model: str = "org/model") -> Obje
     return ObjectKey(
         chunk_hash=number.to_bytes(32, "big"), model_name=model, kv_rank=0x01000100, cache_salt=salt
     )
-
-
-def memory_object(tensor: torch.Tensor) -> TensorMemoryObj:
-    """An object as LMCache's allocator makes it, with the tensor's numbers."""
-    raw = tensor.contiguous().view(-1).view(torch.uint8).clone()
-    metadata = MemoryObjMetadata(
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        address=0,
-        phy_size=raw.numel(),
-        fmt=MemoryFormat.KV_2LTD,
-        ref_count=1,
-        shapes=[tensor.shape],
-        dtypes=[tensor.dtype],
-    )
-    return TensorMemoryObj(raw, metadata, parent_allocator=None)
 
 
 def make_adapter(spec: dict[str, Any]) -> L2AdapterInterface:
