@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 from playwright.sync_api import Browser, sync_playwright
 
-from tq_store.block import BlockInfo, pack_block
+from tq_connectors.codec import pack_pages
+from tq_kernels import PageLayout, preset
 from tq_store.keys import BlockKey
 
 PICTURE = Path(__file__).parents[2] / "deploy" / "status-page.png"
@@ -58,28 +59,8 @@ def take_picture() -> None:
 
 def _block(key: BlockKey) -> bytes:
     """A block in the shape of a small model, 4 bits a value: 1 MiB."""
-    info = BlockInfo(
-        namespace=key[:32],
-        prefix_hash=key[32:],
-        codec_fingerprint=bytes(32),
-        rotation_seed=0,
-        codec_id=1,
-        packing_id=1,
-        key_code=4,
-        value_code=4,
-        rotation_id=1,
-        key_center=0,
-        page_bytes=64 * 8 * 134,
-        num_tokens=64,
-        page_tokens=64,
-        head_dim=128,
-        first_layer=0,
-        num_layers=16,
-        first_kv_head=0,
-        num_kv_heads=8,
-        total_kv_heads=8,
-    )
-    return pack_block(info, random.Random(key).randbytes(info.payload_bytes))
+    layout = PageLayout(spec=preset("tq4"), head_dim=128, num_kv_heads=8, page_tokens=64)
+    return pack_pages(layout, 16, key, random.Random(key).randbytes(16 * layout.page_bytes))
 
 
 if __name__ == "__main__":
