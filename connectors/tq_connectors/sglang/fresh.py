@@ -1,0 +1,33 @@
+"""Attention among the new tokens of sequences without a prefix: FlashAttention 3 where SGLang brings it."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+FreshAttention = Callable[..., torch.Tensor]
+_HOPPER = (9, 0)
+_PROBED_TOKENS = 16
+
+
+def flash_attention_3(
+    num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> FreshAttention | None:
+    """SGLang's FlashAttention 3 for ragged batches, if it serves these heads here; tried once, on zeros."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
+        return None
+    try:
+        from sgl_kernel.flash_attn import flash_attn_varlen_func
+
+        query = torch.zeros(_PROBED_TOKENS, num_query_heads, head_dim, dtype=dtype, device=device)
+        keys = torch.zeros(_PROBED_TOKENS, num_kv_heads, head_dim, dtype=dtype, device=device)
+        starts = torch.tensor([0, _PROBED_TOKENS], dtype=torch.int32, device=device)
+        flash_attn_varlen_func(query, keys, keys, starts, starts, _PROBED_TOKENS, _PROBED_TOKENS, causal=True)
+        torch.cuda.synchronize(device)
+    except (ImportError, RuntimeError, NotImplementedError) as error:
+        logger.warning("tq-store: prefill without FlashAttention 3: %s", error)
+        return None
+    attention: FreshAttention = flash_attn_varlen_func
+    return attention

@@ -1,0 +1,22 @@
+"""Hook: a function of ours on a function of SGLang."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hook:
+    """One function of SGLang with ours around it, or before it.
+
+    Args:
+        target: Dotted path.
+        kind: As SGLang's `HookType` has it.
+        function: Gets the original first if it is around.
+        parameters: Of the target that the function relies on, by name.
+    """
+
+    target: str
+    kind: Literal["before", "around"]
+    function: Callable[..., Any]
+    parameters: tuple[str, ...]

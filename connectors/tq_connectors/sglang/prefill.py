@@ -1,0 +1,144 @@
+"""Prefill: attention of new tokens among themselves and, over pages, to the prefixes before them."""
+
+import torch
+
+from tq_connectors.engine.attention import PagedAttention
+from tq_connectors.sglang.fresh import FreshAttention
+from tq_connectors.sglang.segments import Kind, Segment
+from tq_connectors.sglang.steps import Batch
+from tq_kernels.decode_attention import decode_workspace
+from tq_kernels.extend_attention import ExtendWorkspace, extend_workspace
+from tq_kernels.extend_plan import WORKSPACE_TOKENS
+from tq_kernels.layout import PageLayout
+
+
+class Prefill:
+    """Serves the segments of batches, all layers in turn.
+
+    Args:
+        layout: Of the pages.
+        max_tokens: Tokens of the longest prefix.
+        device: Where the pages are.
+        fresh: What attends among new tokens of sequences without a prefix; None for `tq_kernels`.
+    """
+
+    def __init__(
+        self, layout: PageLayout, *, max_tokens: int, device: torch.device, fresh: FreshAttention | None
+    ) -> None:
+        self._layout = layout
+        self._max_tokens = max_tokens
+        self._device = device
+        self._fresh_attention = fresh
+        self._workspace: ExtendWorkspace | None = None
+
+    def attend(
+        self,
+        attention: PagedAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: torch.Tensor,
+        batch: Batch,
+        out: torch.Tensor,
+    ) -> None:
+        """All segments of a batch.
+
+        Args:
+            attention: The layer.
+            query: ``[num_tokens, num_query_heads, head_dim]``.
+            keys: ``[num_tokens, num_kv_heads, head_dim]``, written to their pages already.
+            values: The same shape.
+            pages: The layer's pool.
+            batch: Of this pass.
+            out: Written: the query's shape; zeros where a token belongs to no sequence.
+        """
+        for segment in batch.segments:
+            new = segment.tokens
+            tokens = (query[new], keys[new], values[new], out[new])
+            if segment.kind is Kind.SINGLE:
+                self._singles(attention, query[new], pages, batch, segment, out[new])
+            elif segment.kind is Kind.FRESH and self._fresh_attention is not None:
+                self._fresh(self._fresh_attention, attention, *tokens, batch, segment)
+            else:
+                self._one_by_one(attention, *tokens, pages, batch, segment)
+        end = batch.segments[-1].tokens.stop if batch.segments else 0
+        out[end:].zero_()
+
+    def _singles(
+        self,
+        attention: PagedAttention,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        batch: Batch,
+        segment: Segment,
+        out: torch.Tensor,
+    ) -> None:
+        rows = segment.rows
+        attention.decode(
+            query,
+            pages,
+            batch.block_table[rows],
+            batch.lengths[rows],
+            sink_rows=batch.sink_rows[rows],
+            workspace=decode_workspace(
+                self._layout, len(query), query.shape[1], batch.block_table.shape[1], self._device
+            ),
+            out=out,
+        )
+
+    def _fresh(
+        self,
+        fresh: FreshAttention,
+        attention: PagedAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        batch: Batch,
+        segment: Segment,
+    ) -> None:
+        starts = batch.query_start[segment.rows.start : segment.rows.stop + 1] - segment.tokens.start
+        longest = max(segment.new_lens)
+        window = attention.sliding_window
+        result = fresh(
+            query,
+            keys,
+            values,
+            starts,
+            starts,
+            longest,
+            longest,
+            softmax_scale=attention.softmax_scale,
+            causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            softcap=attention.softcap or 0.0,
+        )
+        out.copy_(result)
+
+    def _one_by_one(
+        self,
+        attention: PagedAttention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        pages: torch.Tensor,
+        batch: Batch,
+        segment: Segment,
+    ) -> None:
+        if self._workspace is None:
+            tokens = min(WORKSPACE_TOKENS, self._max_tokens)
+            self._workspace = extend_workspace(self._layout, tokens, self._device)
+        for place, (start, end) in enumerate(segment.spans):
+            row = segment.rows.start + place
+            attention.extend(
+                query[start:end],
+                keys[start:end],
+                values[start:end],
+                pages,
+                batch.block_table[row],
+                segment.prefix_lens[place],
+                sink_row=batch.sink_rows[row : row + 1],
+                workspace=self._workspace,
+                out=out[start:end],
+            )

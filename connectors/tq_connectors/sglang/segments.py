@@ -1,0 +1,77 @@
+"""How a batch of prefills is cut: sequences that one launch of attention serves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate, groupby, pairwise
+
+
+class Kind(Enum):
+    """What serves a segment."""
+
+    FRESH = "fresh"
+    """Sequences without a prefix: attention among their new tokens alone."""
+    SINGLE = "single"
+    """Sequences with one new token each, as decodes mixed into a batch of prefills."""
+    RESUMED = "resumed"
+    """One sequence whose new tokens follow a compressed prefix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Neighbouring sequences of a batch.
+
+    Args:
+        kind: What serves them.
+        rows: Their rows in the batch.
+        tokens: Their new tokens in the batch.
+        new_lens: New tokens of each.
+        prefix_lens: Tokens of each that are in pages.
+    """
+
+    kind: Kind
+    rows: slice
+    tokens: slice
+    new_lens: tuple[int, ...]
+    prefix_lens: tuple[int, ...]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each sequence starts and ends among the segment's tokens."""
+        return list(pairwise([0, *accumulate(self.new_lens)]))
+
+
+def cut_into_segments(prefix_lens: Sequence[int], new_lens: Sequence[int]) -> tuple[Segment, ...]:
+    """Segments of a batch, in its order.
+
+    Args:
+        prefix_lens: Tokens of every sequence that are in pages.
+        new_lens: New tokens of every sequence; one without any belongs to no segment.
+    """
+    starts = [0, *accumulate(new_lens)]
+    segments = []
+    rows = [row for row, new in enumerate(new_lens) if new]
+
+    def key(row: int) -> tuple[Kind, int]:
+        kind = _kind(prefix_lens[row], new_lens[row])
+        return kind, row if kind is Kind.RESUMED else -1
+
+    for (kind, _), group in groupby(rows, key):
+        members = list(group)
+        first, last = members[0], members[-1]
+        segments.append(
+            Segment(
+                kind=kind,
+                rows=slice(first, last + 1),
+                tokens=slice(starts[first], starts[last + 1]),
+                new_lens=tuple(new_lens[first : last + 1]),
+                prefix_lens=tuple(prefix_lens[first : last + 1]),
+            )
+        )
+    return tuple(segments)
+
+
+def _kind(prefix: int, new: int) -> Kind:
+    if not prefix:
+        return Kind.FRESH
+    return Kind.SINGLE if new == 1 else Kind.RESUMED
