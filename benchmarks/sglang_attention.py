@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_parallel
 
-from tq_connectors.engine.layouts import DTYPES
+from tq_connectors.engine.layouts import DTYPES, PAGE_TOKENS
 from tq_connectors.engine.sink_pool import NUM_SINKS
 from tq_connectors.sglang.backend import TurboQuantBackend
 from tq_connectors.sglang.plugin import register
@@ -260,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sglang_attention", description=__doc__)
     parser.add_argument("--presets", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--heads", nargs=3, type=int, default=[32, 8, 128], metavar=("QUERY", "KV", "DIM"))
+    parser.add_argument("--page-sizes", nargs="+", type=int, default=list(PAGE_TOKENS), choices=PAGE_TOKENS)
     parser.add_argument(
         "--length", type=int, default=1000, help="tokens of a sequence (default: %(default)s)"
     )
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     HookRegistry.apply_hooks()
     worst = 0.0
     for name in parsed.presets:
-        for page_size in (64, 128):
+        for page_size in parsed.page_sizes:
             row = check(name, page_size, tuple(parsed.heads), parsed.length)
             worst = max(worst, *(error["codes"] for error in row["errors"].values()))
             print(json.dumps(row), flush=True)

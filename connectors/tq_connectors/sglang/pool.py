@@ -14,8 +14,8 @@ from tq_kernels import PageLayout
 class TQTokenToKVPool(MHATokenToKVPool):
     """Pages of all layers of a rank, two layers for each of SGLang's (`page_rows`).
 
-    Only `backend.TurboQuantBackend` writes and reads tokens; everything else moves rows. Page 0 takes what
-    SGLang writes for padding and is never read.
+    Only `backend.TurboQuantBackend` writes and reads tokens; everything else moves rows, and reads what they
+    are from `page_layout`, `first_layer` and `num_model_layers`. Page 0 is what SGLang calls padding.
 
     Args:
         size: Tokens, a multiple of page_size.
