@@ -76,11 +76,16 @@ class Engine:
         runner = SimpleNamespace(
             token_to_kv_pool=self.pool,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token, size=max_seqs),
-            model_config=SimpleNamespace(context_len=max_tokens, num_attention_heads=query_heads),
+            model_config=SimpleNamespace(
+                context_len=max_tokens,
+                num_attention_heads=query_heads,
+                num_hidden_layers=LAYERS,
+                get_total_num_kv_heads=lambda: kv_heads,
+            ),
             device=device,
             dtype=dtype,
         )
-        with get_parallel().override(attn_tp_size=1):
+        with get_parallel().override(attn_tp_size=1, attn_tp_rank=0):
             self.backend = TurboQuantBackend(runner)
         self.layers = [
             RadixAttention(query_heads, head_dim, head_dim**-0.5, kv_heads, number)

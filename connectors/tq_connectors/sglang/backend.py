@@ -1,6 +1,7 @@
 """TurboQuantBackend: attention of SGLang on compressed pages."""
 
 import logging
+import os
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from sglang.srt.runtime_context import get_parallel
 from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.sink_pool import SinkPool
 from tq_connectors.engine.workspaces import DecodeWorkspaces
+from tq_connectors.sglang.balance import key_balance
 from tq_connectors.sglang.fresh import flash_attention_3
 from tq_connectors.sglang.installed import require_hooks
 from tq_connectors.sglang.page_rows import row_bytes, sink_rows
@@ -51,7 +53,18 @@ class TurboQuantBackend(AttentionBackend):
         self._pool, layout = pool, pool.page_layout
         self._device = torch.device(runner.device)
         self._max_tokens = min(runner.model_config.context_len, pool.size)
-        self._num_query_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        model, parallel = runner.model_config, get_parallel()
+        self._num_query_heads = model.num_attention_heads // parallel.attn_tp_size
+        balance = key_balance(
+            os.environ,
+            layout,
+            layers=range(pool.first_layer, pool.first_layer + pool.num_model_layers),
+            num_model_layers=model.num_hidden_layers,
+            total_kv_heads=model.get_total_num_kv_heads(),
+            tp_rank=parallel.attn_tp_rank,
+            tp_size=parallel.attn_tp_size,
+        )
+        self._balance = None if balance is None else balance.to(self._device)
         self._sinks = SinkPool(
             layout,
             num_layers=pool.num_model_layers,
@@ -228,6 +241,7 @@ class TurboQuantBackend(AttentionBackend):
             # SGLang counts the positions before a query, we count its own as well
             sliding_window=layer.sliding_window_size + 1 if layer.sliding_window_size > -1 else None,
             softcap=layer.logit_cap or None,
+            key_balance=None if self._balance is None else self._balance[number],
             sink_keys=self._sinks.keys[number],
             sink_values=self._sinks.values[number],
         )

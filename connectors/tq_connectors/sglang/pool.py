@@ -72,7 +72,7 @@ class TQTokenToKVPool(MHATokenToKVPool):
         layer = layer_id - self.first_layer
         if self.layer_transfer_counter is not None:
             self.layer_transfer_counter.wait_until(pair_of(layer))
-        buffer = (self.v_buffer if layer % 2 else self.k_buffer)[pair_of(layer)]
+        buffer: torch.Tensor = (self.v_buffer if layer % 2 else self.k_buffer)[pair_of(layer)]
         return buffer.view(-1, self.page_layout.page_bytes)
 
     def get_key_buffer(self, layer_id: int) -> torch.Tensor:
@@ -107,4 +107,5 @@ class TQTokenToKVPool(MHATokenToKVPool):
 
     def _pages_of(self, indices: torch.Tensor) -> torch.Tensor:
         """Pages of a sequence's slots, which begin with a page."""
-        return indices[:: self.page_size] // self.page_size
+        page_tokens = self.page_layout.page_tokens
+        return indices[::page_tokens] // page_tokens

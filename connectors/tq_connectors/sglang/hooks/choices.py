@@ -1,6 +1,6 @@
 """Names that SGLang's command line takes: the dtypes and the attention backend. SGLang 0.5.17 to 0.5.23."""
 
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from tq_connectors.engine.layouts import DTYPES
 
@@ -21,11 +21,13 @@ def add_choices() -> None:
     if BACKEND not in server_args.ATTENTION_BACKEND_CHOICES:
         server_args.add_attention_backend_choices([BACKEND])
 
-    @register_attention_backend(BACKEND)
-    def create_backend(runner: object) -> object:
-        from tq_connectors.sglang.backend import TurboQuantBackend
+    register_attention_backend(BACKEND)(_create_backend)
 
-        return TurboQuantBackend(runner)
+
+def _create_backend(runner: Any) -> Any:
+    from tq_connectors.sglang.backend import TurboQuantBackend
+
+    return TurboQuantBackend(runner)
 
 
 def _dtype_choices(arguments: type) -> list[str]:
