@@ -164,7 +164,7 @@ class TurboQuantBackend(AttentionBackend):
         **others: Any,
     ) -> torch.Tensor:
         """One new token of every sequence: written, then attended to with all before it."""
-        attention, batch, pages = self._written(layer, k, v, save_kv_cache, others)
+        attention, batch, pages = self._written(layer, k, v, save_kv_cache, others, one_per_page=True)
         if self._workspace is None:
             raise RuntimeError("a decode was not prepared")
         out = torch.empty_like(q)
@@ -190,7 +190,7 @@ class TurboQuantBackend(AttentionBackend):
         **others: Any,
     ) -> torch.Tensor:
         """New tokens of every sequence: written, and attended to as they came."""
-        attention, batch, pages = self._written(layer, k, v, save_kv_cache, others)
+        attention, batch, pages = self._written(layer, k, v, save_kv_cache, others, one_per_page=False)
         out = torch.empty_like(q)
         self._prefill.attend(attention, self._by_heads(q), k, v, pages, batch, self._by_heads(out))
         return out
@@ -202,6 +202,8 @@ class TurboQuantBackend(AttentionBackend):
         values: torch.Tensor | None,
         save: bool,
         others: dict[str, Any],
+        *,
+        one_per_page: bool,
     ) -> tuple[PagedAttention, Batch, torch.Tensor]:
         """The layer's attention, the batch, and the layer's pages with the new tokens in them."""
         batch = self._batch
@@ -221,6 +223,7 @@ class TurboQuantBackend(AttentionBackend):
                 pages,
                 seed_pages=batch.seed_pages[: len(keys)],
                 sink_slots=batch.sink_slots[: len(keys)],
+                one_per_page=one_per_page,
             )
             if layer.layer_id == self._pool.first_layer:
                 self._steps.first_layer_written(batch)
