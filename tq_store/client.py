@@ -37,7 +37,8 @@ class StoreClient:
 
     Every call blocks until its deadline at the latest. Nothing is connected before the first call, and a lost
     connection comes back by itself. Calls that change nothing are tried again, within their deadline, while
-    the server is unreachable. Batches over the limits of the contract are cut into several calls.
+    the server is unreachable. Batches over the limits of the contract are cut into several requests, which
+    share the deadline.
 
     A call raises nothing but RpcError, whatever the server does: a block that does not verify against its key
     is a miss, counted in `counters`.
@@ -71,12 +72,13 @@ class StoreClient:
         return {"rejected_blocks": 0, "broken_streams": 0} | self._connection.counters
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:
-        """Number of leading keys that are there; one call for up to 4096 keys."""
+        """Number of leading keys that are there; one request for up to 4096 keys."""
         hits = 0
+        attempts = self._connection.attempts(self._config.lookup_timeout_s)
         for chunk in _chunks(keys):
             parse = partial(convert.parse_hits, num_keys=len(chunk))
             request = convert.pack_keys(chunk)
-            found = self._connection.ask("Lookup", request, parse, timeout_s=self._config.lookup_timeout_s)
+            found = self._connection.ask("Lookup", request, parse, timeout_s=attempts.remaining_s)
             hits += found
             if found < len(chunk):
                 break
@@ -96,8 +98,8 @@ class StoreClient:
             RpcError: On the way, after any number of blocks.
         """
         position = 0
+        attempts = self._connection.attempts(self._config.transfer_timeout_s)
         for chunk in _chunks(keys):
-            attempts = self._connection.attempts(self._config.transfer_timeout_s)
             end = position + len(chunk)
             while position < end:
                 try:
@@ -119,16 +121,17 @@ class StoreClient:
         grpc's. Never tried again: a lost put is a future miss.
         """
         outcomes: list[PutOutcome] = []
+        attempts = self._connection.attempts(self._config.transfer_timeout_s)
         source = iter(blocks)
         next_block = next(source, None)
         while next_block is not None:
-            sent, next_block = self._road.put(next_block, source, self._config.transfer_timeout_s)
+            sent, next_block = self._road.put(next_block, source, attempts)
             outcomes += sent
             if next_block is None:
                 break
             batch = _PutBatch(next_block, source)
             outcomes += self._connection.send(
-                "Put", batch.frames(), batch.parse_outcomes, timeout_s=self._config.transfer_timeout_s
+                "Put", batch.frames(), batch.parse_outcomes, timeout_s=attempts.remaining_s
             )
             next_block = batch.left_over
         return outcomes
@@ -181,12 +184,13 @@ class StoreClient:
         self, method: str, keys: Sequence[BlockKey], *, timeout_s: float, is_idempotent: bool
     ) -> list[bool]:
         flags: list[bool] = []
+        attempts = self._connection.attempts(timeout_s)
         for chunk in _chunks(keys):
             flags += self._connection.ask(
                 method,
                 convert.pack_keys(chunk),
                 partial(convert.parse_flags, num_keys=len(chunk)),
-                timeout_s=timeout_s,
+                timeout_s=attempts.remaining_s,
                 is_idempotent=is_idempotent,
             )
         return flags

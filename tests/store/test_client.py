@@ -237,6 +237,24 @@ class Foreign(stubs.BlockStoreServicer):
             yield step
 
 
+def test_the_requests_of_a_call_share_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_s: list[float] = []
+    original = Connection.ask
+
+    def noting(connection: Connection, method: str, *arguments: Any, **named: Any) -> Any:
+        left_s.append(named["timeout_s"])
+        return original(connection, method, *arguments, **named)
+
+    monkeypatch.setattr(Connection, "ask", noting)
+    keys = [sample_key(1)] * (2 * MAX_KEYS + 1)
+    with running_server() as server, StoreClient(server.address, config=PATIENT) as client:
+        client.put([sample_block(1)])
+        for call in (client.lookup, client.contains):
+            left_s.clear()
+            call(keys)
+            assert PATIENT.lookup_timeout_s > left_s[0] > left_s[1] > left_s[2] > 0
+
+
 REJECTED, BROKEN = "rejected_blocks", "broken_streams"
 HONEST_END = honest(2)
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from store.running_server import running_server
+from store.running_server import WAIT_S, running_server
 
 from tq_store.errors import ConfigError
 from tq_store.rpc import segment as segment_module
@@ -162,27 +162,27 @@ async def test_a_copy_under_way_outlives_its_segment(segments: Segments, tmp_pat
 def test_a_pool_reuses_what_comes_back_sound(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
     with running_server(local_socket=tmp_path / "s"):
-        with pool.lend() as first:
+        with pool.lend(WAIT_S) as first:
             assert first is not None
-        with pool.lend() as again:
+        with pool.lend(WAIT_S) as again:
             assert again is first
-        broken = pool.lend()
+        broken = pool.lend(WAIT_S)
         assert broken.__enter__() is first
         assert not broken.__exit__(ArithmeticError, ArithmeticError(), None)
-        with pool.lend() as fresh:
+        with pool.lend(WAIT_S) as fresh:
             assert fresh is not None
             assert fresh is not first
             pool.close()
-        with pool.lend() as none:
+        with pool.lend(WAIT_S) as none:
             assert none is None
 
 
 def test_a_pool_notices_that_the_server_was_started_again(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    with running_server(local_socket=tmp_path / "s"), pool.lend() as first:
+    with running_server(local_socket=tmp_path / "s"), pool.lend(WAIT_S) as first:
         assert first is not None
     assert not first.is_alive
-    with running_server(local_socket=tmp_path / "s"), pool.lend() as second:
+    with running_server(local_socket=tmp_path / "s"), pool.lend(WAIT_S) as second:
         assert second is not None
         assert second is not first
         assert second.is_alive
@@ -194,15 +194,15 @@ def test_a_pool_lends_no_more_than_four_and_rests_after_a_refusal(
 ) -> None:
     pool = pool_of(tmp_path)
     with running_server(local_socket=tmp_path / "s"), ExitStack() as stack:
-        lent = [stack.enter_context(pool.lend()) for _ in range(5)]
+        lent = [stack.enter_context(pool.lend(WAIT_S)) for _ in range(5)]
         assert [segment is None for segment in lent] == [False] * 4 + [True]
-    with pool.lend() as none:
+    with pool.lend(WAIT_S) as none:
         assert none is None
     with running_server(local_socket=tmp_path / "s"):
-        with pool.lend() as still_none:
+        with pool.lend(WAIT_S) as still_none:
             assert still_none is None, "it was refused a moment ago"
         monkeypatch.setattr(segment_module.time, "monotonic", lambda: 1e12)
-        with pool.lend() as found:
+        with pool.lend(WAIT_S) as found:
             assert found is not None
     pool.close()
 
@@ -211,7 +211,7 @@ def test_a_pool_lends_no_more_than_four_and_rests_after_a_refusal(
     ("address", "num_bytes"), [("127.0.0.1:7437", BYTES), ("unix:/nowhere/s", BYTES), ("unix:/nowhere/s", 0)]
 )
 def test_elsewhere_there_is_nothing_to_lend(address: str, num_bytes: int) -> None:
-    with SegmentPool(address, num_bytes).lend() as segment:
+    with SegmentPool(address, num_bytes).lend(WAIT_S) as segment:
         assert segment is None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc import shared as shared_module
 from tq_store.rpc.connection import Connection
-from tq_store.rpc.segment import Segment
+from tq_store.rpc.segment import SOCKET_SUFFIX, Segment
 from tq_store.server.segments import Segment as ServerSegment
 from tq_store.server.service import BlockStoreService
 
@@ -120,6 +121,34 @@ def test_either_side_can_do_without(
     assert calls.take() == ["Put", "Get"]
 
 
+def test_a_put_has_one_deadline_however_many_segments_it_fills(
+    client: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_s: list[float] = []
+    ask = Connection.ask
+
+    def noting(connection: Connection, method: str, *arguments: Any, **named: Any) -> Any:
+        left_s.append(named["timeout_s"])
+        return ask(connection, method, *arguments, **named)
+
+    monkeypatch.setattr(Connection, "ask", noting)
+    assert client.put(sample_blocks(3, 3 * MIB)) == [STORED] * 3
+    assert len(left_s) == 3
+    assert WAIT_S > left_s[0] > left_s[1] > left_s[2] > 0
+
+
+def test_a_memory_socket_that_says_nothing_leaves_time_for_the_stream(path: Path, calls: Calls) -> None:
+    with (
+        socket.socket(socket.AF_UNIX) as silent,
+        running_server(local_socket=path, shared_segments=0),
+        client_at(path, transfer_timeout_s=2.0) as client,
+    ):
+        silent.bind(f"{path}{SOCKET_SUFFIX}")
+        silent.listen()
+        assert client.put([sample_block(1)]) == [STORED]
+    assert calls.take() == ["Put"]
+
+
 def test_blocks_that_cannot_be_sound_are_not_sent(client: StoreClient, calls: Calls) -> None:
     good = sample_block(1)
     odd = [(sample_key(2), b""), (BlockKey(b"short"), good[1])]
@@ -181,7 +210,7 @@ def test_a_handle_that_is_not_known_gives_and_takes_nothing(client: StoreClient)
 
 
 def test_a_put_beyond_the_segment_is_refused(client: StoreClient) -> None:
-    with client._segments.lend() as segment:
+    with client._segments.lend(WAIT_S) as segment:
         assert segment is not None
         beyond = convert.pack_shared_put(segment.handle, [(sample_key(1), segment.num_bytes + 1)])
         with pytest.raises(RpcError, match="outside a segment"):

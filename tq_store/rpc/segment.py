@@ -19,6 +19,8 @@ HANDLE_BYTES = 16
 SOCKET_SUFFIX = ".memory"
 MAX_SEGMENT_BYTES = 1 << 30
 _OPEN_TIMEOUT_S = 2.0
+_LEAST_S = 0.001
+"""A timeout of 0 would mean not to wait for a socket at all."""
 _REST_S = 5.0
 _MOST_SEGMENTS = 4
 _SEALS = ("F_SEAL_GROW", "F_SEAL_SHRINK", "F_SEAL_SEAL")
@@ -38,13 +40,15 @@ class Segment:
     Args:
         path: The server's socket for it.
         num_bytes: 1 byte to 1 GiB.
+        timeout_s: Longest time to wait for the server.
 
     Raises:
         OSError: There is no such server, it takes no segments, or there is no memory.
     """
 
-    def __init__(self, path: str, num_bytes: int) -> None:
+    def __init__(self, path: str, num_bytes: int, *, timeout_s: float = _OPEN_TIMEOUT_S) -> None:
         self.num_bytes = num_bytes
+        deadline = time.monotonic() + timeout_s
         with contextlib.ExitStack() as undo:
             fd = os.memfd_create("tq-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             undo.callback(os.close, fd)
@@ -52,9 +56,10 @@ class Segment:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, required_seals())
             self._map = undo.enter_context(mmap.mmap(fd, num_bytes))
             self._socket = undo.enter_context(socket.socket(socket.AF_UNIX))
-            self._socket.settimeout(_OPEN_TIMEOUT_S)
+            self._socket.settimeout(max(timeout_s, _LEAST_S))
             self._socket.connect(path)
             socket.send_fds(self._socket, [b"\0"], [fd])
+            self._socket.settimeout(max(deadline - time.monotonic(), _LEAST_S))
             self.handle = self._socket.recv(HANDLE_BYTES, socket.MSG_WAITALL)
             if len(self.handle) != HANDLE_BYTES:
                 raise ConnectionRefusedError("the server takes no shared memory now")
@@ -109,9 +114,13 @@ class SegmentPool:
         self._is_closed = False
 
     @contextlib.contextmanager
-    def lend(self) -> Iterator[Segment | None]:
-        """A segment for the time of one transfer, or None. One whose transfer fails is given up."""
-        segment = self._take()
+    def lend(self, timeout_s: float) -> Iterator[Segment | None]:
+        """A segment for the time of one transfer, or None. One whose transfer fails is given up.
+
+        Args:
+            timeout_s: What the transfer has left; making a segment takes half of it at most.
+        """
+        segment = self._take(timeout_s)
         if segment is None:
             yield None
             return
@@ -133,7 +142,7 @@ class SegmentPool:
         for segment in idle:
             segment.close()
 
-    def _take(self) -> Segment | None:
+    def _take(self, timeout_s: float) -> Segment | None:
         with self._lock:
             if self._path is None or self._is_closed:
                 return None
@@ -147,7 +156,8 @@ class SegmentPool:
                 return None
             self._num_lent += 1
         try:
-            return Segment(self._path, self._segment_bytes)
+            timeout_s = min(_OPEN_TIMEOUT_S, timeout_s / 2)
+            return Segment(self._path, self._segment_bytes, timeout_s=timeout_s)
         except OSError:
             with self._lock:
                 self._num_lent -= 1

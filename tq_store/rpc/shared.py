@@ -44,7 +44,7 @@ class SharedRoad:
         """
         position = 0
         try:
-            with self._segments.lend() as segment:
+            with self._segments.lend(attempts.remaining_s) as segment:
                 while segment is not None and position < len(keys):
                     asked = keys[position : position + _KEYS_PER_CALL]
                     sizes_bytes = self._ask_for(segment, asked, attempts)
@@ -61,7 +61,7 @@ class SharedRoad:
             return
 
     def put(
-        self, first: Block, source: Iterator[Block], timeout_s: float
+        self, first: Block, source: Iterator[Block], attempts: Attempts
     ) -> tuple[list[PutOutcome], Block | None]:
         """Store leading blocks; their outcomes, and the first block that has to go as a stream, if any.
 
@@ -70,14 +70,14 @@ class SharedRoad:
         """
         outcomes: list[PutOutcome] = []
         block: Block | None = first
-        with self._segments.lend() as segment:
+        with self._segments.lend(attempts.remaining_s) as segment:
             while segment is not None and block is not None and len(block[1]) <= segment.num_bytes:
                 batch = _Batch(segment)
                 block = batch.fill(block, source)
                 parse = partial(convert.parse_outcomes, num_blocks=len(batch.sent))
                 request = convert.pack_shared_put(segment.handle, batch.sent)
                 stored = self._connection.ask(
-                    "PutShared", request, parse, timeout_s=timeout_s, is_idempotent=False
+                    "PutShared", request, parse, timeout_s=attempts.remaining_s, is_idempotent=False
                 )
                 outcomes += batch.outcomes(stored)
         return outcomes, block
