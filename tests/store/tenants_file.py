@@ -43,12 +43,12 @@ class TenantsFile:
         fresh.chmod(0o600)
         os.replace(fresh, self.path)
 
-    def client(self, address: str, name: str, *, token: str | None = None) -> StoreClient:
+    def client(self, address: str, name: str, *, token: str | None = None, **settings: Any) -> StoreClient:
         """A client that shows the newest token of a tenant, or this one."""
         file = self._directory / f"{name}-{len(os.listdir(self._directory))}.token"
         file.write_text(token or self.tokens[name])
         file.chmod(0o600)
-        return StoreClient(address, config=ClientConfig(token_file=file, max_attempts=1))
+        return StoreClient(address, config=ClientConfig(token_file=file, max_attempts=1, **settings))
 
     def metadata(self, name: str) -> list[tuple[str, str]]:
         return [("authorization", f"Bearer {self.tokens[name]}")]

@@ -8,8 +8,8 @@ def test_lookups_gets_and_puts_are_counted_by_namespace() -> None:
     activity.looked_up([sample_key(number) for number in range(4)], 3)
     activity.looked_up([sample_key(1, OTHER_NAMESPACE)], 0)
     activity.looked_up([], 0)
-    activity.sent(sample_key(1), 100)
-    activity.received(sample_key(1, OTHER_NAMESPACE), 300)
+    activity.sent(NAMESPACE, 100)
+    activity.received(OTHER_NAMESPACE, 300)
     (first, most), (second, least) = activity.busiest(5)
     assert (first, second) == (OTHER_NAMESPACE, NAMESPACE)
     assert (most.asked_keys, most.found_keys, most.sent_bytes, most.received_bytes) == (1, 0, 0, 300)
@@ -19,7 +19,7 @@ def test_lookups_gets_and_puts_are_counted_by_namespace() -> None:
 
 def test_a_client_that_invents_namespaces_fills_no_memory_and_pushes_no_busy_one_out() -> None:
     activity = Activity(max_namespaces=8)
-    activity.sent(sample_key(1), 1 << 30)
+    activity.sent(NAMESPACE, 1 << 30)
     for number in range(1000):
         activity.looked_up([sample_key(1, number.to_bytes(32, "big"))], 0)
         activity.looked_up([sample_key(1)], 1)

@@ -266,6 +266,24 @@ def test_what_tenants_do_is_counted_for_each(file: TenantsFile, server: Server) 
     assert metric(server, "tq_store_lookup_keys_total", result="miss") == 1
 
 
+def test_what_was_read_and_not_served_does_not_count(file: TenantsFile, tmp_path: Path) -> None:
+    blocks = sample_blocks(6, 700_000)
+    num_bytes = sum(len(block) for _, block in blocks)
+    path = tmp_path / "s"
+    segment = {"shared_memory_bytes": 2_000_000}
+    with (
+        running_server(listen=f"unix:{path}", tenants_file=file.path, metrics_port=0) as server,
+        file.client(server.address, "a", **segment) as client,
+    ):
+        client.put(blocks)
+        assert got(client, keys_of(blocks)) == [block for _, block in blocks]
+        # two fit the segment at a time, and the next ones are read ahead
+        assert metric(server, "tq_store_hits_total", tier="memory") > len(blocks)
+        assert metric(server, "tq_store_tenant_hits_total", tenant="a") == len(blocks)
+        assert metric(server, "tq_store_tenant_read_bytes_total", tenant="a") == num_bytes
+        assert metric(server, "tq_store_sent_bytes_total") == num_bytes
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials_module, "_POLL_S", 0.01)

@@ -42,25 +42,24 @@ class Activity:
         The keys of a lookup are those of one prompt, so all count for the namespace of the first.
         """
         if keys:
-            counts = self._of(keys[0])
+            counts = self._of(keys[0][:DIGEST_BYTES])
             counts.asked_keys += len(keys)
             counts.found_keys += num_hits
 
-    def sent(self, key: BlockKey, num_bytes: int) -> None:
+    def sent(self, namespace: bytes, num_bytes: int) -> None:
         """A block was sent."""
-        self._of(key).sent_bytes += num_bytes
+        self._of(namespace).sent_bytes += num_bytes
 
-    def received(self, key: BlockKey, num_bytes: int) -> None:
+    def received(self, namespace: bytes, num_bytes: int) -> None:
         """A block arrived."""
-        self._of(key).received_bytes += num_bytes
+        self._of(namespace).received_bytes += num_bytes
 
     def busiest(self, num_namespaces: int) -> list[tuple[bytes, NamespaceCounts]]:
         """Digests and counts of the namespaces that moved the most bytes, then asked for the most keys."""
         ranked = sorted(self._counts.copy().items(), key=lambda item: _rank(item[1]), reverse=True)
         return ranked[:num_namespaces]
 
-    def _of(self, key: BlockKey) -> NamespaceCounts:
-        digest = key[:DIGEST_BYTES]
+    def _of(self, digest: bytes) -> NamespaceCounts:
         counts = self._counts.get(digest)
         if counts is None:
             if len(self._counts) >= self._max_namespaces:

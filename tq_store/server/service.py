@@ -146,6 +146,7 @@ class BlockStoreService:
                     async with self._outward.step(stall_s=_STALL_S, hurry_s=_HURRY_S):
                         await context.write(pack_frame(frame))
                     self._metrics.sent(len(frame.data))
+                self._store.served(keys[index], block)
                 index += 1
 
     async def _put(self, frames: AsyncIterator[bytes], _: Context) -> bytes:
@@ -188,6 +189,7 @@ class BlockStoreService:
                     break
                 await segment.write(offset, data)
                 self._metrics.sent(len(data))
+                self._store.served(keys[len(sizes_bytes)], block)
                 sizes_bytes.append(len(data))
                 offset += len(data)
         return convert.pack_shared_sizes(sizes_bytes)

@@ -47,25 +47,22 @@ class TenantStore:
         return num_hits
 
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
-        """Blocks, or None for a miss."""
-        call = CALL.get()
-        store_keys = _store_keys(call, keys)
-        blocks = await self._store.get(store_keys)
-        found = []
-        for key, block in zip(store_keys, blocks, strict=True):
-            if block is not None:
-                found.append(block)
-                self._activity.sent(key, len(block))
-        num_bytes = sum(map(len, found))
-        call.num_bytes += num_bytes
+        """Blocks, or None for a miss. They count when they have been served."""
+        return await self._store.get(_store_keys(CALL.get(), keys))
+
+    def served(self, key: BlockKey, block: bytes | None) -> None:
+        """The caller was given a block, or told of a miss."""
+        call, num_bytes = CALL.get(), len(block or b"")
+        if block is not None:
+            call.num_bytes += num_bytes
+            self._activity.sent(call.tenant.store_namespace(key[:DIGEST_BYTES]), num_bytes)
         self._metrics.got(
             call.tenant.name,
-            num_hits=len(found),
-            num_misses=len(blocks) - len(found),
+            num_hits=int(block is not None),
+            num_misses=int(block is None),
             num_bytes=num_bytes,
-            saved_bytes=sum(map(bf16_bytes, found)) - num_bytes,
+            saved_bytes=bf16_bytes(block) - num_bytes if block is not None else 0,
         )
-        return blocks
 
     async def expect(self, num_bytes: int) -> None:
         """A block of this length is about to be received: better refused now than when it is there.
@@ -93,7 +90,7 @@ class TenantStore:
         ]
         self._quotas.release(call)
         for key, (_, block) in zip(keys, blocks, strict=True):
-            self._activity.received(key, len(block))
+            self._activity.received(key[:DIGEST_BYTES], len(block))
         num_bytes = sum(map(len, stored))
         call.num_bytes += num_bytes
         saved_bytes = sum(map(bf16_bytes, stored)) - num_bytes
