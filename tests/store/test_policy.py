@@ -1,14 +1,16 @@
 """Eviction orders: what stays, what goes, that the bytes add up, that a call costs the same at any size."""
 
+import copy
 import time
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from store.sample_blocks import sample_key
+from store.sample_blocks import OTHER_NAMESPACE, sample_key
 
 from tq_store.backends.policy import EvictionPolicy, Lru, S3Fifo
+from tq_store.backends.usage import GROUP_BYTES
 
 POLICIES = [S3Fifo, Lru]
 KEYS = [sample_key(number) for number in range(1000)]
@@ -175,6 +177,51 @@ def test_s3fifo_counts_bytes_not_blocks() -> None:
     policy.touch(KEYS[0])
     assert admit_all(policy, range(4, 5), size_bytes=50) == [1, 2]
     assert policy.used_bytes == 100
+
+
+@given(
+    calls=st.lists(
+        st.tuples(st.sampled_from(["admit", "touch", "remove", "ask"]), st.integers(0, 30)), max_size=200
+    )
+)
+def test_what_of_a_group_is_first_to_go_is_known_whenever_it_is_first_asked_for(
+    calls: list[tuple[str, int]],
+) -> None:
+    """A policy that notes groups from the start says the same as one that is asked for the first time."""
+    keys = [sample_key(number, bytes([number % 3]) * 32) for number in range(31)]
+    noting, fresh = S3Fifo(100), S3Fifo(100)
+    for call, number in [*calls, *(("ask", group) for group in range(3))]:
+        if call == "ask":
+            group = keys[number][:GROUP_BYTES]
+            chosen = noting.first_to_go(group, num_bytes=1000, num_blocks=0)
+            assert set(chosen) == {key for key in keys if key in noting and key.startswith(group)}
+            assert noting.first_to_go(group, num_bytes=0, num_blocks=2) == chosen[:2]
+            assert copy.deepcopy(fresh).first_to_go(group, num_bytes=1000, num_blocks=0) == chosen
+        else:
+            for policy in (noting, fresh):
+                if call == "admit" and keys[number] not in policy:
+                    policy.admit(keys[number], 11)
+                elif call == "touch":
+                    policy.touch(keys[number])
+                elif call == "remove":
+                    policy.remove(keys[number])
+
+
+def test_what_a_small_group_costs_does_not_grow_with_the_others() -> None:
+    def seconds(num_others: int) -> float:
+        policy = S3Fifo(1 << 40)
+        for number in range(num_others):
+            policy.admit(sample_key(number), 1)
+        mine = sample_key(0, OTHER_NAMESPACE)
+        policy.admit(mine, 1)
+        policy.first_to_go(mine[:GROUP_BYTES], num_bytes=1, num_blocks=0)
+        start = time.process_time()
+        for _ in range(1000):
+            assert policy.first_to_go(mine[:GROUP_BYTES], num_bytes=1, num_blocks=0) == [mine]
+        return time.process_time() - start
+
+    # linear work would show as a factor of 200
+    assert seconds(20_000) < 10 * min(seconds(100) for _ in range(3))
 
 
 @pytest.mark.parametrize("make", POLICIES)

@@ -16,7 +16,8 @@ class MemoryBackend:
     dropped: bytes that went bad in memory say nothing worth keeping.
 
     Args:
-        budget_bytes: Bytes of blocks to hold; Python's own overhead, about 750 bytes a block, comes on top.
+        budget_bytes: Bytes of blocks to hold; Python's own overhead, about 750 bytes a block, comes on top;
+            where tenants have quotas, 100 more.
         name: Short name for metrics and logs.
     """
 

@@ -1,10 +1,12 @@
 """Which block to drop next when a byte budget is full: eviction orders as pure data structures."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
+from tq_store.backends.usage import GROUP_BYTES
 from tq_store.keys import BlockKey
 
 
@@ -52,6 +54,62 @@ class _Entry:
     uses: int = 0
 
 
+class _Queue:
+    """Blocks in an order, and the bytes that they take.
+
+    Which of them belong to which group is noted from the first time on that it is asked for: it takes memory,
+    and is of use only where tenants have quotas.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        # not plain dicts: popping the front of those gets slower with every pop
+        self._entries: OrderedDict[BlockKey, _Entry] = OrderedDict()
+        self._groups: dict[bytes, OrderedDict[BlockKey, _Entry]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._entries
+
+    def get(self, key: BlockKey) -> _Entry | None:
+        return self._entries.get(key)
+
+    def append(self, key: BlockKey, entry: _Entry) -> None:
+        self._entries[key] = entry
+        self.num_bytes += entry.size_bytes
+        if self._groups is not None:
+            self._groups.setdefault(key[:GROUP_BYTES], OrderedDict())[key] = entry
+
+    def pop(self, key: BlockKey) -> _Entry | None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._forget(key, entry)
+        return entry
+
+    def pop_first(self) -> tuple[BlockKey, _Entry]:
+        key, entry = self._entries.popitem(last=False)
+        self._forget(key, entry)
+        return key, entry
+
+    def of_group(self, group: bytes) -> Iterator[tuple[BlockKey, _Entry]]:
+        """Those whose keys begin with these `GROUP_BYTES`."""
+        if self._groups is None:
+            self._groups = {}
+            for key, entry in self._entries.items():
+                self._groups.setdefault(key[:GROUP_BYTES], OrderedDict())[key] = entry
+        yield from self._groups.get(group, {}).items()
+
+    def _forget(self, key: BlockKey, entry: _Entry) -> None:
+        self.num_bytes -= entry.size_bytes
+        if self._groups is not None:
+            group = self._groups[key[:GROUP_BYTES]]
+            del group[key]
+            if not group:
+                del self._groups[key[:GROUP_BYTES]]
+
+
 class S3Fifo:
     """S3-FIFO (Yang et al., SOSP 2023), weighted by bytes: three queues, constant amortised work per call.
 
@@ -68,16 +126,15 @@ class S3Fifo:
     def __init__(self, budget_bytes: int, *, small_share: float = 0.3) -> None:
         self._budget_bytes = budget_bytes
         self._small_bytes_target = int(budget_bytes * small_share)
-        # not plain dicts: popping the front of those gets slower with every pop
-        self._small: OrderedDict[BlockKey, _Entry] = OrderedDict()
-        self._main: OrderedDict[BlockKey, _Entry] = OrderedDict()
+        self._small = _Queue()
+        self._main = _Queue()
         self._ghost: OrderedDict[BlockKey, int] = OrderedDict()
-        self._small_bytes = self._main_bytes = self._ghost_bytes = 0
+        self._ghost_bytes = 0
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the blocks that are in."""
-        return self._small_bytes + self._main_bytes
+        return self._small.num_bytes + self._main.num_bytes
 
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
@@ -96,50 +153,48 @@ class S3Fifo:
         _check_admissible(self, key, size_bytes, self._budget_bytes)
         evicted = []
         while self.used_bytes + size_bytes > self._budget_bytes:
-            if self._small and (self._small_bytes >= self._small_bytes_target or not self._main):
+            if self._small and (self._small.num_bytes >= self._small_bytes_target or not self._main):
                 evicted += self._shrink_small()
             else:
                 evicted += self._shrink_main()
         if key in self._ghost:
             self._ghost_bytes -= self._ghost.pop(key)
-            self._main[key] = _Entry(size_bytes)
-            self._main_bytes += size_bytes
+            self._main.append(key, _Entry(size_bytes))
         else:
-            self._small[key] = _Entry(size_bytes)
-            self._small_bytes += size_bytes
+            self._small.append(key, _Entry(size_bytes))
         return evicted
 
     def remove(self, key: BlockKey) -> bool:
         """Forget a block; a deleted block is not remembered as a ghost."""
-        if entry := self._small.pop(key, None):
-            self._small_bytes -= entry.size_bytes
-        elif entry := self._main.pop(key, None):
-            self._main_bytes -= entry.size_bytes
-        return entry is not None
+        return (self._small.pop(key) or self._main.pop(key)) is not None
 
-    def first_to_go(self, prefix: bytes, *, num_bytes: int, num_blocks: int) -> list[BlockKey]:
-        """Blocks whose keys begin with `prefix`, those without a use first, otherwise in their order.
+    def first_to_go(self, group: bytes, *, num_bytes: int, num_blocks: int) -> list[BlockKey]:
+        """Blocks of a group, those without a use first, otherwise in their order.
 
-        Stops when they come to both sizes. May look at all blocks, so it is for now and then.
+        Stops when they come to both sizes. May look at all blocks of the group, and the first call at all
+        there are, so it is for now and then.
+
+        Args:
+            group: The `GROUP_BYTES` with which keys of the group begin.
+            num_bytes: So many bytes are to go.
+            num_blocks: So many blocks are to go.
         """
         chosen: list[BlockKey] = []
         for is_used in (False, True):
-            for key, entry in chain(self._small.items(), self._main.items()):
+            for key, entry in chain(self._small.of_group(group), self._main.of_group(group)):
                 if num_bytes <= 0 and num_blocks <= 0:
                     return chosen
-                if bool(entry.uses) == is_used and key.startswith(prefix):
+                if bool(entry.uses) == is_used:
                     chosen.append(key)
                     num_bytes -= entry.size_bytes
                     num_blocks -= 1
         return chosen
 
     def _shrink_small(self) -> list[BlockKey]:
-        key, entry = self._small.popitem(last=False)
-        self._small_bytes -= entry.size_bytes
+        key, entry = self._small.pop_first()
         if entry.uses:
             entry.uses = 0
-            self._main[key] = entry
-            self._main_bytes += entry.size_bytes
+            self._main.append(key, entry)
             return []
         self._ghost[key] = entry.size_bytes
         self._ghost_bytes += entry.size_bytes
@@ -148,12 +203,11 @@ class S3Fifo:
         return [key]
 
     def _shrink_main(self) -> list[BlockKey]:
-        key, entry = self._main.popitem(last=False)
+        key, entry = self._main.pop_first()
         if entry.uses:
             entry.uses -= 1
-            self._main[key] = entry
+            self._main.append(key, entry)
             return []
-        self._main_bytes -= entry.size_bytes
         return [key]
 
 
