@@ -1,18 +1,21 @@
 import json
 import os
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from store.running_server import TOKEN, running_server, wait_until, write_token
-from store.sample_blocks import NAMESPACE, keys_of, sample_block, sample_blocks, sample_key
+from store.sample_blocks import NAMESPACE, OTHER_NAMESPACE, keys_of, sample_block, sample_blocks, sample_key
 from store.tenants_file import TenantsFile
 
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError, RpcDenied, RpcOverLimit
 from tq_store.server.audit import AuditLog, FileSink, NoSink
+from tq_store.server.calls import Call, Identity
+from tq_store.server.tenants import Tenant
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -58,6 +61,7 @@ def test_who_did_what_with_which_outcome(tmp_path: Path) -> None:
     assert deletion["peer"].startswith("ipv4:127.0.0.1:")
     assert deletion["time"].endswith("+00:00")
     assert (purge["method"], purge["tenant"], purge["admin"]) == ("Purge", "ops", True)
+    assert (deletion["scope"], purge["scope"]) == (NAMESPACE.hex()[:16], "all")
     assert (denied["method"], denied["outcome"]) == ("Lookup", "UNAUTHENTICATED")
     assert "tenant" not in denied
     text = log.read_text()
@@ -104,6 +108,45 @@ def test_refusals_are_bounded_and_the_rest_is_counted() -> None:
     log.denied("/x/y", "ipv4:10.0.0.1:1")
     log.denied("/x/y", "ipv4:10.0.0.1:1")
     assert [record.get("suppressed") for record in sink.records[-2:]] == [30, None]
+
+
+def test_what_was_purged_and_what_was_inspected_is_recorded(tmp_path: Path) -> None:
+    log = tmp_path / "audit.jsonl"
+    with (
+        running_server(audit_log=log) as server,
+        StoreClient(server.address) as client,
+    ):
+        key = sample_key(1)
+        client.inspect(key)
+        client.purge(OTHER_NAMESPACE)
+        client.purge(None)
+    inspect, one, everything = (
+        {name: record[name] for name in ("method", "scope", "keys", "key")} for record in records(log)[1:-1]
+    )
+    assert inspect == {
+        "method": "Inspect",
+        "scope": NAMESPACE.hex()[:16],
+        "keys": 1,
+        "key": key.hex()[64:80],
+    }
+    assert one == {"method": "Purge", "scope": OTHER_NAMESPACE.hex()[:16], "keys": 0, "key": ""}
+    assert everything == one | {"scope": "all"}
+
+
+def test_nobody_uses_up_the_records_of_others() -> None:
+    sink = Kept()
+    log = AuditLog(sink, clock=lambda: 0.0)
+
+    def refuse(name: str) -> None:
+        identity = Identity(tenant=Tenant(name=name), token_id="1")
+        log.call(Call(method="Get", identity=identity, peer="", is_admin=False), "RESOURCE_EXHAUSTED", 0.1)
+
+    for _ in range(50):
+        log.denied("/x/y", "ipv4:10.0.0.1:1")
+        refuse("busy")
+    refuse("quiet")
+    callers = Counter(record.get("tenant") for record in sink.records)
+    assert callers == {None: 20, "busy": 20, "quiet": 1}
 
 
 def test_a_log_that_is_rotated_goes_on_in_a_new_file(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The audit log: one JSON object a line that says who asked for what, and what became of it.
 
-Never in it: tokens, token hashes, block contents, and of keys more than the first digits.
+Never in it: tokens, token hashes, block contents, and of keys and namespaces more than the first digits.
 """
 
 import json
@@ -9,7 +9,9 @@ import os
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,11 +116,21 @@ class FileSink:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
+@dataclass(slots=True)
+class _Refusals:
+    """Of one second, of one caller: how many, and how many before them were not recorded."""
+
+    second: int = 0
+    count: int = 0
+    suppressed: int = 0
+
+
 class AuditLog:
     """What is recorded: calls that change or reveal, every refusal, and what happens to the server itself.
 
-    Refusals come at most 20 a second, so that a stranger cannot fill the disk; what is left out is counted in
-    the next one's ``suppressed``. Called from the event loop.
+    Refusals come at most 20 a second of each tenant, and as many of all strangers together, so that nobody
+    can fill the disk or hide another's; what is left out is counted in the ``suppressed`` of the next one.
+    Called from the event loop.
 
     Args:
         sink: Where records go; owned, closed with the log.
@@ -132,9 +144,8 @@ class AuditLog:
         self._sink = sink
         self._with_all_calls = with_all_calls
         self._clock = clock
-        self._second = 0
-        self._refusals = 0
-        self._suppressed = 0
+        self._of_strangers = _Refusals()
+        self._of_tenants: defaultdict[str, _Refusals] = defaultdict(_Refusals)
 
     def server(self, what: str, **facts: Any) -> None:
         """Something happened to the server: it started, stopped, read its tokens again."""
@@ -151,6 +162,7 @@ class AuditLog:
             "token": call.identity.token_id,
             "peer": call.peer,
             "admin": call.is_admin,
+            "scope": call.scope,
             "keys": call.num_keys,
             "key": call.key_prefix,
             "bytes": call.num_bytes,
@@ -159,27 +171,27 @@ class AuditLog:
         if status not in _REFUSALS:
             self._write("call", facts)
         else:
-            self._refused(facts)
+            self._refused(self._of_tenants[call.tenant.name], facts)
 
     def denied(self, method_path: str, peer: str) -> None:
         """A call without a valid token was turned away."""
         method = method_path.rpartition("/")[2][:_MAX_METHOD_CHARS]
-        self._refused({"method": method, "outcome": "UNAUTHENTICATED", "peer": peer})
+        self._refused(self._of_strangers, {"method": method, "outcome": "UNAUTHENTICATED", "peer": peer})
 
     def close(self) -> None:
         """Write what waits."""
         self._sink.close()
 
-    def _refused(self, facts: dict[str, Any]) -> None:
+    def _refused(self, earlier: "_Refusals", facts: dict[str, Any]) -> None:
         second = int(self._clock())
-        if second != self._second:
-            self._second, self._refusals = second, 0
-        self._refusals += 1
-        if self._refusals > _MAX_REFUSALS_PER_S:
-            self._suppressed += 1
+        if second != earlier.second:
+            earlier.second, earlier.count = second, 0
+        earlier.count += 1
+        if earlier.count > _MAX_REFUSALS_PER_S:
+            earlier.suppressed += 1
             return
-        self._write("call", facts | ({"suppressed": self._suppressed} if self._suppressed else {}))
-        self._suppressed = 0
+        self._write("call", facts | ({"suppressed": earlier.suppressed} if earlier.suppressed else {}))
+        earlier.suppressed = 0
 
     def _write(self, what: str, facts: dict[str, Any]) -> None:
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")

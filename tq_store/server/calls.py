@@ -1,14 +1,16 @@
 """One call: who makes it, from where, and what it has touched so far."""
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from urllib.parse import unquote
 
+from tq_store.keys import BlockKey, split_key
 from tq_store.server.tenants import SOLE_TENANT, Tenant
 
 KEY_PREFIX_CHARS = 16
-"""Hex digits of a key's prefix hash that logs may show."""
+"""Hex digits of a key's prefix hash, and of its namespace, that logs may show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class Call:
         num_keys: Keys and blocks that it has named.
         num_bytes: Block bytes that it has read and stored.
         key_prefix: First hex digits of its first key's prefix hash.
+        scope: First hex digits of the namespace that it names first, or ``all``.
         is_counted: Whether it is one of those that its tenant may have in flight.
         reserved: Bytes and blocks of its tenant's quota, for what it is sending; None for nothing.
     """
@@ -51,6 +54,7 @@ class Call:
     num_keys: int = 0
     num_bytes: int = 0
     key_prefix: str = ""
+    scope: str = ""
     is_counted: bool = False
     reserved: tuple[int, int] | None = None
 
@@ -58,6 +62,18 @@ class Call:
     def tenant(self) -> Tenant:
         """Who calls."""
         return self.identity.tenant
+
+    def note_keys(self, keys: Sequence[BlockKey]) -> None:
+        """It names these keys."""
+        if keys and not self.num_keys:
+            namespace, prefix_hash = split_key(keys[0])
+            self.key_prefix = prefix_hash.hex()[:KEY_PREFIX_CHARS]
+            self.note_namespace(namespace)
+        self.num_keys += len(keys)
+
+    def note_namespace(self, namespace: bytes | None) -> None:
+        """It names this namespace, or with None all there are."""
+        self.scope = "all" if namespace is None else namespace.hex()[:KEY_PREFIX_CHARS]
 
 
 IDENTITY: ContextVar[Identity] = ContextVar("tq_store_identity")

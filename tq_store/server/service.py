@@ -18,6 +18,7 @@ from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+from tq_store.server.calls import CALL
 from tq_store.server.gate import CallGate, Context
 from tq_store.server.metrics import Metrics
 from tq_store.server.read_ahead import ReadAhead
@@ -134,6 +135,7 @@ class BlockStoreService:
 
     async def _inspect(self, request: bytes, _: Context) -> bytes:
         key = convert.parse_inspect(request)
+        CALL.get().note_keys([key])
         return convert.pack_copies([await _inspect_tier(tier, key, self._verify) for tier in self._tiers])
 
     async def _get(self, request: bytes, context: Context) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from tq_store.block import bf16_bytes
 from tq_store.errors import NotPermitted
-from tq_store.keys import DIGEST_BYTES, BlockKey, split_key
+from tq_store.keys import DIGEST_BYTES, BlockKey
 from tq_store.results import PutOutcome
 from tq_store.server.activity import Activity
-from tq_store.server.calls import CALL, KEY_PREFIX_CHARS, Call
+from tq_store.server.calls import CALL, Call
 from tq_store.server.metrics import Metrics
 from tq_store.server.quotas import Quotas
 from tq_store.tiering.store import StoreStats, TieredStore
@@ -110,6 +110,7 @@ class TenantStore:
             NotPermitted: Everything, and not an admin.
         """
         call = CALL.get()
+        call.note_namespace(namespace)
         if call.is_admin:
             return await self._store.purge(namespace)
         if namespace is None:
@@ -124,9 +125,7 @@ class TenantStore:
 
 def _store_keys(call: Call, keys: Sequence[BlockKey]) -> list[BlockKey]:
     """The store's keys for those of a caller; notes them in the call's record."""
-    if keys and not call.num_keys:
-        call.key_prefix = split_key(keys[0])[1].hex()[:KEY_PREFIX_CHARS]
-    call.num_keys += len(keys)
+    call.note_keys(keys)
     if not call.tenant.name:
         return list(keys)
     store_namespaces = {}
