@@ -10,7 +10,8 @@
     │   ├── LengthMismatch       shorter or longer than the header says
     │   ├── ChecksumMismatch     header or payload differ from what was written
     │   ├── InvalidHeader        intact, but its fields contradict each other or the limits
-    │   └── IdentityMismatch     a sound block, but not the one that was asked for
+    │   ├── IdentityMismatch     a sound block, but not the one that was asked for
+    │   └── UnknownOwner         a sound block of a tenant that this server does not know, or no longer
     ├── BackendError             a storage medium failed
     │   ├── BackendTimeout       it did not answer in time
     │   ├── BackendUnavailable   it cannot be reached or refuses to work
@@ -63,6 +64,10 @@ class InvalidHeader(BlockFormatError):
 
 class IdentityMismatch(BlockFormatError):
     """A sound block, but not the one that was asked for."""
+
+
+class UnknownOwner(BlockFormatError):
+    """A sound block of a tenant that this server does not know, or no longer: whose it is cannot be checked."""
 
 
 class BackendError(TQStoreError):

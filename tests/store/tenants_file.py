@@ -27,6 +27,10 @@ class TenantsFile:
         self.write()
         return self.tokens[name]
 
+    def remove(self, name: str) -> None:
+        del self._entries[name]
+        self.write()
+
     def drop_oldest_token(self, name: str) -> None:
         self._entries[name].pop(0)
         self.write()

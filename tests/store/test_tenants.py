@@ -7,11 +7,15 @@ import pytest
 from store.sample_blocks import NAMESPACE, OTHER_NAMESPACE, sample_block, sample_key
 from store.tenants_file import TenantsFile
 
-from tq_store.errors import ChecksumMismatch, ConfigError, IdentityMismatch
+from tq_store.backends.disk import DiskBackend
+from tq_store.errors import ChecksumMismatch, ConfigError, IdentityMismatch, UnknownOwner
 from tq_store.keys import BlockKey, split_key
+from tq_store.results import PutOutcome
 from tq_store.server import tenants as tenants_module
+from tq_store.server.credentials import Credentials
 from tq_store.server.tenants import SOLE_TENANT, Tenant, Tenants, load_tenants
 from tq_store.server.tokens import TokenEntry, matches, new_token, parse_entry, token_id_of
+from tq_store.tiering.store import TieredStore
 
 
 def test_a_token_fits_its_entry_and_no_other() -> None:
@@ -170,8 +174,33 @@ def test_a_block_is_verified_against_its_own_tenant() -> None:
     other_prefix = BlockKey(split_key(of_a)[0] + sample_key(2)[32:])
     other_namespace = BlockKey(a.store_namespace(OTHER_NAMESPACE) + key[32:])
     of_nobody = BlockKey(Tenant(name="c").store_namespace(NAMESPACE) + key[32:])
-    for wrong in (other_prefix, other_namespace, of_nobody):
+    for wrong in (other_prefix, other_namespace):
         with pytest.raises(IdentityMismatch, match="of another key"):
             tenants.verify(block, wrong)
+    with pytest.raises(UnknownOwner, match="no tenant here"):
+        tenants.verify(block, of_nobody)
     with pytest.raises(ChecksumMismatch):
         tenants.verify(block[:-1] + b"?", of_a)
+
+
+async def test_a_tenant_that_leaves_during_its_get_costs_no_block(tmp_path: Path) -> None:
+    file = TenantsFile(tmp_path)
+    file.add("a")
+    file.add("b")
+    credentials = Credentials(tenants_file=file.path)
+    known, block = sample_block(1)
+    namespace = credentials.directory.tenants["a"].store_namespace(split_key(known)[0])
+    key = BlockKey(namespace + split_key(known)[1])
+    disk = await DiskBackend.open(tmp_path / "disk", budget_bytes=1 << 20)
+    store = TieredStore([disk], verify=credentials.verify)
+    try:
+        assert await store.put([(key, block)]) == [PutOutcome.STORED]
+        file.remove("a")
+        credentials.reload()
+        assert await store.get([key]) == [None]
+        assert (await store.stats()).counters["quarantined"] == 0
+        file.add("a")
+        credentials.reload()
+        assert await store.get([key]) == [block]
+    finally:
+        await store.close()

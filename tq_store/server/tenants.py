@@ -28,7 +28,7 @@ from typing import Any
 
 from tq_store.backends.usage import GROUP_BYTES
 from tq_store.block import BlockInfo, verify_block
-from tq_store.errors import ConfigError, IdentityMismatch
+from tq_store.errors import ConfigError, IdentityMismatch, UnknownOwner
 from tq_store.keys import DIGEST_BYTES, BlockKey, split_key
 from tq_store.secret_file import read_secret_file
 from tq_store.server.tokens import TokenEntry, parse_entry
@@ -124,7 +124,13 @@ class Tenants:
         info = verify_block(block)
         namespace, prefix_hash = split_key(key)
         tenant = self._by_tag.get(namespace[:REALM_TAG_BYTES], SOLE_TENANT)
-        if info.prefix_hash != prefix_hash or tenant.store_namespace(info.namespace) != namespace:
+        if info.prefix_hash != prefix_hash:
+            raise IdentityMismatch(f"a block of another key than {key.hex()[64:80]}")
+        if tenant.store_namespace(info.namespace) != namespace:
+            if (
+                tenant is SOLE_TENANT
+            ):  # left while it was being read, or known to other servers of this medium
+                raise UnknownOwner(f"no tenant here has a block {key.hex()[64:80]} of this namespace")
             raise IdentityMismatch(f"a block of another key than {key.hex()[64:80]}, or of another tenant")
         return info
 

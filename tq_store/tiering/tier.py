@@ -12,7 +12,7 @@ from tq_store.backends.base import Backend, Sharded
 from tq_store.backends.memory import MemoryBackend
 from tq_store.block import verify_block
 from tq_store.coded import is_coded, pack_coded, unpack_coded
-from tq_store.errors import BackendError, BackendFull, BlockFormatError, UnsupportedVersion
+from tq_store.errors import BackendError, BackendFull, BlockFormatError, UnknownOwner, UnsupportedVersion
 from tq_store.keys import BlockKey
 from tq_store.results import BackendStats, PutOutcome, QueueStats, ShardStats
 
@@ -98,8 +98,8 @@ class Tier:
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Blocks that are sound, or None; one that is not goes to quarantine.
 
-        A block of a version that we do not know stays: newer servers on the same medium may need it. Blocks
-        in this process's own memory were checked on their way in and are not checked again.
+        A block of a version or of a tenant that we do not know stays: other servers on the same medium may
+        need it. Blocks in this process's own memory were checked on their way in and are not checked again.
         """
         missing: list[bytes | None] = [None] * len(keys)
         if not keys or self._rests():
@@ -114,6 +114,8 @@ class Tier:
         for key, error in unfit.items():
             if isinstance(error, UnsupportedVersion):
                 self._counters["unsupported"] += 1
+                continue
+            if isinstance(error, UnknownOwner):
                 continue
             self._counters["quarantined"] += 1
             _log.warning("corrupt block %s in the %s tier: %s", key.hex()[64:80], self.name, error)
