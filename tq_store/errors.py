@@ -67,7 +67,7 @@ class IdentityMismatch(BlockFormatError):
 
 
 class UnknownOwner(BlockFormatError):
-    """A sound block of a tenant that this server does not know, or no longer: whose it is cannot be checked."""
+    """A sound block of a tenant that this server does not know, or no longer."""
 
 
 class BackendError(TQStoreError):
