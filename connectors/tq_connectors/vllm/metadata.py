@@ -1,0 +1,153 @@
+"""What a step's attention needs to know, the same for all layers of a group, made before its graph runs."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from tq_connectors.engine.layouts import layout_for
+from tq_connectors.engine.workspaces import DecodeWorkspaces
+from tq_connectors.vllm.batch import CachedChunk, ColdPrompts, DecodeRows, decode_rows, prefill_parts
+from tq_connectors.vllm.group import LayerGroup, PageStep
+from tq_kernels.decode_attention import DecodeWorkspace
+from tq_kernels.decode_plan import MAX_ROWS
+from tq_kernels.extend_attention import ExtendWorkspace, extend_workspace
+from tq_kernels.extend_plan import WORKSPACE_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TQMetadata(AttentionMetadata):
+    """A step.
+
+    Args:
+        group: Its layers.
+        num_tokens: Tokens of the batch, with those that fill up a graph.
+        slot_mapping: ``[num_tokens]`` where each token goes, or -1.
+        block_table: ``[num_seqs, max_pages]`` int32.
+        lengths: ``[num_seqs]`` int32 tokens of each sequence, those of this step included.
+        pages: What the step does to pages.
+        decode: Sequences that read everything from pages, or None.
+        decode_workspace: For these.
+        cold: Prompts without anything in the cache.
+        chunks: Further tokens of sequences that have some there.
+        chunk_workspace: For these.
+    """
+
+    group: LayerGroup
+    num_tokens: int
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    lengths: torch.Tensor
+    pages: PageStep
+    decode: DecodeRows | None
+    decode_workspace: DecodeWorkspace | None
+    cold: list[ColdPrompts]
+    chunks: list[CachedChunk]
+    chunk_workspace: ExtendWorkspace
+
+
+class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
+    """Makes the metadata of a group of layers. What graphs read lies in buffers that stay where they are."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        max_rows = self.reorder_batch_threshold or 1
+        if max_rows > MAX_ROWS:
+            raise ValueError(
+                f"{max_rows - 1} drafts at once are too many for pages; {MAX_ROWS - 1} are served"
+            )
+        if vllm_config.parallel_config.use_ubatching:
+            raise ValueError("compressed pages do not serve microbatches (--enable-dbo)")
+        known = vllm_config.compilation_config.static_forward_context
+        layers = {name: known[name] for name in layer_names}
+        first = layers[layer_names[0]]
+        layout = layout_for(
+            first.kv_cache_dtype,
+            head_dim=kv_cache_spec.head_size,
+            num_kv_heads=kv_cache_spec.num_kv_heads,
+            page_tokens=kv_cache_spec.block_size,
+        )
+        scheduler = vllm_config.scheduler_config
+        max_seqs = max(scheduler.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        self._group = LayerGroup(
+            layers,
+            layout,
+            max_seqs=max_seqs,
+            max_tokens=max(scheduler.max_num_batched_tokens, max_seqs * max_rows),
+            dtype=vllm_config.model_config.dtype,
+            device=device,
+        )
+        max_tokens = vllm_config.model_config.max_model_len
+        self._decode_workspaces = DecodeWorkspaces(
+            layout,
+            num_query_heads=first.num_heads,
+            max_seqs=max_seqs,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            device=device,
+        )
+        self._chunk_workspace = extend_workspace(layout, min(WORKSPACE_TOKENS, max_tokens), device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TQMetadata:
+        """The metadata of a step. Nothing here waits for the device.
+
+        Raises:
+            ValueError: Attention that is not causal.
+        """
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError("attention over compressed pages is causal")
+        num_tokens, query_start = common.num_actual_tokens, common.query_start_loc
+        starts = common.query_start_loc_cpu.tolist()
+        lengths = _host_lengths(common)
+        num_decodes, _, _, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold or 1)
+        decode = decode_rows(starts, query_start, num_decodes, num_tokens)
+        cold, chunks = prefill_parts(starts, lengths, query_start, num_decodes)
+        begins = [0 < starts[seq + 1] - starts[seq] == length for seq, length in enumerate(lengths)]
+        return TQMetadata(
+            group=self._group,
+            num_tokens=num_tokens,
+            slot_mapping=common.slot_mapping[:num_tokens],
+            block_table=common.block_table_tensor,
+            lengths=common.seq_lens,
+            pages=self._group.prepare(
+                common.block_table_tensor, common.seq_lens, query_start, num_tokens, opens=any(begins)
+            ),
+            decode=decode,
+            decode_workspace=None
+            if decode is None
+            else self._decode_workspaces.get(decode.num_seqs, decode.rows),
+            cold=cold,
+            chunks=chunks,
+            chunk_workspace=self._chunk_workspace,
+        )
+
+
+def _host_lengths(common: CommonAttentionMetadata) -> list[int]:
+    """Tokens of each sequence: exact while it prefills, which is all that is asked of them, else a bound."""
+    lengths: Any = common.seq_lens_cpu_upper_bound
+    numbers: list[int] = (common.seq_lens if lengths is None else lengths)[: common.num_reqs].tolist()
+    return numbers

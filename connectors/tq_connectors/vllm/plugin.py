@@ -1,0 +1,32 @@
+"""What vLLM calls in each of its processes: everything of ours that this release of vLLM has a place for."""
+
+import importlib
+import logging
+import sys
+
+logger = logging.getLogger("vllm.tq_connectors")  # below vLLM's own logger, which has the handler
+
+_PARTS = {
+    "--kv-cache-dtype": ("tq_connectors.vllm.dtypes", "register_dtypes"),
+    "--attention-backend TQ": ("tq_connectors.vllm.selector", "register_backend"),
+}
+"""What an operator writes, and the function that makes vLLM understand it."""
+
+
+def register() -> None:
+    """Register every part; may be called again, and never raises.
+
+    A part that this vLLM has no place for is left out with one line; the others are still there.
+    """
+    for flag, (module, function) in _PARTS.items():
+        try:
+            getattr(importlib.import_module(module), function)()
+        except Exception as error:  # whatever a release lacks must not stop the engine
+            version = getattr(sys.modules.get("vllm"), "__version__", "not there")
+            logger.warning(
+                "tq-store: this vLLM (%s) has no place for %s: %s: %s",
+                version,
+                flag,
+                type(error).__name__,
+                error,
+            )
