@@ -49,23 +49,24 @@ def cut_into_segments(prefix_lens: Sequence[int], new_lens: Sequence[int]) -> tu
         new_lens: New tokens of every sequence; one without any belongs to no segment.
     """
     starts = [0, *accumulate(new_lens)]
-    segments = []
     rows = [row for row, new in enumerate(new_lens) if new]
 
-    def key(row: int) -> tuple[Kind, int]:
+    def together(place_and_row: tuple[int, int]) -> tuple[Kind, int]:
+        place, row = place_and_row
         kind = _kind(prefix_lens[row], new_lens[row])
-        return kind, row if kind is Kind.RESUMED else -1
+        return kind, row if kind is Kind.RESUMED else row - place
 
-    for (kind, _), group in groupby(rows, key):
-        members = list(group)
-        first, last = members[0], members[-1]
+    segments = []
+    for (kind, _), group in groupby(enumerate(rows), together):
+        members = [row for _, row in group]
+        first, end = members[0], members[-1] + 1
         segments.append(
             Segment(
                 kind=kind,
-                rows=slice(first, last + 1),
-                tokens=slice(starts[first], starts[last + 1]),
-                new_lens=tuple(new_lens[first : last + 1]),
-                prefix_lens=tuple(prefix_lens[first : last + 1]),
+                rows=slice(first, end),
+                tokens=slice(starts[first], starts[end]),
+                new_lens=tuple(new_lens[first:end]),
+                prefix_lens=tuple(prefix_lens[first:end]),
             )
         )
     return tuple(segments)

@@ -22,14 +22,23 @@ def compute_cell_size(original: Callable[..., int], configurator: Any, kvc: Any,
     """
     if kvc.kv_cache_dtype_str not in DTYPES:
         return original(configurator, kvc, num_layers)
-    _refuse(kvc)
     from sglang.srt.runtime_context import get_parallel
 
-    heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
+    return bytes_of_token(kvc, num_layers, get_parallel().attn_tp_size)
+
+
+def bytes_of_token(kvc: Any, num_layers: int, tp_size: int) -> int:
+    """Bytes that a token takes over all layers of one of tp_size ranks that divide the KV heads.
+
+    Raises:
+        ValueError: The model keeps more than keys and values of full attention.
+    """
+    _refuse(kvc)
+    model = kvc.model_config
     layout = layout_for(
         kvc.kv_cache_dtype_str,
-        head_dim=kvc.model_config.head_dim,
-        num_kv_heads=heads,
+        head_dim=model.head_dim,
+        num_kv_heads=model.get_num_kv_heads(tp_size),
         page_tokens=kvc.page_size,
     )
     return token_bytes(layout, num_layers)
