@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from tq_kernels._compiled import launch
 from tq_kernels._dispatch import has_nvidia_assembly
 from tq_kernels._page_shape import page_shape
 from tq_kernels.decode_plan import DecodePlan
@@ -63,7 +64,9 @@ def launch_prepare(
     rotated = layout.spec.key.rotated
     channels = channels_at_once(layout) if rotated else page_shape(layout).tile_dim
     tiles = -(-num_seqs * num_kv_heads * padded // _PREPARED_AT_ONCE)
-    prepare_query[(tiles, page_shape(layout).tile_dim // channels)](
+    launch(
+        prepare_query,
+        (tiles, page_shape(layout).tile_dim // channels),
         p_query=query,
         p_balance=key_balance,
         p_rotation=whole_rotation(layout, query.device) if rotated else None,
@@ -148,7 +151,9 @@ def launch_split(
         )
         return
     ptx = has_nvidia_assembly(pages.device)
-    attend_split[(plan.num_splits, num_kv_heads * (padded // plan.tile_columns), num_seqs)](
+    launch(
+        attend_split,
+        (plan.num_splits, num_kv_heads * (padded // plan.tile_columns), num_seqs),
         p_query=prepared,
         p_pages=pages,
         p_table=block_table,
@@ -230,7 +235,9 @@ def launch_merge(
     columns = min(merge_columns, max(1, _SINK_PRODUCTS_AT_ONCE // sinks)) if sinks else merge_columns
     tile_dim = page_shape(layout).tile_dim
     at_once = max(1, _PARTIALS_AT_ONCE // (columns * tile_dim))
-    merge_splits[(num_seqs * num_kv_heads, -(-rows * group // columns))](
+    launch(
+        merge_splits,
+        (num_seqs * num_kv_heads, -(-rows * group // columns)),
         p_partial=partial_out,
         p_partial_lse=partial_lse,
         p_extra=extra_out,

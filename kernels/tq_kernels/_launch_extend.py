@@ -2,6 +2,7 @@
 
 import torch
 
+from tq_kernels._compiled import launch
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted
 from tq_kernels._launch import cap_log2, channels_at_once, score_factor, whole_rotation
 from tq_kernels._page_shape import page_shape
@@ -31,7 +32,9 @@ def launch_prefix(
     Leaves what `launch_split` leaves, in the dtype of `partial_out`.
     """
     tiles = -(-plan.columns // plan.tile_columns)
-    attend_prefix[(tiles, layout.num_kv_heads, plan.num_splits)](
+    launch(
+        attend_prefix,
+        (tiles, layout.num_kv_heads, plan.num_splits),
         p_query=prepared,
         p_pages=pages,
         p_table=block_table,
@@ -90,7 +93,9 @@ def launch_raw(
         softcap: Cap of the scores, or none.
     """
     num_new, num_query_heads, head_dim = query.shape
-    attend_raw[(-(-plan.columns // plan.raw_columns), layout.num_kv_heads)](
+    launch(
+        attend_raw,
+        (-(-plan.columns // plan.raw_columns), layout.num_kv_heads),
         p_query=query,
         p_keys=keys,
         p_values=values,

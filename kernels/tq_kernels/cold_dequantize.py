@@ -2,6 +2,7 @@
 
 import torch
 
+from tq_kernels._compiled import launch
 from tq_kernels._dispatch import takes_kernel
 from tq_kernels.cold_layout import LANES, ColdLayout
 from tq_kernels.cold_page import dequantize
@@ -35,7 +36,9 @@ def read_symbols_on_device(
     differences = torch.empty(shape, dtype=torch.int32, device=device)
     sound = torch.empty(num_sections, dtype=torch.int32, device=device)
     if num_sections:
-        read_cold_sections[(-(-num_sections // _SECTIONS),)](
+        launch(
+            read_cold_sections,
+            (-(-num_sections // _SECTIONS),),
             p_states=opened.states,
             p_words=opened.words,
             p_num_words=opened.num_words.int(),

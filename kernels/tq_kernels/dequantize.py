@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from tq_kernels import reference_slots
+from tq_kernels._compiled import launch
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted, takes_kernel
 from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import PageShape, page_shape
@@ -143,7 +144,9 @@ def _launch(
         balanced=key_balance is not None and not rotated,
         ptx=has_nvidia_assembly(pages.device),
     )
-    dequantize_sides[(plan.programs * layout.num_kv_heads, 2)](
+    launch(
+        dequantize_sides,
+        (plan.programs * layout.num_kv_heads, 2),
         p_pages=pages,
         p_indices=page_indices,
         p_key_cache=key_cache,

@@ -1,5 +1,6 @@
 """Where the Hopper kernels apply, what they take of the machine, and the thread layouts that they want."""
 
+from functools import lru_cache
 from typing import Any
 
 from tq_kernels.layout import WORD_FORMATS, PageLayout
@@ -65,6 +66,7 @@ def resident_programs(layout: PageLayout, padded_columns: int) -> int:
     return 4 * (_REGISTERS_OF_A_QUARTER // (_WARP * max_registers(layout, padded_columns)))
 
 
+@lru_cache(maxsize=64)
 def constants(
     layout: PageLayout,
     *,
@@ -75,7 +77,7 @@ def constants(
     window: bool,
     softcap: bool,
 ) -> dict[str, Any]:
-    """Compile-time arguments of the kernel, thread layouts among them."""
+    """Compile-time arguments of the kernel, thread layouts among them; the same object for the same call."""
     from triton.experimental.gluon import language as gl
 
     head_dim, words = layout.head_dim, layout.head_dim // WORD_FORMATS[layout.spec.key].elements

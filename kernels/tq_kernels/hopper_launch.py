@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from tq_kernels import hopper
+from tq_kernels._compiled import launch
 from tq_kernels._page_shape import page_shape
 from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
 from tq_kernels.decode_plan import DecodePlan
@@ -39,7 +40,9 @@ def launch_prepare(
     num_seqs, rows, num_query_heads, head_dim = query.shape
     padded = prepared.shape[2]
     group = num_query_heads // layout.num_kv_heads
-    prepare_columns[(padded // _COLUMNS_AT_ONCE, layout.num_kv_heads, num_seqs)](
+    launch(
+        prepare_columns,
+        (padded // _COLUMNS_AT_ONCE, layout.num_kv_heads, num_seqs),
         p_query=query,
         p_balance=key_balance,
         p_signs=_signs(layout, query.device),
@@ -92,7 +95,10 @@ def launch_split(
         window=sliding_window is not None,
         softcap=softcap is not None,
     )
-    attend_split[(plan.num_splits, layout.num_kv_heads * fixed["BLOCKS"], num_seqs)](
+    launch(
+        attend_split,
+        (plan.num_splits, layout.num_kv_heads * fixed["BLOCKS"], num_seqs),
+        fixed,
         p_query=prepared,
         p_pages=pages,
         p_table=block_table,
@@ -107,7 +113,6 @@ def launch_split(
         num_sinks=num_sinks,
         window=sliding_window or 0,
         cap_log2=cap_log2,
-        **fixed,
         num_warps=plan.num_warps,
         launch_pdl=early,
         maxnreg=plan.num_registers,
@@ -137,7 +142,9 @@ def launch_merge(
     num_splits = partial_lse.shape[2]
     runs = -(-num_splits // _SPLITS_AT_ONCE)
     num_warps = min(_MOST_MERGE_WARPS, 1 << (runs - 1).bit_length())
-    merge_columns[(rows * group, layout.num_kv_heads, num_seqs)](
+    launch(
+        merge_columns,
+        (rows * group, layout.num_kv_heads, num_seqs),
         p_partial=partial_out,
         p_partial_lse=partial_lse,
         p_query=query,
@@ -197,7 +204,9 @@ def launch_append(
 ) -> None:
     """Write tokens, no two of a page; see `quantize.quantize_slots` for the tensors."""
     sink_slots, sink_keys, sink_values = sinks
-    append_tokens[(layout.num_kv_heads, len(keys), 2)](
+    launch(
+        append_tokens,
+        (layout.num_kv_heads, len(keys), 2),
         p_keys=keys,
         p_values=values,
         p_slots=slot_mapping,

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 from tq_kernels import reference_slots
+from tq_kernels._compiled import launch
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted, takes_kernel
 from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import PageShape, page_shape
@@ -286,7 +287,9 @@ def _launch(
         value_parts=value_parts,
         ptx=ptx,
     )
-    quantize_runs[(layout.num_kv_heads, plan.programs)](
+    launch(
+        quantize_runs,
+        (layout.num_kv_heads, plan.programs),
         p_keys=keys,
         p_values=values,
         p_slots=slot_mapping,

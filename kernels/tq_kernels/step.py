@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tq_kernels import reference_step
+from tq_kernels._compiled import launch
 from tq_kernels._dispatch import takes_kernel
 from tq_kernels._guards import check_pages, check_tensor
 from tq_kernels.layout import PageLayout
@@ -122,7 +123,9 @@ def prepare_step(
         return
     from tq_kernels.device.step import prepare  # Triton is there on some platforms only
 
-    prepare[(num_seqs + 1,)](
+    launch(
+        prepare,
+        (num_seqs + 1,),
         p_table=block_table,
         p_lengths=lengths,
         p_query_start=query_start,
