@@ -13,6 +13,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 from tq_connectors.vllm.chunk_codec import ChunkCodec
 from tq_connectors.vllm.chunk_mover import Chunk, ChunkMover
+from tq_store.errors import ConfigError
 
 _NO_BLOCK = -1
 
@@ -40,6 +41,7 @@ class TQOffloadingWorker(OffloadingWorker):
         self._blocks_per_chunk = codecs[0].blocks_per_chunk
         self._saves = ChunkMover(codecs, staging_bytes=staging_bytes, is_save=True)
         self._loads = ChunkMover(codecs, staging_bytes=staging_bytes, is_save=False)
+        self._try_out(len(codecs))
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         """Save blocks once the engine's device has done what it was given so far."""
@@ -72,6 +74,19 @@ class TQOffloadingWorker(OffloadingWorker):
         self._loads.close()
         self._cells = None
         self._region.cleanup()
+
+    def _try_out(self, num_groups: int) -> None:
+        """Move a chunk of the engine's null block both ways: kernels are compiled now, or the start fails."""
+        assert self._cells is not None
+        if not len(self._cells):
+            return
+        null_blocks = [0] * self._blocks_per_chunk
+        chunks = [Chunk(group, self._cells[0], null_blocks) for group in range(num_groups)]
+        for mover in (self._saves, self._loads):
+            mover.submit(0, chunks)
+            mover.wait({0})
+            if not all(moved.success for moved in mover.take_finished()):
+                raise ConfigError("this engine's blocks cannot be moved; the log says why")
 
     def _chunks(self, device: GPULoadStoreSpec, host: LoadStoreSpec) -> Iterator[Chunk]:
         """Chunks of a job, whose first of each group of layers may begin in the middle."""

@@ -1,0 +1,322 @@
+"""Saving and loading prefixes beside a running vLLM: bf16 and packed, in host memory and from a server.
+
+    python -m benchmarks.vllm_offload_gpu
+
+Every case is an unmodified vLLM in a process of its own, with dummy weights in the shape of Llama-3.1-8B with
+eight layers:
+
+- ``recompute``: no connector; what a prefix costs that is not found.
+- ``offload-bf16``: vLLM's own `CPUOffloadingSpec`.
+- ``offload-tq4`` (any preset): `TQOffloadingSpec`, bf16 on the device, packed pages in host memory.
+- ``store-bf16``, ``store-tq4``: host memory is emptied, so that chunks come from a server on this machine.
+- ``store-bf16@10``, ``store-tq4@10``: the same through a link of so many Gbit/s.
+
+Each writes two rows: decode of a batch while its prompts and answers are saved (`tpot_ms`, `prefill_tok_s`),
+and the time to first token of one long prompt whose prefix is found (`ttft_ms`). vLLM and the packages of
+`tq-store[server]` must be importable.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.circumstances import circumstances
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
+CASES = (
+    "recompute",
+    "offload-bf16",
+    "offload-tq4",
+    "store-bf16",
+    "store-tq4",
+    "store-bf16@10",
+    "store-tq4@10",
+)
+_CHUNK_TOKENS = 256
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def model_config(layers: int) -> dict[str, Any]:
+    """Llama-3.1-8B with fewer layers."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "max_position_embeddings": 65536,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def transfer_config(case: str, address: str | None, host_bytes: int) -> dict[str, Any] | None:
+    """The `kv_transfer_config` of a case."""
+    kind, _, codec = case.partition("@")[0].partition("-")
+    if kind == "recompute":
+        return None
+    extra: dict[str, Any] = {
+        "cpu_bytes_to_use": host_bytes,
+        "block_size": _CHUNK_TOKENS,
+        "offload_prompt_only": False,
+    }
+    if case == "offload-bf16":
+        extra["spec_name"] = "CPUOffloadingSpec"
+    else:
+        store = {"revision": "dummy", "preset": "none" if codec == "bf16" else codec}
+        extra |= {
+            "spec_name": "TQOffloadingSpec",
+            "spec_module_path": "tq_connectors.vllm.offload_spec",
+            "tq_store": store | ({"address": address} if address else {}),
+        }
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+class Engine:
+    """One vLLM in this process, stepped by hand so that every step can be timed."""
+
+    def __init__(self, options: argparse.Namespace, transfer: dict[str, Any] | None, model: str) -> None:
+        import vllm
+
+        more: dict[str, Any] = {"enforce_eager": True}
+        if options.graphs:
+            sizes = sorted({1, options.batch})
+            more = {
+                "compilation_config": {
+                    "mode": 0,
+                    "cudagraph_mode": "FULL_DECODE_ONLY",
+                    "cudagraph_capture_sizes": sizes,
+                }
+            }
+        if options.gpu_memory:
+            more["gpu_memory_utilization"] = options.gpu_memory
+        if transfer:
+            more["kv_transfer_config"] = transfer
+        self.llm = vllm.LLM(
+            model=model,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=max(options.context, options.batch_context) + 2 * _CHUNK_TOKENS + options.steps,
+            max_num_seqs=max(options.batch, 2),
+            enable_prefix_caching=True,
+            prefix_caching_hash_algo="sha256_cbor",
+            seed=0,
+            **more,
+        )
+        self.version = vllm.__version__
+        self._engine = self.llm.llm_engine
+        self._sampling = vllm.SamplingParams
+        self._number = 0
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that fit on the device."""
+        cache = self._engine.vllm_config.cache_config
+        return int(cache.num_gpu_blocks) * int(cache.block_size)
+
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> tuple[float, float, list[Any]]:
+        """Seconds until every prompt has its first token, seconds from there to the end, and the answers."""
+        limits = self._sampling(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        started = time.perf_counter()
+        waiting = set()
+        for prompt in prompts:
+            self._number += 1
+            waiting.add(str(self._number))
+            self._engine.add_request(str(self._number), {"prompt_token_ids": prompt}, limits)
+        first, answers = 0.0, []
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.outputs[0].token_ids:
+                    waiting.discard(output.request_id.partition("-")[0])
+                if output.finished:
+                    answers.append(output)
+            if not waiting and not first:
+                first = time.perf_counter()
+        return first - started, time.perf_counter() - first, answers
+
+    def settle(self) -> None:
+        """Give the engine steps until what is to be saved is saved."""
+        for _ in range(3):
+            self.run([[random.randrange(10, 31000) for _ in range(8)]], 8)
+            time.sleep(0.5)
+
+
+def prompts_of(number: int, length: int, seed: int) -> list[list[int]]:
+    """Prompts that share nothing."""
+    numbers = random.Random(seed)
+    return [[numbers.randrange(10, 31000) for _ in range(length)] for _ in range(number)]
+
+
+def measure(
+    options: argparse.Namespace, case: str, address: str | None, model: str
+) -> Iterator[dict[str, Any]]:
+    """The rows of a case."""
+    engine = Engine(options, transfer_config(case, address, options.host_gib << 30), model)
+    engine.run(prompts_of(2, 300, 99), 4)
+    about = {
+        "kv_cache_dtype": "auto",
+        "mode": case,
+        "pool_tokens": engine.pool_tokens,
+        "vllm": engine.version,
+        "device": _device(),
+        "commit": options.commit,
+    }
+    tpots, prefills = [], []
+    for turn in range(options.repeats):
+        prompts = prompts_of(options.batch, options.batch_context, turn)
+        to_first, to_end, _ = engine.run(prompts, options.steps + 1)
+        tpots.append(to_end / options.steps * 1e3)
+        prefills.append(options.batch * options.batch_context / to_first)
+    yield about | {
+        "batch": options.batch,
+        "context": options.batch_context,
+        "tpot_ms": round(statistics.median(tpots), 3),
+        "prefill_tok_s": round(statistics.median(prefills)),
+        "ttft_ms": None,
+    }
+    (prompt,) = prompts_of(1, options.context, 1000)
+    prompt += [7] * 32  # something is always left to compute
+    _, _, (cold,) = engine.run([prompt], 16)
+    engine.settle()
+    is_store, times, hits, same = case.startswith("store"), [], [], 0
+    for _ in range(options.repeats + 2):
+        engine.llm.reset_prefix_cache(reset_connector=is_store)
+        to_first, _, (answer,) = engine.run([prompt], 16)
+        times.append(to_first * 1e3)
+        hits.append(answer.num_cached_tokens or 0)
+        same += answer.outputs[0].token_ids == cold.outputs[0].token_ids
+    print(
+        f"{case}: found {hits} of {len(prompt)} tokens, ms {[round(time_ms, 1) for time_ms in times]}",
+        flush=True,
+    )
+    print(f"{case}: {same} of {len(times)} answers are those of the cold run", flush=True)
+    if case != "recompute" and min(hits) < options.context - _CHUNK_TOKENS:
+        raise SystemExit(f"{case}: a prefix was not found, so there is no time to report")
+    yield about | {
+        "batch": 1,
+        "context": options.context,
+        "tpot_ms": None,
+        "prefill_tok_s": None,
+        "ttft_ms": round(statistics.median(times), 2),
+    }
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def serving(case: str, host_gib: int) -> Iterator[str | None]:
+    """The address of a server of its own for a case that needs one, behind a link where the case has one."""
+    if not case.startswith("store"):
+        yield None
+        return
+    from benchmarks.shaped_link import ShapedProxy
+
+    command = [sys.executable, "-m", "tq_store", "serve", "--listen", "127.0.0.1:0", "--metrics-port", "0"]
+    command += ["--memory-budget", f"{host_gib}GiB"]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": f"{_as_if_installed(Path(folder))}:{':'.join(sys.path)}"}
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603
+        line = server.stdout.readline() if server.stdout else ""
+    try:
+        found = re.search(r"127\.0\.0\.1:(\d+)", line)
+        if not found:
+            raise SystemExit("no server: it needs what the docstring names")
+        gbit = case.partition("@")[2]
+        if gbit:
+            with ShapedProxy(int(found[1]), float(gbit)) as proxy:
+                yield proxy.address
+        else:
+            yield found[0]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _as_if_installed(folder: Path) -> Path:
+    """A place that says which version a tree is that was only put on the path."""
+    about = folder / "tq_store-0.dist-info"
+    about.mkdir()
+    about.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: tq-store\nVersion: 0\n")
+    return folder
+
+
+def main() -> None:
+    """Run the cases, each in a process of its own, and append their rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", default=CASES)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--context", type=int, default=16384, help="tokens of the prefix that is found")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch-context", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=256, help="decode steps of the batch")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--host-gib", type=int, default=16, help="host memory of the engine, and of the server"
+    )
+    parser.add_argument("--gpu-memory", type=float, default=0.85, help="share of the device; 0 for a CPU")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="what to write down where this is no git checkout")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.commit = options.commit or circumstances()["commit"]
+    if not options.one:
+        for case in options.cases:
+            command = [sys.executable, "-m", "benchmarks.vllm_offload_gpu", case, *_passed(options), "--one"]
+            done = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | _ENVIRONMENT)  # noqa: S603
+            if done.returncode:
+                print(f"{case} failed", flush=True)
+        return
+    (case,) = options.cases
+    with tempfile.TemporaryDirectory() as folder, serving(case, options.host_gib) as address:
+        Path(folder, "config.json").write_text(json.dumps(model_config(options.layers)))
+        for row in measure(options, case, address, folder):
+            print(json.dumps(row), flush=True)
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _passed(options: argparse.Namespace) -> list[str]:
+    names = ("layers", "context", "batch", "batch_context", "steps", "repeats", "host_gib", "gpu_memory")
+    words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in (*names, "out", "commit")]
+    return [*words, "--graphs" if options.graphs else "--no-graphs"]
+
+
+if __name__ == "__main__":
+    main()
