@@ -120,8 +120,10 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise ValueError("attention over compressed pages is causal")
-        num_tokens, query_start = common.num_actual_tokens, common.query_start_loc
-        starts = common.query_start_loc_cpu.tolist()
+        num_tokens, num_seqs = common.num_actual_tokens, common.num_reqs
+        query_start = common.query_start_loc[: num_seqs + 1]
+        block_table, device_lengths = common.block_table_tensor[:num_seqs], common.seq_lens[:num_seqs]
+        starts = common.query_start_loc_cpu[: num_seqs + 1].tolist()
         lengths = _host_lengths(common)
         num_decodes, _, _, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold or 1)
         decode = decode_rows(starts, query_start, num_decodes, num_tokens)
@@ -131,10 +133,10 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
             group=self._group,
             num_tokens=num_tokens,
             slot_mapping=common.slot_mapping[:num_tokens],
-            block_table=common.block_table_tensor,
-            lengths=common.seq_lens,
+            block_table=block_table,
+            lengths=device_lengths,
             pages=self._group.prepare(
-                common.block_table_tensor, common.seq_lens, query_start, num_tokens, opens=any(begins)
+                block_table, device_lengths, query_start, num_tokens, opens=any(begins)
             ),
             decode=decode,
             decode_workspace=None
