@@ -5,6 +5,7 @@ Not to be carried over a fork: grpc's threads do not survive one. Make the clien
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -15,8 +16,9 @@ from tq_store.errors import BlockFormatError, RpcError, RpcUnavailable
 from tq_store.keys import BlockKey
 from tq_store.results import PutOutcome
 from tq_store.rpc import convert
-from tq_store.rpc.connection import Connection
+from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
+from tq_store.rpc.lanes import Stop, fetch_in_order
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
 from tq_store.rpc.segment import SegmentPool
 from tq_store.rpc.shared import SharedRoad, is_possible
@@ -108,7 +110,7 @@ class StoreClient:
                         position += 1
                     if position == end:
                         break
-                    for block in self._receive(keys[position:end], attempts.remaining_s):
+                    for block in self._receive(keys[position:end], attempts):
                         yield position, block
                         position += 1
                 except RpcUnavailable as error:
@@ -195,24 +197,23 @@ class StoreClient:
             )
         return flags
 
-    def _receive(self, keys: Sequence[BlockKey], timeout_s: float) -> Iterator[bytes | None]:
-        """One answer per key. Each connection carries every n-th block, so that all are busy all the time."""
-        num_lanes = min(self._connection.num_connections, len(keys))
-        lanes = [keys[lane::num_lanes] for lane in range(num_lanes)]
-        streams = [
-            self._connection.receive("Get", convert.pack_keys(lane), timeout_s=timeout_s) for lane in lanes
-        ]
-        try:
-            for stream in streams:
-                next(stream)  # it has begun
-            readers = [self._read(lane, stream) for lane, stream in zip(lanes, streams, strict=True)]
-            for position in range(len(keys)):
-                yield next(readers[position % num_lanes])
-            for reader in readers:
-                next(reader, None)  # the end of the stream
-        finally:
-            for stream in streams:
-                stream.close()
+    def _receive(self, keys: Sequence[BlockKey], attempts: Attempts) -> Iterator[bytes | None]:
+        """One answer per key, from one call as they arrive, or from calls on all connections."""
+        num_connections = self._connection.num_connections
+        if num_connections == 1 or len(keys) == 1:
+            yield from self._fetch(keys, Stop(), attempts)
+        else:
+
+            def fetch(run: Sequence[BlockKey], stop: Stop) -> list[bytes | None]:
+                return [*self._fetch(run, stop, attempts)]
+
+            yield from fetch_in_order(fetch, keys, num_connections=num_connections)
+
+    def _fetch(self, keys: Sequence[BlockKey], stop: Stop, attempts: Attempts) -> Iterator[bytes | None]:
+        """One answer per key from one Get."""
+        request, timeout_s = convert.pack_keys(keys), attempts.remaining_s
+        with closing(self._connection.receive("Get", request, timeout_s=timeout_s, stop=stop)) as frames:
+            yield from self._read(keys, frames)
 
     def _read(self, keys: Sequence[BlockKey], frames: Iterator[bytes]) -> Iterator[bytes | None]:
         """One answer per key from one Get. A server that breaks the order of frames is not read further."""

@@ -251,7 +251,7 @@ class ClientConfig:
     )
     connections: int = field(
         default=1,
-        metadata=about(COUNT, "connections to the server; several where one does not fill the link"),
+        metadata=about(COUNT, "to the server; several, of 16 MiB each, where one does not fill the link"),
     )
     shared_memory_bytes: int = field(
         default=32 << 20,

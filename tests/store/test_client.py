@@ -1,3 +1,4 @@
+import asyncio
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
+from tq_store.server import read_ahead as read_ahead_module
 
 PATIENT = ClientConfig(lookup_timeout_s=WAIT_S, transfer_timeout_s=WAIT_S, backoff_s=0.01)
 STORED, PRESENT, INVALID = PutOutcome.STORED, PutOutcome.PRESENT, PutOutcome.INVALID
@@ -385,59 +387,102 @@ def test_a_reader_that_stops_early_cancels_the_call() -> None:
         go_on.set()
 
 
-class Peers(Foreign):
-    """Also notes from which connection it was asked."""
+class Honest(stubs.BlockStoreServicer):
+    """Has all blocks; notes which connections asked for how many, and fails once for each of `failures`."""
 
-    def __init__(self, *scripts: Iterable[Any]) -> None:
-        super().__init__(*scripts)
+    def __init__(self, failures: Iterable[BlockKey] = ()) -> None:
         self.peers: list[str] = []
+        self.num_asked: list[int] = []
+        self._failures = set(failures)
 
     def Get(self, request: pb.Keys, context: grpc.ServicerContext) -> Iterator[pb.BlockFrame]:
         self.peers.append(context.peer())
-        numbers = [keys_of(BLOCKS).index(BlockKey(key)) for key in request.keys]
-        self.scripts.append(
-            [frame for index, number in enumerate(numbers) for frame in honest(index, BLOCKS[number][1])]
-        )
-        return super().Get(request, context)
+        self.num_asked.append(len(request.keys))
+        for index, key in enumerate(request.keys):
+            if key in self._failures:
+                self._failures.remove(BlockKey(key))
+                context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+            yield from honest(index, BLOCKS[keys_of(BLOCKS).index(BlockKey(key))][1])
+
+
+SEVERAL = ClientConfig(transfer_timeout_s=WAIT_S, backoff_s=0.01, connections=3)
 
 
 def test_several_connections_share_the_blocks_of_a_get() -> None:
-    servicer = Peers()
-    keys = [keys_of(BLOCKS)[number % 3] for number in range(8)]
-    config = ClientConfig(lookup_timeout_s=WAIT_S, transfer_timeout_s=WAIT_S, connections=3)
-    with foreign_server(servicer) as address, StoreClient(address, config=config) as client:
-        assert [data for _, data in client.get(keys)] == [BLOCKS[number % 3][1] for number in range(8)]
+    servicer = Honest()
+    blocks = [BLOCKS[number % 3] for number in range(20)]
+    with foreign_server(servicer) as address, StoreClient(address, config=SEVERAL) as client:
+        assert [data for _, data in client.get(keys_of(blocks))] == bytes_of(blocks)
         assert len(set(servicer.peers)) == 3
-        assert sorted(map(len, servicer.asked)) == [2, 3, 3]
+        assert sum(servicer.num_asked) == 20
+        assert 1 in servicer.num_asked
+        assert max(servicer.num_asked) > 1, "runs grow"
         servicer.peers.clear()
-        assert list(client.get(keys[:1])) == [(0, BLOCKS[0][1])]
+        assert list(client.get(keys_of(blocks)[:1])) == [(0, BLOCKS[0][1])]
         assert len(servicer.peers) == 1
         assert client.counters == {REJECTED: 0, BROKEN: 0, "retries": 0, "failed_calls": 0}
 
 
-def test_a_connection_of_several_that_fails_costs_what_is_asked_again(
+def test_a_connection_of_several_that_fails_costs_what_is_asked_again() -> None:
+    servicer = Honest(keys_of(BLOCKS)[1:2])
+    with foreign_server(servicer) as address, StoreClient(address, config=SEVERAL) as client:
+        assert list(client.get(keys_of(BLOCKS))) == list(enumerate(bytes_of(BLOCKS)))
+        assert (client.counters["retries"], client.counters["failed_calls"]) == (1, 1)
+
+
+def test_a_reader_that_stops_ends_the_calls_on_all_connections() -> None:
+    class Endless(Honest):
+        """After its first answer it says nothing more, until the call is cancelled."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_cancelled = threading.Semaphore(0)
+
+        def Get(self, request: pb.Keys, context: grpc.ServicerContext) -> Iterator[pb.BlockFrame]:
+            if request.keys[0] == BLOCKS[0][0]:
+                yield from super().Get(request, context)
+                return
+            self.peers.append(context.peer())
+            cancelled = threading.Event()
+            context.add_callback(cancelled.set)
+            cancelled.wait(WAIT_S)
+            self.num_cancelled.release()
+
+    servicer = Endless()
+    with foreign_server(servicer) as address, StoreClient(address, config=SEVERAL) as client:
+        reading = client.get([BLOCKS[0][0], BLOCKS[1][0], BLOCKS[2][0]])
+        assert next(reading) == (0, BLOCKS[0][1])
+        wait_until(lambda: len(servicer.peers) == 3)
+        reading.close()
+        for _ in range(2):
+            assert servicer.num_cancelled.acquire(timeout=WAIT_S)
+        assert client.counters["failed_calls"] == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tq-store-get")]
+
+
+def test_connections_do_not_keep_each_other_out_of_the_servers_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lost = grpc.StatusCode.UNAVAILABLE
-    servicer = Foreign(
-        [*honest(0), *honest(1, BLOCKS[2][1])], [lost], [*honest(0, BLOCKS[1][1])], honest(0, BLOCKS[2][1])
-    )
-    config = ClientConfig(transfer_timeout_s=WAIT_S, backoff_s=0.01, connections=2)
-    # calls are answered in the order in which they come, so one must have begun before the next
-    receive = Connection.receive
+    """The block that the reader wants first is the last to ask for room, when others have filled it."""
+    blocks = sample_blocks(3, 24 * MIB)
+    is_full, read = threading.Event(), read_ahead_module._Group._read
 
-    def one_by_one(*arguments: Any, **named: Any) -> Iterator[bytes]:
-        num_asked = len(servicer.asked)
-        stream = receive(*arguments, **named)
-        begun = next(stream)
-        wait_until(lambda: len(servicer.asked) > num_asked)
-        yield begun
-        yield from stream
+    async def first_comes_last(group: Any, expected_bytes: int) -> list[bytes | None]:
+        while group._keys == [blocks[0][0]] and not is_full.is_set():
+            await asyncio.sleep(0.01)
+        found = await read(group, expected_bytes)
+        if found:
+            is_full.set()
+        return found
 
-    monkeypatch.setattr(Connection, "receive", one_by_one)
-    with foreign_server(servicer) as address, StoreClient(address, config=config) as client:
-        assert list(client.get(keys_of(BLOCKS))) == list(enumerate(bytes_of(BLOCKS)))
-        assert client.counters["retries"] == 1
+    monkeypatch.setattr(read_ahead_module._Group, "_read", first_comes_last)
+    with (
+        running_server(max_outflight_bytes=8 * MIB) as server,
+        StoreClient(server.address, config=SEVERAL) as client,
+    ):
+        client.put(blocks)
+        assert [data for _, data in client.get(keys_of(blocks))] == bytes_of(blocks)
+        assert client.counters["failed_calls"] == 0
 
 
 class Liar(stubs.BlockStoreServicer):

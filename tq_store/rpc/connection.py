@@ -15,6 +15,7 @@ import grpc
 from tq_store.config import ClientConfig, is_local
 from tq_store.errors import ConfigError, RpcError, RpcUnavailable
 from tq_store.rpc.convert import SERVICE_NAME
+from tq_store.rpc.lanes import Stop
 from tq_store.rpc.status import error_of
 from tq_store.rpc.token import METADATA_KEY, TokenFile, bearer
 from tq_store.rpc.tracing import Metadata, Tracing
@@ -97,21 +98,24 @@ class Connection:
                     raise
                 self.wait_or_raise(attempts, error)
 
-    def receive(self, method: str, request: bytes, *, timeout_s: float) -> Generator[bytes, None, None]:
-        """One request, a stream of answers. Closing the iterator cancels the call.
-
-        An empty answer comes first and at once, when the call has begun: so several can be under way before
-        one of them is read.
+    def receive(
+        self, method: str, request: bytes, *, timeout_s: float, stop: Stop | None = None
+    ) -> Generator[bytes, None, None]:
+        """One request, a stream of answers. Closing the iterator cancels the call; so does `stop`, quietly.
 
         Raises:
             RpcError: At any point of the stream.
         """
+        stop = stop or Stop()
         start = next(self._turns).unary_stream(_path(method), None, None)
         with self._translated(method) as metadata:
             call = start(request, timeout=timeout_s, metadata=metadata)
             try:
-                yield b""
-                yield from call
+                with stop.ends(call.cancel):
+                    yield from call
+            except grpc.RpcError:
+                if not stop.is_set:
+                    raise
             finally:
                 call.cancel()  # type: ignore[no-untyped-call]  # the stub forgot its type
 
