@@ -25,6 +25,7 @@ from tq_store.backends.base import Backend
 from tq_store.backends.disk import DiskBackend
 from tq_store.backends.memory import MemoryBackend
 from tq_store.backends.redis import RedisBackend, RedisLimits
+from tq_store.backends.redis_shard import _LOOKUPS
 from tq_store.block import HEADER_LAYOUT
 from tq_store.errors import BackendError, ConfigError
 from tq_store.keys import BlockKey
@@ -64,8 +65,8 @@ async def disk(directory: Path) -> DiskBackend:
     return await DiskBackend.open(directory, budget_bytes=256 << 20)
 
 
-async def redis(url: str, timeout_s: float = 10.0) -> RedisBackend:
-    limits = RedisLimits(timeout_s=timeout_s, lookup_timeout_s=timeout_s, census_s=None)
+async def redis(url: str, timeout_s: float = 10.0, lookup_timeout_s: float | None = None) -> RedisBackend:
+    limits = RedisLimits(timeout_s=timeout_s, lookup_timeout_s=lookup_timeout_s or timeout_s, census_s=None)
     return await RedisBackend.open(url, limits=limits)
 
 
@@ -624,6 +625,30 @@ class TestOutages:
                 proxy.cut_after = None
                 assert await store.delete([key]) == [True]
                 assert await store.purge(NAMESPACE) == 1
+
+    async def test_a_tier_that_is_busy_is_not_left_alone(
+        self, redis_server: RedisProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        key, block = sample_block(1)
+        patient = await redis(redis_server.url)
+        await patient.put([(key, block)])
+        await patient.close()
+        async with Proxy(redis_server, tmp_path) as proxy:
+            bottom = await redis(proxy.url, timeout_s=1.0, lookup_timeout_s=20.0)
+            async with store_of(memory(), bottom, clock=Clock()) as store:
+                proxy.open_gate.clear()
+                lookups = [asyncio.create_task(store.contains([key])) for _ in range(_LOOKUPS)]
+                (shard,) = bottom._servers.shards
+                while not shard._lookups.locked():
+                    await asyncio.sleep(0)
+                assert await store.delete([key]) == [False]
+                proxy.open_gate.set()
+                assert await asyncio.gather(*lookups) == [[True]] * _LOOKUPS
+                assert await store.contains([key]) == [True]
+                assert counters(store)["tier_errors_redis"] == 1
+        assert caplog.text.count("the redis tier is busy") == 1
+        assert caplog.text.count("the redis tier is no longer busy") == 1
 
     async def test_a_purge_that_a_tier_missed_says_so(self, server: RedisProcess, tmp_path: Path) -> None:
         ours, theirs = sample_blocks(2), sample_blocks(2, namespace=OTHER_NAMESPACE)

@@ -12,7 +12,14 @@ from tq_store.backends.base import Backend, Sharded
 from tq_store.backends.memory import MemoryBackend
 from tq_store.block import verify_block
 from tq_store.coded import is_coded, pack_coded, unpack_coded
-from tq_store.errors import BackendError, BackendFull, BlockFormatError, UnknownOwner, UnsupportedVersion
+from tq_store.errors import (
+    BackendBusy,
+    BackendError,
+    BackendFull,
+    BlockFormatError,
+    UnknownOwner,
+    UnsupportedVersion,
+)
 from tq_store.keys import BlockKey
 from tq_store.results import BackendStats, PutOutcome, QueueStats, ShardStats
 
@@ -238,14 +245,15 @@ class Tier:
                 result = await call
         except BackendError as error:
             self._counters[f"tier_errors_{self.name}"] += 1
-            trouble = "full" if isinstance(error, BackendFull) else "failing"
+            trouble = _trouble(error)
             if trouble == "failing":
                 self._rests_until = self._clock() + _REST_S
             if trouble not in self._troubles:
                 self._troubles.add(trouble)
                 _log.warning("the %s tier is %s: %s", self.name, trouble, error)
             return otherwise
-        self._end_trouble("failing")
+        for trouble in ("failing", "busy"):
+            self._end_trouble(trouble)
         return result
 
     def _end_trouble(self, trouble: str) -> None:
@@ -253,6 +261,13 @@ class Tier:
             self._troubles.remove(trouble)
             self._rests_until = self._clock()
             _log.info("the %s tier is no longer %s", self.name, trouble)
+
+
+def _trouble(error: BackendError) -> str:
+    """Only a tier that is failing is left alone: one that is full still reads, one that is busy works."""
+    if isinstance(error, BackendFull):
+        return "full"
+    return "busy" if isinstance(error, BackendBusy) else "failing"
 
 
 def _unpacked(block: bytes | None) -> bytes | BlockFormatError | None:
