@@ -203,6 +203,31 @@ def test_a_slow_disk_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     os.close(reader)
 
 
+@pytest.mark.parametrize("num_waiting", [1, 3])
+def test_a_disk_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_waiting: int
+) -> None:
+    monkeypatch.setattr("tq_store.server.audit._MAX_WAITING", 2)
+    monkeypatch.setattr("tq_store.server.audit._LAST_WRITES_S", 0.2)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    sink = FileSink(fifo, lambda: None)
+    sink.write({"text": "x" * (1 << 20)})  # more than a pipe holds
+    wait_until(sink._waiting.empty)
+    for _ in range(num_waiting):
+        sink.write({"n": 1})
+    sink.close()
+    assert "its last records are lost" in caplog.text
+    sink._waiting.queue.clear()
+    sink._waiting.put(None)
+    os.set_blocking(reader, True)
+    while os.read(reader, 1 << 20)[-1:] != b"\n":
+        pass
+    sink._thread.join()
+    os.close(reader)
+
+
 def test_a_log_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"audit_log .* cannot be written"):
         FileSink(tmp_path / "absent" / "audit.jsonl", lambda: None)

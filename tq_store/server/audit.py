@@ -22,6 +22,8 @@ from tq_store.server.calls import Call
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 4096
+_LAST_WRITES_S = 5.0
+"""How long a stop waits for a disk; what hangs in the kernel cannot be ended."""
 _MAX_REFUSALS_PER_S = 20
 _MAX_METHOD_CHARS = 100
 _CHANGING_METHODS = frozenset({"Delete", "Purge", "Stats", "Inspect"})
@@ -83,12 +85,24 @@ class FileSink:
             self._on_dropped()
 
     def close(self) -> None:
-        """Write what waits, then close the file."""
-        self._waiting.put(None)
-        self._thread.join()
-        os.close(self._descriptor)
+        """Write what waits, then close the file; a disk that hangs is given up after five seconds."""
+        deadline = time.monotonic() + _LAST_WRITES_S
+        try:
+            self._waiting.put(None, timeout=_LAST_WRITES_S)
+        except queue.Full:
+            pass
+        else:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.warning("audit_log %s cannot be written in time: its last records are lost", self._path)
 
     def _run(self) -> None:
+        try:
+            self._write_records()
+        finally:
+            os.close(self._descriptor)
+
+    def _write_records(self) -> None:
         while (record := self._waiting.get()) is not None:
             line = json.dumps(record, ensure_ascii=True) + "\n"
             try:
