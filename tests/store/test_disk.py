@@ -455,3 +455,37 @@ class TestQuarantine:
             assert [key_of(file) for file in files_in(tmp_path / "quarantine")] == [theirs[0]]
             await backend.purge()
             assert not files_in(tmp_path / "quarantine")
+
+
+@pytest.mark.parametrize("was_made_before", [False, True])
+async def test_blocks_are_their_owners_alone_whatever_the_directory_allows(
+    tmp_path: Path, was_made_before: bool
+) -> None:
+    if was_made_before:
+        for name in ("blocks", "partial", "quarantine"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name).chmod(0o755)
+    tmp_path.chmod(0o755)
+    async with opened(tmp_path) as backend:
+        await backend.put(sample_blocks(1))
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert sorted(folder.name for folder in folders) == ["blocks", "partial", "quarantine"]
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+    assert tmp_path.stat().st_mode & 0o777 == 0o755, "its owner's affair"
+
+
+async def test_folders_of_another_user_are_used_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks").chmod(0o770)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    async with opened(tmp_path) as backend:
+        assert await backend.put(sample_blocks(1)) == [PutOutcome.STORED]
+    (record,) = caplog.records
+    assert record.message == (
+        f"{tmp_path / 'blocks'} belongs to another user, and others than tq-store may read what is in it"
+    )

@@ -17,6 +17,7 @@ import asyncio
 import errno
 import fcntl
 import itertools
+import logging
 import os
 import re
 import threading
@@ -36,6 +37,7 @@ from tq_store.results import MAX_NAMESPACES, BackendStats, PutOutcome
 _T = TypeVar("_T")
 _Args = TypeVarTuple("_Args")
 
+_log = logging.getLogger(__name__)
 _FILE_NAME = re.compile(r"([0-9a-f]{64})-([0-9a-f]{64})")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OF_ONE_FILE = {errno.EIO, errno.EACCES, errno.EISDIR, errno.ELOOP}
@@ -65,7 +67,6 @@ class DiskBackend:
         self._partial_names = itertools.count()
         self._closed = False
         with _translated(directory):
-            # blocks tell what prompts said, so they are their owner's alone
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._process_lock = (directory / "lock").open("wb")
             try:
@@ -173,8 +174,10 @@ class DiskBackend:
             raise BackendUnavailable(
                 f"{self._directory} is in use by another process; give each tq-store its own directory"
             ) from error
-        for name in ("partial", "quarantine", *(f"blocks/{shard:02x}" for shard in range(256))):
-            (self._directory / name).mkdir(parents=True, exist_ok=True)
+        for name in ("partial", "quarantine", "blocks"):
+            _make_private(self._directory / name)
+        for shard in range(256):
+            (self._directory / f"blocks/{shard:02x}").mkdir(exist_ok=True)
         for leftover in _files(self._directory / "partial"):
             os.unlink(leftover)
         aside = [(file.stat().st_mtime_ns, file) for file in _files(self._directory / "quarantine")]
@@ -309,6 +312,18 @@ class DiskBackend:
             finally:
                 os.close(descriptor)
         return num_dropped
+
+
+def _make_private(folder: Path) -> None:
+    """Blocks tell what prompts said, so they are their owner's alone, whoever may enter the directory."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_mode & 0o077:
+        try:
+            folder.chmod(0o700)
+        except PermissionError:
+            _log.warning(
+                "%s belongs to another user, and others than tq-store may read what is in it", folder
+            )
 
 
 def _files(folder: Path) -> list[os.DirEntry[str]]:
