@@ -143,7 +143,7 @@ class TurboQuantBackend(AttentionBackend):
                 new_lens_host=forward_batch.extend_seq_lens_cpu,
             )
         elif not mode.is_idle():
-            raise NotImplementedError(f"the attention backend turboquant does not serve {mode}")
+            raise NotImplementedError(f"the attention backend turboquant does not serve {mode.name}")
 
     def _fill_decode(self, batch: Batch, forward_batch: Any) -> None:
         self._steps.fill_decode(

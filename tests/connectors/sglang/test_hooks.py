@@ -1,13 +1,22 @@
 """What hooks decide, without SGLang: arguments, dtypes, sizes."""
 
+import argparse
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tq_connectors.sglang.hooks import arguments, cell_size, dtype, pool, post_init, resolve_once
-from tq_connectors.sglang.hooks.choices import BACKEND
+from tq_connectors.sglang.hooks import (
+    arguments,
+    cell_size,
+    command_line,
+    dtype,
+    pool,
+    post_init,
+    resolve_once,
+)
+from tq_connectors.sglang.hooks.arguments import BACKEND
 
 
 def server_arguments(**given: Any) -> SimpleNamespace:
@@ -67,6 +76,15 @@ def test_other_dtypes_are_left_alone() -> None:
 def test_what_cannot_be_served_is_refused_with_a_sentence(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         arguments.complete_arguments(server_arguments(**given))
+
+
+def test_names_of_ours_are_choices_of_the_command_line() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8_e5m2"])
+    parser.add_argument("--device")
+    command_line.after_add_cli_args(None, parser)
+    for name in ("tq4", "k4v2", "auto"):
+        assert parser.parse_args(["--kv-cache-dtype", name]).kv_cache_dtype == name
 
 
 def test_elements_of_ours_are_bytes() -> None:

@@ -36,6 +36,10 @@ def answer(engine: Any, request: dict[str, Any]) -> Any:
         return bool(engine.flush_cache())
     sampling = {"temperature": 0, "max_new_tokens": request["num_new"], "ignore_eos": True}
     made = engine.generate(input_ids=request["tokens"], sampling_params=sampling)
+    return [described(each) for each in made] if isinstance(made, list) else described(made)
+
+
+def described(made: dict[str, Any]) -> dict[str, Any]:
     details = made["meta_info"].get("cached_tokens_details") or {}
     return {
         "tokens": made["output_ids"],

@@ -1,6 +1,6 @@
 """What of SGLang is hooked: one file each, which says for which releases."""
 
-from tq_connectors.sglang.hooks import cell_size, dtype, pool, post_init, resolve_once
+from tq_connectors.sglang.hooks import cell_size, command_line, dtype, pool, post_init, resolve_once
 from tq_connectors.sglang.hooks.hook import Hook
 
 
@@ -9,4 +9,4 @@ def hooks_of_release() -> tuple[Hook, ...]:
     from sglang.srt.server_args import ServerArgs
 
     arguments = resolve_once if hasattr(ServerArgs, "resolve_once") else post_init
-    return arguments.HOOK, dtype.HOOK, cell_size.HOOK, pool.HOOK
+    return command_line.HOOK, arguments.HOOK, dtype.HOOK, cell_size.HOOK, pool.HOOK

@@ -3,7 +3,9 @@
 from typing import Any
 
 from tq_connectors.engine.layouts import DTYPES, PAGE_TOKENS
-from tq_connectors.sglang.hooks.choices import BACKEND
+
+BACKEND = "turboquant"
+"""Name of the attention backend."""
 
 _REFUSED = {
     "speculative_algorithm": "speculative decoding is not served",

@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hook:
-    """One function of SGLang with ours around it, or before it.
+    """One function of SGLang with ours around it, before it or after it.
 
     Args:
         target: Dotted path.
         kind: As SGLang's `HookType` has it.
-        function: Gets the original first if it is around.
+        function: Gets the original first if it is around, and the result if it is after.
         parameters: Of the target that the function relies on, by name.
     """
 
     target: str
-    kind: Literal["before", "around"]
+    kind: Literal["before", "after", "around"]
     function: Callable[..., Any]
     parameters: tuple[str, ...]
