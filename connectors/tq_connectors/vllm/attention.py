@@ -58,7 +58,12 @@ class TQAttentionImpl(AttentionImpl[TQMetadata]):
         )
 
     def on_pages(
-        self, layout: PageLayout, sink_keys: torch.Tensor, sink_values: torch.Tensor
+        self,
+        layout: PageLayout,
+        *,
+        sink_keys: torch.Tensor,
+        sink_values: torch.Tensor,
+        key_balance: torch.Tensor | None,
     ) -> PagedAttention:
         """What this layer does with pages, once they are known.
 
@@ -66,12 +71,14 @@ class TQAttentionImpl(AttentionImpl[TQMetadata]):
             layout: Of its pages.
             sink_keys: ``[num_rows, num_sinks, num_kv_heads, head_dim]``, where first tokens are kept.
             sink_values: The same shape.
+            key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys are divided, or None.
         """
         return PagedAttention(
             layout=layout,
             softmax_scale=self.scale,
             sliding_window=self.sliding_window,
             softcap=self.logits_soft_cap,
+            key_balance=key_balance,
             sink_keys=sink_keys,
             sink_values=sink_values,
         )

@@ -1,6 +1,6 @@
 """The layers that share a block table: their attention on pages, and the raw first tokens of sequences."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class LayerGroup:
     Args:
         layers: vLLM's layers by name, in the model's order; their `impl` is ours.
         layout: Of the pages of each.
+        key_balances: For each layer ``[num_kv_heads, head_dim]`` float32 by which keys are divided, or None.
         max_seqs: Most sequences of a step.
         max_tokens: Most tokens of a step.
         dtype: Of the model.
@@ -58,6 +59,7 @@ class LayerGroup:
         layers: Mapping[str, Any],
         layout: PageLayout,
         *,
+        key_balances: Sequence[torch.Tensor | None],
         max_seqs: int,
         max_tokens: int,
         dtype: torch.dtype,
@@ -69,8 +71,13 @@ class LayerGroup:
             layout, num_layers=len(layers), num_rows=rows_for(max_seqs), dtype=dtype, device=device
         )
         self._attentions: dict[str, PagedAttention] = {
-            name: layer.impl.on_pages(layout, self._pool.keys[index], self._pool.values[index])
-            for index, (name, layer) in enumerate(layers.items())
+            name: layer.impl.on_pages(
+                layout,
+                sink_keys=self._pool.keys[index],
+                sink_values=self._pool.values[index],
+                key_balance=None if balance is None else balance.to(device),
+            )
+            for index, ((name, layer), balance) in enumerate(zip(layers.items(), key_balances, strict=True))
         }
         self._seed_pages = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
         self._sink_slots = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)

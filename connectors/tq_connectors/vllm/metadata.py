@@ -1,10 +1,12 @@
 """What a step's attention needs to know, the same for all layers of a group, made before its graph runs."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -16,6 +18,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tq_connectors.engine.layouts import layout_for
 from tq_connectors.engine.workspaces import DecodeWorkspaces
+from tq_connectors.vllm.balance import key_balances
 from tq_connectors.vllm.batch import CachedChunk, ColdPrompts, DecodeRows, decode_rows, prefill_parts
 from tq_connectors.vllm.group import LayerGroup, PageStep
 from tq_kernels.decode_attention import DecodeWorkspace
@@ -87,15 +90,25 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
         )
         scheduler = vllm_config.scheduler_config
         max_seqs = max(scheduler.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
         self._group = LayerGroup(
             layers,
             layout,
+            key_balances=key_balances(
+                os.environ,
+                layout,
+                [extract_layer_index(name) for name in layers],
+                num_model_layers=model.hf_text_config.num_hidden_layers,
+                total_kv_heads=model.get_total_num_kv_heads(),
+                tp_rank=parallel.rank % parallel.tensor_parallel_size,
+                tp_size=parallel.tensor_parallel_size,
+            ),
             max_seqs=max_seqs,
             max_tokens=max(scheduler.max_num_batched_tokens, max_seqs * max_rows),
-            dtype=vllm_config.model_config.dtype,
+            dtype=model.dtype,
             device=device,
         )
-        max_tokens = vllm_config.model_config.max_model_len
+        max_tokens = model.max_model_len
         self._decode_workspaces = DecodeWorkspaces(
             layout,
             num_query_heads=first.num_heads,
