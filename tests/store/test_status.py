@@ -67,6 +67,29 @@ def test_rates_cover_the_window_and_ratios_also_all_time() -> None:
     assert [moment.sent_bytes_per_s for moment in status.history] == [50, 2000]
 
 
+def test_calls_through_shared_memory_count_with_the_others() -> None:
+    def calls(clock_s: float, get: int, get_shared: int) -> Reading:
+        counts = {"Get": get, "GetShared": get_shared}
+        return Reading(
+            clock_s=clock_s,
+            samples={
+                "tq_store_requests_total": {
+                    (("method", method), ("status", "OK")): count for method, count in counts.items()
+                },
+                "tq_store_request_seconds_bucket": {
+                    (("le", bound), ("method", method)): count * (bound != "0.01" or method == "Get")
+                    for method, count in counts.items()
+                    for bound in ("0.01", "0.1", "+Inf")
+                },
+            },
+        )
+
+    lookup, get, put = view(calls(0, 10, 100), calls(10, 30, 180)).calls
+    assert (lookup.method, lookup.calls_per_s, lookup.p99_s) == ("Lookup", 0, None)
+    assert (get.method, get.calls_per_s, get.p50_s, get.p99_s) == ("Get", 10, 0.1, 0.1)
+    assert (put.method, put.calls_per_s) == ("Put", 0)
+
+
 def test_right_after_the_start_nothing_is_known_and_nothing_breaks() -> None:
     for status in (view(), view(reading(5, 0, 0, 0))):
         assert (status.window_s, status.hit_ratio, status.sent_bytes_per_s) == (0, None, 0)

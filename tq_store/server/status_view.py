@@ -1,7 +1,8 @@
 """From readings of the metrics to the status that people see."""
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from tq_store.server import metric_table as table
@@ -12,7 +13,8 @@ from tq_store.status import CallStatus, Moment, NamespaceStatus, Status, TierSta
 _WINDOW_S = 30.0
 _NUM_NAMESPACES = 10
 _DIGITS = 12
-_METHODS = ("Lookup", "Get", "Put")
+_METHODS = {"Lookup": ("Lookup",), "Get": ("Get", "GetShared"), "Put": ("Put", "PutShared")}
+"""As people see them, with those that do the same through shared memory."""
 _TROUBLES = {
     "corrupt blocks": table.CORRUPT_BLOCKS,
     "dropped writes": table.DROPPED_WRITES,
@@ -65,7 +67,7 @@ class StatusView:
             max_inflight_bytes=int(now.total(table.MAX_INFLIGHT_BYTES.name)),
             troubles={name: int(now.total(metric.name)) for name, metric in _TROUBLES.items()},
             tiers=_tiers(change),
-            calls=[_call(change, method) for method in _METHODS],
+            calls=[_call(change, name, methods) for name, methods in _METHODS.items()],
             namespaces=self._namespaces(),
             history=[_moment(_Change(*pair)) for pair in pairwise(readings)],
         )
@@ -103,12 +105,12 @@ class _Change:
         """Share of the keys of lookups that were hits, or None without lookups."""
         return _share(self.count(table.LOOKUP_KEYS, result="hit"), self.count(table.LOOKUP_KEYS))
 
-    def quantile(self, metric: table.Definition, share: float, **labels: str) -> float | None:
-        """Upper bound of a share of a histogram's observations."""
+    def buckets(self, metric: table.Definition, **labels: str) -> dict[str, float]:
+        """By how much the buckets of a histogram grew."""
         name = f"{metric.name}_bucket"
         before = self._then.by(name, "le", **labels)
         after = self.now.by(name, "le", **labels)
-        return quantile({bound: count - before.get(bound, 0.0) for bound, count in after.items()}, share)
+        return {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -123,12 +125,16 @@ def _moment(change: _Change) -> Moment:
     )
 
 
-def _call(change: _Change, method: str) -> CallStatus:
+def _call(change: _Change, name: str, methods: Sequence[str]) -> CallStatus:
+    buckets: defaultdict[str, float] = defaultdict(float)
+    for method in methods:
+        for bound, count in change.buckets(table.REQUEST_SECONDS, method=method).items():
+            buckets[bound] += count
     return CallStatus(
-        method=method,
-        calls_per_s=change.rate(table.REQUESTS, method=method),
-        p50_s=change.quantile(table.REQUEST_SECONDS, 0.5, method=method),
-        p99_s=change.quantile(table.REQUEST_SECONDS, 0.99, method=method),
+        method=name,
+        calls_per_s=sum(change.rate(table.REQUESTS, method=method) for method in methods),
+        p50_s=quantile(buckets, 0.5),
+        p99_s=quantile(buckets, 0.99),
     )
 
 
