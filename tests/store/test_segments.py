@@ -5,7 +5,7 @@ import fcntl
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,16 @@ BYTES = 1 << 20
 
 @pytest.fixture
 async def segments(tmp_path: Path) -> AsyncIterator[Segments]:
-    opened = Segments(tmp_path / f"s{SOCKET_SUFFIX}", limit=2)
+    opened = listening(tmp_path / f"s{SOCKET_SUFFIX}", limit=2)
     yield opened
     await opened.close()
     assert not list(tmp_path.iterdir())
+
+
+def listening(path: Path, *, limit: int = 1) -> Segments:
+    opened = Segments(path, limit=limit)
+    opened.listen()
+    return opened
 
 
 def pool_of(tmp_path: Path, num_bytes: int = BYTES) -> SegmentPool:
@@ -216,19 +222,48 @@ def test_elsewhere_there_is_nothing_to_lend(address: str, num_bytes: int) -> Non
 
 
 async def test_a_socket_that_cannot_be_had_is_a_setting_to_change(tmp_path: Path) -> None:
+    opened = Segments(tmp_path / "not there" / "s", limit=1)
     with pytest.raises(ConfigError, match="cannot take shared memory"):
-        Segments(tmp_path / "not there" / "s", limit=1)
+        opened.listen()
+    await opened.close()
+    folder = tmp_path / f"s{SOCKET_SUFFIX}"
+    folder.mkdir()
+    with (
+        pytest.raises(ConfigError, match="cannot take shared memory"),
+        running_server(local_socket=tmp_path / "s"),
+    ):
+        pass
+    folder.rmdir()
+    with (
+        running_server(local_socket=tmp_path / "s"),
+        closing(pool_of(tmp_path)) as pool,
+        pool.lend(WAIT_S) as segment,
+    ):
+        assert segment is not None
 
 
 async def test_what_a_dead_server_left_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / f"s{SOCKET_SUFFIX}"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    opened = Segments(path, limit=1)
+    opened = listening(path)
     client = await open_segment(tmp_path)
     assert client.num_bytes <= segment_module.MAX_SEGMENT_BYTES
     client.close()
     await opened.close()
+
+
+async def test_a_server_that_ends_leaves_the_socket_of_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / f"s{SOCKET_SUFFIX}"
+    ending, never_began = listening(path), Segments(path, limit=1)
+    following = listening(path)
+    await ending.close()
+    await never_began.close()
+    client = await open_segment(tmp_path)
+    assert following.find(client.handle).num_bytes == BYTES
+    client.close()
+    await following.close()
+    assert not path.exists()
 
 
 async def test_clients_that_only_connect_are_bounded(segments: Segments, tmp_path: Path, monkeypatch) -> None:

@@ -171,6 +171,8 @@ class Server:
         self.address = _bind(grpc_server, config)
         await grpc_server.start()
         self._resources.push_async_callback(grpc_server.stop, _LAST_BYTES_S)
+        if segments is not None:
+            segments.listen()  # only now: the address beside it is ours
         self._resources.push_async_callback(self._drain, gate, config.grace_s)
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -125,11 +125,8 @@ class Segments:
     Bound to one event loop. A segment goes when its client closes the connection that brought it, or dies.
 
     Args:
-        path: Of the socket. Nobody else listens there; what is left of a dead server is removed.
+        path: Of the socket.
         limit: Segments at once; who comes beyond it is turned away.
-
-    Raises:
-        ConfigError: The socket cannot be had.
     """
 
     def __init__(self, path: Path, *, limit: int) -> None:
@@ -138,13 +135,23 @@ class Segments:
         self._segments: dict[bytes, Segment] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener = socket.socket(socket.AF_UNIX)
+        self._file: tuple[int, int] | None = None
+
+    def listen(self) -> None:
+        """Open the socket. Whoever serves on the address beside it owns it: what else is there is removed.
+
+        Raises:
+            ConfigError: It cannot be had.
+        """
         try:
-            path.unlink(missing_ok=True)
-            self._listener.bind(str(path))
+            self._path.unlink(missing_ok=True)
+            self._listener.bind(str(self._path))
+            self._file = _identity(self._path)
             self._listener.listen()
         except OSError as error:
-            self._listener.close()
-            raise ConfigError(f"cannot take shared memory on {path}: {error.strerror or error}") from error
+            raise ConfigError(
+                f"cannot take shared memory on {self._path}: {error.strerror or error}"
+            ) from error
         self._listener.setblocking(False)
         self._begin(self._accept())
 
@@ -163,12 +170,14 @@ class Segments:
             raise ValueError("no such segment; hand it over again") from None
 
     async def close(self) -> None:
-        """Turn everybody away."""
+        """Turn everybody away. A socket that another server has opened here since stays."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # before the listener is closed: until then no other file can have its number
+        if self._file is not None and self._file == _identity(self._path):
+            self._path.unlink(missing_ok=True)
         self._listener.close()
-        self._path.unlink(missing_ok=True)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -213,6 +222,15 @@ class Segments:
         finally:
             del self._segments[handle]
             segment.close()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path stands for; None for none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _close(connection: socket.socket, _: object) -> None:
