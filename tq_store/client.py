@@ -124,7 +124,7 @@ class StoreClient:
         """
         outcomes: list[PutOutcome] = []
         attempts = self._connection.attempts(self._config.transfer_timeout_s)
-        source = iter(blocks)
+        source = _guarded(blocks)
         next_block = next(source, None)
         while next_block is not None:
             sent, next_block = self._road.put(next_block, source, attempts)
@@ -241,6 +241,14 @@ class StoreClient:
             self._connection.count("rejected_blocks")
             return None
         return data
+
+
+def _guarded(blocks: Iterable[tuple[BlockKey, bytes]]) -> Iterator[tuple[BlockKey, bytes]]:
+    """The caller's blocks; whatever goes wrong with them is an RpcError."""
+    try:
+        yield from blocks
+    except Exception as error:
+        raise RpcError(f"the blocks to put could not be had: {error}") from error
 
 
 class _PutBatch:

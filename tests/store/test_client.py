@@ -129,6 +129,17 @@ def test_a_source_of_blocks_that_fails_fails_the_put(client: StoreClient) -> Non
         client.put(source())
 
 
+def test_a_source_that_fails_at_once_raises_what_every_failure_does(client: StoreClient) -> None:
+    def source() -> Iterator[tuple[BlockKey, bytes]]:
+        raise OSError("the engine is gone")
+        yield sample_block(1)
+
+    with pytest.raises(RpcError, match="could not be had: the engine is gone"):
+        client.put(source())
+    with pytest.raises(RpcError, match="could not be had"):
+        client.put(None)  # type: ignore[arg-type]
+
+
 def test_many_threads_share_a_client(client: StoreClient) -> None:
     def use(first: int) -> bool:
         blocks = sample_blocks(20, 5000, first=first)

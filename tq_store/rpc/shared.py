@@ -66,7 +66,7 @@ class SharedRoad:
         """Store leading blocks; their outcomes, and the first block that has to go as a stream, if any.
 
         Raises:
-            RpcError: As its subclasses say; also when `source` fails.
+            RpcError: As its subclasses say.
         """
         outcomes: list[PutOutcome] = []
         block: Block | None = first
@@ -111,10 +111,7 @@ class _Batch:
                 self._segment.write(offset, data)
                 self.sent.append((key, len(data)))
                 offset += len(data)
-            try:
-                block = next(source, None)
-            except Exception as error:
-                raise RpcError(f"the blocks to put could not be had: {error}") from error
+            block = next(source, None)
         return block
 
     def outcomes(self, stored: list[PutOutcome]) -> list[PutOutcome]:
