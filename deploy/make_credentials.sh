@@ -18,6 +18,16 @@ fi
 mkdir -p "$directory"
 cd "$directory"
 
+# what openssl and tq-store say is news only when they fail; then nothing half made stays behind
+finish() {
+    local status=$?
+    [ $status -eq 0 ] && return
+    cat openssl.log entry >&2 2>/dev/null || true
+    echo "make_credentials.sh failed, see above; $directory is removed again" >&2
+    rm -rf "$PWD"
+}
+trap finish EXIT
+
 names="DNS:localhost,IP:127.0.0.1,DNS:tq-store,DNS:valkey"
 for name in "$@"; do
     if [[ $name =~ ^[0-9.]+$|: ]]; then names+=",IP:$name"; else names+=",DNS:$name"; fi
