@@ -47,6 +47,12 @@ class PageSettings:
     )
     model: str = field(default="", metadata=about(TEXT, "name of the model; the served name where not set"))
     salt: str = field(default="", metadata=about(TEXT, "keeps apart what only you know to differ"))
+    tp_sizes: str = field(
+        default="",
+        metadata=about(
+            TEXT, "tensor-parallel sizes of all replicas that share pages, as 1,2,4; this one's where not set"
+        ),
+    )
     device: str = field(
         default="auto", metadata=about(TEXT, "where pages are packed: auto, cpu, or for example cuda:0")
     )
@@ -60,8 +66,16 @@ class PageSettings:
                 preset(self.codec)
             except ValueError as error:
                 raise ConfigError(f"codec is {self.codec!r}: {error}, or {UNCODED}") from error
+        for size in self.tp_sizes.split(",") if self.tp_sizes else ():
+            if not size.strip().isdecimal() or int(size) < 1:
+                raise ConfigError(f"tp_sizes is {self.tp_sizes!r}; write for example 1,2,4")
         if self.staging_bytes < 1:
             raise ConfigError("staging is 0 bytes; a page needs some to pass through")
+
+    @property
+    def shared_tp_sizes(self) -> frozenset[int]:
+        """Tensor-parallel sizes of other replicas."""
+        return frozenset(map(int, self.tp_sizes.split(","))) if self.tp_sizes else frozenset()
 
     def codec_device(self) -> torch.device:
         """Where packing runs.

@@ -16,9 +16,10 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
+from tq_connectors.sglang.engine_model import read_place
 from tq_connectors.sglang.hicache_settings import read_settings
 from tq_connectors.sglang.host_pages import HostPages, read_host_pool
-from tq_connectors.sglang.page_setup import Place, open_page_store
+from tq_connectors.sglang.page_setup import open_page_store
 from tq_connectors.sglang.page_store import PageStore
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError
@@ -66,7 +67,9 @@ class TQHiCacheStorage(HiCacheStorage):
         if storage_config.is_mla_model:
             raise ConfigError("the store keeps keys and values of heads; this model has one latent (MLA)")
         if storage_config.should_split_heads:
-            raise ConfigError("tp_lcm_size is not for the store; leave it out")
+            raise ConfigError("tp_lcm_size is not for the store; write tp_sizes")
+        if storage_config.attn_cp_size > 1:
+            raise ConfigError("the store takes whole pages; context parallelism cuts them between ranks")
         self._client = StoreClient(config=connection)
         self._metrics = StorageMetrics()
 
@@ -78,13 +81,12 @@ class TQHiCacheStorage(HiCacheStorage):
         """
         super().register_mem_pool_host(mem_pool_host)
         self._pages: HostPages = read_host_pool(mem_pool_host)
-        place = Place(
-            model=self._settings.model or self._config.model_name or "",
-            first_layer=mem_pool_host.start_layer or 0,
+        place = read_place(
+            self._settings.model or self._config.model_name or "",
             tp_rank=self._config.tp_rank,
             tp_size=self._config.tp_size,
-            is_whole_depth=self._config.pp_size == 1,
-            rank=_rank(self._config),
+            pp_rank=self._config.pp_rank,
+            pp_size=self._config.pp_size,
         )
         self._store: PageStore = open_page_store(self._client, self._settings, self._pages.shape, place)
 
@@ -206,10 +208,3 @@ class TQHiCacheStorage(HiCacheStorage):
             gigabytes = sum(is_done) * self._pages.shape.page_bytes / 1e9
             getattr(self._metrics, bandwidth).append(gigabytes / (time.perf_counter() - started))
         return is_done
-
-
-def _rank(config: HiCacheStorageConfig) -> str:
-    """What tells processes of one replica apart besides tensor and pipeline parallelism."""
-    if config.attn_cp_size == 1:
-        return ""
-    return f"cp {config.attn_cp_rank}/{config.attn_cp_size}"

@@ -1,4 +1,4 @@
-"""A page of keys and values of all layers to the payload of a block and back."""
+"""Pages of keys and values of all layers of a process to the bytes that are stored and back."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from tq_connectors.codec import block_info
+from tq_connectors.codec import CacheGeometry, block_info
 from tq_connectors.page_transfer import dequantize_on, quantize_on
-from tq_connectors.sglang.page_shape import PagePart, PageShape
+from tq_connectors.sglang.page_shape import PageShape
 from tq_kernels import PageLayout, host
 from tq_store.block import BlockInfo
-from tq_store.keys import BlockKey, split_key
+from tq_store.keys import BlockKey, Part, part_key, split_key
 
 ROWS_CODEC_ID = 5
 """A block of keys and values as the engine has them; `proto/BLOCK_FORMAT.md` lists it."""
@@ -22,45 +22,50 @@ ROWS_CODEC_ID = 5
 class PageCodec(Protocol):
     """What a page store needs to make blocks of pages, and pages of blocks.
 
-    A page is a view ``[2, layers, tokens, heads, channels]`` on the CPU, of any strides but for its channels,
-    which are contiguous.
+    A page is a view ``[2, layers, tokens, heads, elements]`` on the CPU, of any strides but for its elements,
+    which are contiguous. Its bytes in the store are sections, one for each layer and head, in that order.
     """
 
     @property
-    def fingerprint(self) -> str:
-        """Hex digest over what decides the payload besides the page's shape."""
+    def section_bytes(self) -> int:
+        """Bytes of one head in one layer of a page."""
 
-    def info(self, key: BlockKey) -> BlockInfo:
-        """Header of the block of one page."""
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over what decides the bytes besides the page's shape."""
+
+    def info(self, page_key: BlockKey, part: Part) -> BlockInfo:
+        """Header of the block that holds a part of a page."""
 
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Payloads ``[n, payload_bytes]`` uint8 of n pages."""
+        """Bytes ``[n, num_bytes]`` uint8 of n pages."""
 
-    def unpack(self, payloads: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
-        """Fill pages from payloads whose headers are as `info` says."""
+    def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages from their bytes."""
 
 
 class RowCodec:
-    """Keys and values as they are, layer after layer, head after head: a range of heads is a range of bytes.
+    """Keys and values as they are.
 
     Args:
-        part: Layers and heads of a page.
+        geometry: Shape of the whole model's cache.
         shape: A page in the engine.
     """
 
-    def __init__(self, part: PagePart, shape: PageShape) -> None:
-        self._part = part
+    def __init__(self, geometry: CacheGeometry, shape: PageShape) -> None:
+        self._whole = geometry.whole
         self._shape = shape
         self._digest = hashlib.sha256(f"rows v1 {shape.dtype_name}".encode()).digest()
+        self.section_bytes = 2 * shape.page_tokens * shape.head_dim * shape.dtype.itemsize
 
     @property
     def fingerprint(self) -> str:
         """Hex digest over the dtype."""
         return self._digest.hex()
 
-    def info(self, key: BlockKey) -> BlockInfo:
-        """Header of the block of one page."""
-        namespace, prefix_hash = split_key(key)
+    def info(self, page_key: BlockKey, part: Part) -> BlockInfo:
+        """Header of the block that holds a part of a page."""
+        namespace, prefix_hash = split_key(part_key(page_key, part, self._whole))
         return BlockInfo(
             namespace=namespace,
             prefix_hash=prefix_hash,
@@ -72,69 +77,105 @@ class RowCodec:
             value_code=0,
             rotation_id=0,
             key_center=0,
-            page_bytes=self._shape.page_bytes // self._shape.num_layers,
+            page_bytes=self.section_bytes * part.num_kv_heads,
             num_tokens=self._shape.page_tokens,
             page_tokens=self._shape.page_tokens,
             head_dim=self._shape.head_dim,
-            first_layer=self._part.first_layer,
-            num_layers=self._part.num_layers,
-            first_kv_head=self._part.first_kv_head,
-            num_kv_heads=self._part.num_kv_heads,
-            total_kv_heads=self._part.total_kv_heads,
+            first_layer=part.first_layer,
+            num_layers=part.num_layers,
+            first_kv_head=part.first_kv_head,
+            num_kv_heads=part.num_kv_heads,
+            total_kv_heads=self._whole.num_kv_heads,
         )
 
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Payloads ``[n, payload_bytes]`` uint8 of n pages."""
+        """Bytes ``[n, num_bytes]`` uint8 of n pages."""
         return torch.stack([_by_head(page) for page in pages]).flatten(1)
 
-    def unpack(self, payloads: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+    def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
         """Fill pages; each byte is copied once."""
-        for payload, page in zip(payloads, pages, strict=True):
+        for data, page in zip(stored, pages, strict=True):
             rows = _by_head(page).numpy()
-            rows[...] = np.frombuffer(payload, dtype=np.uint8).reshape(rows.shape)
+            rows[...] = np.frombuffer(data, dtype=np.uint8).reshape(rows.shape)
 
 
-class QuantizedCodec:
-    """Keys and values as packed pages, made and read on a device or on the CPU.
+class _PresetCodec:
+    """Pages in the format of a preset.
 
     Args:
-        layout: Page geometry and codec.
-        part: Layers and heads of a page.
-        device: Where packing runs.
-        key_balance: ``[layers, heads, channels]`` float32 on the CPU, by which keys are divided before they
-            are quantized; None for no balance.
+        layout: Page of the whole model, all its KV heads.
+        num_layers: Attention layers of the whole model.
+        part: What the process holds.
     """
 
-    def __init__(
-        self,
-        layout: PageLayout,
-        part: PagePart,
-        device: torch.device,
-        key_balance: torch.Tensor | None = None,
-    ) -> None:
-        self._layout = layout
-        self._part = part
-        self._device = device
-        self._balance = None if key_balance is None else key_balance[:, None].to(device)
-        self._on_host = device.type == "cpu"
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, layout: PageLayout, num_layers: int, part: Part) -> None:
+        self._whole_layout = layout
+        self._layout = replace(layout, num_kv_heads=part.num_kv_heads)
+        self._total_layers = num_layers
+        self._num_layers = part.num_layers
+        self.section_bytes = layout.section_bytes
 
     @property
     def fingerprint(self) -> str:
         """Hex digest over the codec."""
         return self._layout.spec.fingerprint.hex()
 
-    def info(self, key: BlockKey) -> BlockInfo:
-        """Header of the block of one page."""
-        return replace(
-            block_info(self._layout, self._part.num_layers, key),
-            first_layer=self._part.first_layer,
-            first_kv_head=self._part.first_kv_head,
-            total_kv_heads=self._part.total_kv_heads,
-        )
+    def info(self, page_key: BlockKey, part: Part) -> BlockInfo:
+        """Header of the block that holds a part of a page."""
+        return block_info(self._whole_layout, self._total_layers, page_key, part)
+
+
+class PackedCodec(_PresetCodec):
+    """Pages that the engine has packed already, two layers in the place of keys and values of one.
+
+    How they lie in the pool is said in `page_rows`.
+    """
 
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Payloads ``[n, payload_bytes]`` uint8 of n pages."""
+        """Bytes ``[n, num_bytes]`` uint8 of n pages."""
+        layers = [self._layers(page) for page in pages]
+        return torch.stack([torch.stack(of_page) for of_page in layers]).flatten(1)
+
+    def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages; each byte is copied once."""
+        for data, page in zip(stored, pages, strict=True):
+            layers = self._layers(page)
+            sources = np.frombuffer(data, dtype=np.uint8).reshape(len(layers), *layers[0].shape)
+            for layer, source in zip(layers, sources, strict=True):
+                layer.numpy()[...] = source
+
+    def _layers(self, page: torch.Tensor) -> list[torch.Tensor]:
+        return [page[layer % 2, layer // 2] for layer in range(self._num_layers)]
+
+
+class QuantizedCodec(_PresetCodec):
+    """Keys and values that are packed on the way, on a device or on the CPU.
+
+    Args:
+        layout: Page of the whole model, all its KV heads.
+        num_layers: Attention layers of the whole model.
+        part: What the process holds.
+        device: Where packing runs.
+        key_balance: ``[layers, heads, channels]`` float32 on the CPU, by which the keys of the process are
+            divided before they are quantized; None for no balance.
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        num_layers: int,
+        part: Part,
+        device: torch.device,
+        key_balance: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(layout, num_layers, part)
+        self._device = device
+        self._balance = None if key_balance is None else key_balance[:, None].to(device)
+        self._on_host = device.type == "cpu"
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Bytes ``[n, num_bytes]`` uint8 of n pages."""
         with torch.cuda.stream(self._stream):
             keys, values = (torch.stack([page[side].to(self._device) for page in pages]) for side in range(2))
             if self._balance is not None:
@@ -147,11 +188,11 @@ class QuantizedCodec:
                 packed = quantize_on(self._device, keys, values, self._layout).cpu()
             return packed.view(len(pages), -1)
 
-    def unpack(self, payloads: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
-        """Fill pages from the packed ones of as many blocks."""
+    def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages from the packed ones."""
         packed = self._empty_pages(len(pages))
-        for target, payload in zip(packed.view(len(pages), -1), payloads, strict=True):
-            target.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
+        for target, data in zip(packed.view(len(pages), -1), stored, strict=True):
+            target.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
         with torch.cuda.stream(self._stream):
             keys, values = self._dequantize(packed, _wide(pages[0].dtype))
             shape = (len(pages), *pages[0].shape[1:])
@@ -166,7 +207,7 @@ class QuantizedCodec:
 
     def _empty_pages(self, num_pages: int) -> torch.Tensor:
         """Memory for packed pages of all layers, pinned where a device reads it."""
-        shape = (num_pages * self._part.num_layers, self._layout.page_bytes)
+        shape = (num_pages * self._num_layers, self._layout.page_bytes)
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
 
     def _dequantize(self, packed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +220,7 @@ class QuantizedCodec:
 
 
 def _by_head(page: torch.Tensor) -> torch.Tensor:
-    """A page as bytes ``[layers, heads, 2, tokens, channel bytes]``; a view."""
+    """A page as bytes ``[layers, heads, 2, tokens, bytes of a token]``; a view."""
     return page.view(torch.uint8).permute(1, 3, 0, 2, 4)
 
 

@@ -4,25 +4,29 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tq_connectors.sglang.page_shape import PagePart
-from tq_store.keys import BlockKey, Namespace
+from tq_connectors.parts import Division, Shard
+from tq_store.keys import BlockKey, Namespace, Part
 
 
 class PageNames:
-    """Names pages in the store.
+    """Names the blocks of pages, of which each process saves and loads parts.
 
     Args:
         namespace: What makes this cache another one than those of the same tokens; `salt` is the operator's.
-        part: Which part of the model's pages this process holds, so that replicas divided in another way have
-            other keys.
+        division: How all replicas that share pages cut them.
+        shard: What this process holds.
     """
 
-    def __init__(self, namespace: Namespace, part: PagePart) -> None:
-        self.namespace = replace(namespace, salt=f"sglang page {part} {namespace.salt}")
+    def __init__(self, namespace: Namespace, division: Division, shard: Shard) -> None:
+        self.namespace = replace(namespace, salt=f"sglang {namespace.salt}")
         self._digest = self.namespace.digest()
+        self._division = division
+        self.shard = shard
+        self.loaded_parts: list[Part] = division.loaded_by(shard)
+        self.saved_parts: list[Part] = division.saved_by(shard)
 
-    def key(self, page_hash: str) -> BlockKey:
-        """Key of one page.
+    def page_key(self, page_hash: str) -> BlockKey:
+        """Key of a page with all layers and heads.
 
         Args:
             page_hash: SGLang's hash of all tokens up to the end of the page.
@@ -30,6 +34,7 @@ class PageNames:
         prefix_hash = hashlib.sha256(b"sglang page" + page_hash.encode()).digest()
         return BlockKey(self._digest + prefix_hash)
 
-    def keys(self, page_hashes: Sequence[str]) -> list[BlockKey]:
-        """Keys of pages, in order."""
-        return [self.key(page_hash) for page_hash in page_hashes]
+    def keys(self, page_hashes: Sequence[str], parts: Sequence[Part]) -> list[BlockKey]:
+        """Keys of parts of pages, page after page."""
+        page_keys = map(self.page_key, page_hashes)
+        return [self._division.key(key, part) for key in page_keys for part in parts]

@@ -1,16 +1,20 @@
-"""From settings and a pool to the page store of one process: its part, its codec, its namespace."""
+"""From settings, pool and model to the page store of one process: its shard, its codec, its namespace."""
 
 import logging
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from tq_connectors.codec import CacheGeometry, namespace_for
 from tq_connectors.codec_state import CodecState, agree_on_state
+from tq_connectors.engine.state import balance_of_layer, load_state
+from tq_connectors.parts import Division, Shard, shard_of
 from tq_connectors.sglang.hicache_settings import UNCODED, PageSettings
-from tq_connectors.sglang.page_codecs import PageCodec, QuantizedCodec, RowCodec
+from tq_connectors.sglang.page_codecs import PackedCodec, PageCodec, QuantizedCodec, RowCodec
 from tq_connectors.sglang.page_names import PageNames
-from tq_connectors.sglang.page_shape import PagePart, PageShape
+from tq_connectors.sglang.page_shape import PageShape
 from tq_connectors.sglang.page_store import PageStore
 from tq_kernels import PageLayout, preset
 from tq_store.client import StoreClient
@@ -24,111 +28,153 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, tor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a process stands in its replica.
+    """Whose cache it is, and where a process stands among those that hold it.
 
     Args:
         model: Name of the model.
-        first_layer: First attention layer that it holds.
+        geometry: Shape of the whole model's cache; `kv_dtype` is the model's own.
+        layers: Attention layers of the process's pipeline stage.
         tp_rank: Its rank among the processes that divide the KV heads.
         tp_size: How many these are.
-        is_whole_depth: Whether it holds all layers of the model.
-        rank: What else tells it from other processes of its replica.
     """
 
     model: str
-    first_layer: int = 0
+    geometry: CacheGeometry
+    layers: range
     tp_rank: int = 0
     tp_size: int = 1
-    is_whole_depth: bool = True
-    rank: str = ""
 
 
-def open_page_store(client: StoreClient, settings: PageSettings, shape: PageShape, place: Place) -> PageStore:
+def open_page_store(
+    client: StoreClient,
+    settings: PageSettings,
+    shape: PageShape,
+    place: Place,
+    environment: Mapping[str, str] = os.environ,
+) -> PageStore:
     """The page store of a process.
 
-    Asks the store for the model's codec state; while it does not answer, pages are made without one.
+    Where pages are packed on the way and no file holds the model's codec state, the store is asked for it;
+    while it has none, or does not answer, pages are made without.
 
     Raises:
-        ConfigError: The codec in the settings cannot pack such pages; the message says why.
+        ConfigError: The codec in the settings does not fit the pool, or the pool not the model; the message
+            says why.
     """
-    part = PagePart(
-        first_layer=place.first_layer,
-        num_layers=shape.num_layers,
-        first_kv_head=place.tp_rank * shape.num_kv_heads,
-        num_kv_heads=shape.num_kv_heads,
-        total_kv_heads=place.tp_size * shape.num_kv_heads,
-        rank=place.rank,
-    )
+    geometry = place.geometry if shape.is_packed else replace(place.geometry, kv_dtype=shape.dtype_name)
+    shard = shard_of(geometry, tp_rank=place.tp_rank, tp_size=place.tp_size, layers=place.layers)
+    _check_pool(shape, shard, geometry)
     codec: PageCodec
+    state = None
     if settings.codec == UNCODED:
-        codec, state = RowCodec(part, shape), None
+        if shape.is_packed:
+            raise ConfigError("codec is none, and the pool is packed; write the preset of --kv-cache-dtype")
+        codec = RowCodec(geometry, shape)
     else:
-        layout = page_layout(settings.codec, shape)
-        state = _fetch_state(client, layout, settings, shape, place)
-        balance = None
-        if state is not None:
-            heads = slice(part.first_kv_head, part.first_kv_head + part.num_kv_heads)
-            balance = state.key_balance[:, heads]
-        codec = QuantizedCodec(layout, part, settings.codec_device(), balance)
-    try:
-        codec.info(BlockKey(bytes(BLOCK_KEY_BYTES)))
-    except BlockFormatError as error:
-        raise ConfigError(f"a page of all layers makes no block, use smaller pages: {error}") from error
+        layout = _layout(settings.codec, shape, geometry)
+        state = load_state(environment)
+        if shape.is_packed:
+            codec = PackedCodec(layout, geometry.num_layers, shard.part)
+        else:
+            state = state or _fetch_state(client, layout, settings, geometry, place.model)
+            codec = QuantizedCodec(
+                layout,
+                geometry.num_layers,
+                shard.part,
+                settings.codec_device(),
+                _balance(state, shard, geometry),
+            )
     namespace = Namespace(
         model=place.model,
         revision=settings.revision,
-        kv_dtype=shape.dtype_name,
+        kv_dtype=geometry.kv_dtype,
         codec_fingerprint=codec.fingerprint,
         codec_state="" if state is None else state.digest,
         page_tokens=shape.page_tokens,
-        num_layers=shape.num_layers,
-        num_kv_heads=part.total_kv_heads,
-        head_dim=shape.head_dim,
+        num_layers=geometry.num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
         salt=settings.salt,
     )
-    return PageStore(
-        client,
-        PageNames(namespace, part),
-        codec,
-        page_bytes=shape.page_bytes,
-        staging_bytes=settings.staging_bytes,
-    )
+    names = PageNames(namespace, _division(settings, geometry, place), shard)
+    for part in {*names.loaded_parts, *names.saved_parts}:
+        try:
+            codec.info(BlockKey(bytes(BLOCK_KEY_BYTES)), part)
+        except BlockFormatError as error:
+            raise ConfigError(f"a page of all layers makes no block, use smaller pages: {error}") from error
+    return PageStore(client, names, codec, page_bytes=shape.page_bytes, staging_bytes=settings.staging_bytes)
 
 
-def page_layout(codec: str, shape: PageShape) -> PageLayout:
-    """Layout of the packed pages of a preset.
+def _check_pool(shape: PageShape, shard: Shard, geometry: CacheGeometry) -> None:
+    num_layers = shard.part.num_layers
+    if shape.is_packed:
+        num_layers = -(-num_layers // 2)
+    if (shape.num_layers, shape.num_kv_heads) != (num_layers, shard.part.num_kv_heads):
+        raise ConfigError(
+            f"the pool holds {shape.num_layers} layers and {shape.num_kv_heads} KV heads, of the model's "
+            f"{num_layers} and {shard.part.num_kv_heads} were expected here"
+        )
+    if not shape.is_packed and shape.head_dim != geometry.head_dim:
+        raise ConfigError(
+            f"the pool holds keys of {shape.head_dim} channels, the model's have {geometry.head_dim}"
+        )
 
-    Raises:
-        ConfigError: The preset cannot pack pages of this shape.
-    """
-    if shape.dtype not in FLOATS:
-        raise ConfigError(f"codec is {codec!r}, and the pool holds {shape.dtype_name}, which is not packed")
+
+def _layout(codec: str, shape: PageShape, geometry: CacheGeometry) -> PageLayout:
+    """Layout of the pages of a preset, all KV heads."""
+    if not shape.is_packed and shape.dtype not in FLOATS:
+        raise ConfigError(
+            f"codec is {codec!r}, and the pool holds {shape.dtype_name}, which cannot be packed"
+        )
     try:
-        return PageLayout(
+        layout = PageLayout(
             spec=preset(codec),
-            head_dim=shape.head_dim,
-            num_kv_heads=shape.num_kv_heads,
+            head_dim=geometry.head_dim,
+            num_kv_heads=geometry.num_kv_heads,
             page_tokens=shape.page_tokens,
         )
     except ValueError as error:
         raise ConfigError(f"codec {codec!r} cannot pack SGLang's pages (--page-size): {error}") from error
+    if shape.is_packed and shape.head_dim != layout.slot_bytes:
+        raise ConfigError(
+            f"codec is {codec!r}, whose tokens take {layout.slot_bytes} bytes a head, and those in the pool "
+            f"take {shape.head_dim}; write the preset of --kv-cache-dtype"
+        )
+    return layout
+
+
+def _division(settings: PageSettings, geometry: CacheGeometry, place: Place) -> Division:
+    """How replicas cut pages: heads by the settings, layers by pipeline stage."""
+    division = Division.for_ranks(geometry, tp_sizes={place.tp_size, *settings.shared_tp_sizes})
+    layer_cuts = {0, place.layers.start, place.layers.stop, geometry.num_layers}
+    return Division(tuple(sorted(layer_cuts)), division.head_cuts)
+
+
+def _balance(state: CodecState | None, shard: Shard, geometry: CacheGeometry) -> torch.Tensor | None:
+    """``[layers, heads, channels]`` of a shard."""
+    if state is None:
+        return None
+    part = shard.part
+    return torch.stack(
+        [
+            balance_of_layer(
+                state,
+                layer,
+                num_layers=geometry.num_layers,
+                first_kv_head=part.first_kv_head,
+                num_kv_heads=part.num_kv_heads,
+                head_dim=geometry.head_dim,
+            )
+            for layer in range(part.first_layer, part.last_layer + 1)
+        ]
+    )
 
 
 def _fetch_state(
-    client: StoreClient, layout: PageLayout, settings: PageSettings, shape: PageShape, place: Place
+    client: StoreClient, layout: PageLayout, settings: PageSettings, geometry: CacheGeometry, model: str
 ) -> CodecState | None:
-    """The model's state, if the store has one for all of its layers and heads."""
-    if not place.is_whole_depth:
-        return None
-    geometry = CacheGeometry(
-        num_layers=shape.num_layers,
-        num_kv_heads=place.tp_size * shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        kv_dtype=shape.dtype_name,
-    )
-    namespace = namespace_for(
-        layout, geometry, model=place.model, revision=settings.revision, salt=settings.salt
-    )
+    """The model's state, if the store has one."""
+    namespace = namespace_for(layout, geometry, model=model, revision=settings.revision, salt=settings.salt)
     try:
         state = agree_on_state(client, namespace, geometry, lambda: None)
     except (RpcError, BlockFormatError) as error:

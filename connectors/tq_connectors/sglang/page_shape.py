@@ -1,4 +1,4 @@
-"""What a page of the engine is: its shape, and which part of a page of the whole model it is."""
+"""PageShape: keys and values of a page as one process of the engine has them."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageShape:
-    """A page of keys and values as the engine has it.
+    """A page of keys and values as the engine has it, in a pool of one process.
 
     Args:
-        num_layers: Layers that this process holds.
-        num_kv_heads: KV heads that it holds.
-        head_dim: Channels of a key and of a value.
+        num_layers: Layers in the pool.
+        num_kv_heads: KV heads in it.
+        head_dim: Elements of a key and of a value.
         page_tokens: Tokens of a page.
-        dtype: Of keys and values.
+        dtype: Of the elements; uint8 for pages that are packed already.
     """
 
     num_layers: int
@@ -30,31 +30,11 @@ class PageShape:
         return values * self.dtype.itemsize
 
     @property
+    def is_packed(self) -> bool:
+        """Whether pages are packed already: those of `--kv-cache-dtype tq4` and its like."""
+        return self.dtype is torch.uint8
+
+    @property
     def dtype_name(self) -> str:
         """Name of the dtype, as in `Namespace.kv_dtype`."""
         return str(self.dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagePart:
-    """Which part of a page of the whole model one process holds.
-
-    Args:
-        first_layer: Its first attention layer, counted from 0.
-        num_layers: Its attention layers.
-        first_kv_head: Its first KV head.
-        num_kv_heads: Its KV heads.
-        total_kv_heads: KV heads of the whole model.
-        rank: What else tells it from other processes of its replica; empty for one that has no such thing.
-    """
-
-    first_layer: int
-    num_layers: int
-    first_kv_head: int
-    num_kv_heads: int
-    total_kv_heads: int
-    rank: str = ""
-
-    def __str__(self) -> str:
-        layers = f"layers {self.first_layer}+{self.num_layers}"
-        return f"{layers} heads {self.first_kv_head}+{self.num_kv_heads} {self.rank}"

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from tq_connectors.reshard import join_pages, slice_pages
 from tq_connectors.sglang.page_codecs import PageCodec
 from tq_connectors.sglang.page_names import PageNames
 from tq_connectors.store_guard import StoreGuard
 from tq_store.block import pack_block, parse_header, payload_of
 from tq_store.client import StoreClient
 from tq_store.errors import BlockFormatError, IdentityMismatch
-from tq_store.keys import BlockKey
+from tq_store.keys import BlockKey, Part
 from tq_store.results import PutOutcome
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ class PageStore:
 
     def count_present(self, hashes: Sequence[str]) -> int:
         """How many leading pages the store has; one round trip, and 0 where it does not answer."""
-        return self.guard.attempt(lambda: self._client.lookup(self._names.keys(hashes))) or 0
+        parts = self._names.loaded_parts
+        keys = self._names.keys(hashes, parts)
+        return (self.guard.attempt(lambda: self._client.lookup(keys)) or 0) // len(parts)
 
     def load(self, hashes: Sequence[str], page_at: PageAt) -> list[bool]:
         """Fill the leading pages that the store has; True for each that was filled.
@@ -71,13 +74,12 @@ class PageStore:
         Stops at the first page that is missing, late or not sound; memory of later pages may be written.
         """
         is_filled = [False] * len(hashes)
-        keys = self._names.keys(hashes)
 
         def fill() -> None:
             waiting: list[tuple[int, memoryview]] = []
             try:
-                for position, payload in self._payloads(keys):
-                    waiting.append((position, payload))
+                for position, stored in self._get(hashes):
+                    waiting.append((position, stored))
                     if len(waiting) == self._pages_at_once:
                         self._unpack(waiting, page_at, is_filled)
                         waiting = []
@@ -90,22 +92,26 @@ class PageStore:
         return is_filled
 
     def save(self, hashes: Sequence[str], page_at: PageAt) -> list[bool]:
-        """Save pages; True where the store has the page afterwards. Their memory is not read after this."""
-        is_saved = [False] * len(hashes)
-        keys = self._names.keys(hashes)
+        """Save pages; True where the store has this process's parts of the page afterwards.
+
+        A process whose parts another one saves, or that saves none, has nothing to do. The memory of pages
+        is not read after this.
+        """
+        parts = self._names.saved_parts
+        is_saved = [not parts] * len(hashes)
+        if not parts:
+            return is_saved
+        keys = self._names.keys(hashes, parts)
 
         def send() -> None:
-            is_saved[:] = self._client.contains(keys)
+            is_there = self._client.contains(keys)
+            by_page = [is_there[start : start + len(parts)] for start in range(0, len(keys), len(parts))]
+            is_saved[:] = map(all, by_page)
             missing = [position for position, is_present in enumerate(is_saved) if not is_present]
             with self._lock:
                 self.counters.present_pages += sum(is_saved)
             for start in range(0, len(missing), self._pages_at_once):
-                group = missing[start : start + self._pages_at_once]
-                outcomes = self._client.put(self._blocks(keys, group, page_at))
-                for position, outcome in zip(group, outcomes, strict=True):
-                    is_saved[position] = outcome in (PutOutcome.STORED, PutOutcome.PRESENT)
-                with self._lock:
-                    self.counters.saved_pages += sum(is_saved[position] for position in group)
+                self._put(hashes, missing[start : start + self._pages_at_once], page_at, is_saved)
 
         self.guard.attempt(send)
         with self._lock:
@@ -122,42 +128,63 @@ class PageStore:
             own = dataclasses.asdict(self.counters)
         return {**self._client.counters, **own, "skipped_calls": self.guard.skipped_calls}
 
-    def _payloads(self, keys: Sequence[BlockKey]) -> Iterator[tuple[int, memoryview]]:
-        """Position and payload of the leading pages that are sound, each as soon as it has arrived."""
-        for position, block in self._client.get(keys):
-            if block is None:
+    def _get(self, hashes: Sequence[str]) -> Iterator[tuple[int, memoryview]]:
+        """Position and bytes of the leading pages that are sound, each as soon as it has arrived."""
+        parts, shard = self._names.loaded_parts, self._names.shard
+        keys = self._names.keys(hashes, parts)
+        pieces: list[tuple[Part, memoryview]] = []
+        for number, block in self._client.get(keys):
+            position, part = number // len(parts), parts[number % len(parts)]
+            if block is None or (payload := self._checked(hashes[position], part, block)) is None:
                 return
-            try:
-                if parse_header(block) != self._codec.info(keys[position]):
-                    raise IdentityMismatch("the block holds something else than its key promises")
-            except BlockFormatError as error:
-                with self._lock:
-                    self.counters.rejected_blocks += 1
-                logger.warning("a page in the store is a miss: %s", error)
-                return
+            pieces.append((part, payload))
+            if len(pieces) == len(parts):
+                yield position, join_pages(pieces, shard.part, section_bytes=self._codec.section_bytes)
+                pieces = []
+
+    def _checked(self, page_hash: str, part: Part, block: bytes) -> memoryview | None:
+        """Payload of a block that is what its key promises."""
+        try:
+            if parse_header(block) != self._codec.info(self._names.page_key(page_hash), part):
+                raise IdentityMismatch("the block holds something else than its key promises")
+        except BlockFormatError as error:
             with self._lock:
-                self.counters.loaded_bytes += len(block)
-            yield position, payload_of(block)
+                self.counters.rejected_blocks += 1
+            logger.warning("a page in the store is a miss: %s", error)
+            return None
+        with self._lock:
+            self.counters.loaded_bytes += len(block)
+        return payload_of(block)
 
     def _unpack(
         self, waiting: Sequence[tuple[int, memoryview]], page_at: PageAt, is_filled: list[bool]
     ) -> None:
         if not waiting:
             return
-        self._codec.unpack(
-            [payload for _, payload in waiting], [page_at(position) for position, _ in waiting]
-        )
+        self._codec.unpack([stored for _, stored in waiting], [page_at(position) for position, _ in waiting])
         for position, _ in waiting:
             is_filled[position] = True
         with self._lock:
             self.counters.loaded_pages += len(waiting)
 
-    def _blocks(
-        self, keys: Sequence[BlockKey], positions: Sequence[int], page_at: PageAt
-    ) -> list[tuple[BlockKey, bytes]]:
-        """Made before any is sent, because a call that fails may be read by its connection for a while."""
-        payloads = self._codec.pack([page_at(position) for position in positions])
-        return [
-            (keys[position], pack_block(self._codec.info(keys[position]), payload.numpy().data.cast("B")))
-            for position, payload in zip(positions, payloads, strict=True)
-        ]
+    def _put(
+        self, hashes: Sequence[str], positions: Sequence[int], page_at: PageAt, is_saved: list[bool]
+    ) -> None:
+        """Save some pages. Blocks are made first, as a connection may read on for a while after it failed."""
+        parts = self._names.saved_parts
+        packed = self._codec.pack([page_at(position) for position in positions])
+        blocks: list[tuple[BlockKey, bytes]] = []
+        for position, pages in zip(positions, packed, strict=True):
+            page_key, data = self._names.page_key(hashes[position]), pages.numpy().data.cast("B")
+            for part in parts:
+                payload = slice_pages(
+                    data, self._names.shard.part, part, section_bytes=self._codec.section_bytes
+                )
+                info = self._codec.info(page_key, part)
+                blocks.append((info.key, pack_block(info, payload)))
+        outcomes = self._client.put(blocks)
+        for number, position in enumerate(positions):
+            of_page = outcomes[number * len(parts) : (number + 1) * len(parts)]
+            is_saved[position] = all(each in (PutOutcome.STORED, PutOutcome.PRESENT) for each in of_page)
+        with self._lock:
+            self.counters.saved_pages += sum(is_saved[position] for position in positions)

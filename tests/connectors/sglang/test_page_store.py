@@ -10,23 +10,33 @@ from connectors.sglang.host_pool import HostMemory
 from store.running_server import running_server
 
 from tq_connectors.codec import CacheGeometry, namespace_for
-from tq_connectors.codec_state import CodecState, agree_on_state
+from tq_connectors.codec_state import CodecState, agree_on_state, pack_state
+from tq_connectors.engine.state import STATE_VARIABLE
 from tq_connectors.sglang.hicache_settings import PageSettings
 from tq_connectors.sglang.host_pages import HostPages, read_host_pool
-from tq_connectors.sglang.page_setup import Place, open_page_store, page_layout
+from tq_connectors.sglang.page_setup import Place, open_page_store
 from tq_connectors.sglang.page_store import PageStore
+from tq_kernels import PageLayout, preset
 from tq_store.block import pack_block
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError
 
 HASHES = [f"{number:064x}" for number in range(4)]
-PLACE = Place(model="model")
+GEOMETRY = CacheGeometry(num_layers=2, num_kv_heads=2, head_dim=32, kv_dtype="bfloat16")
+PLACE = Place(model="model", geometry=GEOMETRY, layers=range(2))
 SETTINGS = PageSettings(revision="v1", codec="none", device="cpu")
 
 
-def pool_of(dtype: torch.dtype = torch.bfloat16, *, seed: int | None = None, dim: int = 32) -> HostPages:
-    sizes = {"num_pages": 4, "page_size": 16, "layers": 2, "heads": 2, "dim": dim}
+def pool_of(
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    seed: int | None = None,
+    dim: int = 32,
+    heads: int = 2,
+    layers: int = 2,
+) -> HostPages:
+    sizes = {"num_pages": 4, "page_size": 16, "layers": layers, "heads": heads, "dim": dim}
     pool = HostMemory("page_first", **sizes, dtype=dtype)
     return read_host_pool(pool if seed is None else pool.fill(seed))
 
@@ -67,7 +77,7 @@ def test_pages_that_the_store_has_are_not_sent_again(client):
 def test_a_load_ends_at_the_first_page_that_is_missing(client):
     saved, loaded = pool_of(seed=1), pool_of()
     store = save(client, saved)
-    client.delete([store._names.key(HASHES[2])])
+    client.delete(store._names.keys(HASHES[2:3], store._names.saved_parts))
     assert store.count_present(HASHES) == 2
     assert store.load(HASHES, page_at(loaded)) == [True, True, False, False]
     assert torch.equal(loaded.page(16), saved.page(16))
@@ -81,12 +91,13 @@ def test_a_load_ends_at_the_first_page_that_is_missing(client):
         {"settings": dataclasses.replace(SETTINGS, revision="v2")},
         {"settings": dataclasses.replace(SETTINGS, codec="tq4")},
         {"settings": dataclasses.replace(SETTINGS, salt="tenant")},
-        {"place": Place(model="another")},
-        {"place": Place(model="model", tp_size=2)},
-        {"place": Place(model="model", first_layer=2, is_whole_depth=False)},
-        {"place": Place(model="model", rank="cp 1/2")},
+        {"place": dataclasses.replace(PLACE, model="another")},
+        {"place": dataclasses.replace(PLACE, geometry=dataclasses.replace(GEOMETRY, num_layers=4))},
         {"pages": pool_of(torch.float16)},
-        {"pages": pool_of(dim=16)},
+        {
+            "pages": pool_of(dim=16),
+            "place": dataclasses.replace(PLACE, geometry=dataclasses.replace(GEOMETRY, head_dim=16)),
+        },
     ],
 )
 def test_what_makes_another_cache_is_no_hit(client, other):
@@ -102,8 +113,8 @@ def test_what_makes_another_cache_is_no_hit(client, other):
 def test_a_sound_block_that_holds_something_else_is_a_miss(client, caplog):
     saved, loaded = pool_of(seed=1), pool_of()
     store = save(client, saved)
-    key = store._names.key(HASHES[1])
-    info = dataclasses.replace(store._codec.info(key), first_layer=7)
+    (key,) = store._names.keys(HASHES[1:2], store._names.saved_parts)
+    info = dataclasses.replace(store._codec.info(key, GEOMETRY.whole), rotation_seed=7)
     client.delete([key])
     client.put([(key, pack_block(info, bytes(info.payload_bytes)))])
     assert store.load(HASHES, page_at(loaded)) == [True, False, False, False]
@@ -146,26 +157,98 @@ def test_a_dead_store_is_a_miss_at_once(caplog):
     assert caplog.text.count("the store fails") == 1
 
 
+@pytest.mark.parametrize("codec", ["none", "tq4"])
+@pytest.mark.parametrize("saver", [1, 2])
+def test_pages_are_found_by_replicas_of_another_tensor_parallel_size(client, codec, saver):
+    """Saved by one process or by two, loaded by two or by one: the halves of the heads fit together."""
+    settings = dataclasses.replace(SETTINGS, codec=codec, tp_sizes="1,2")
+    sizes = {1: [pool_of(seed=1)], 2: [pool_of(heads=1, seed=2), pool_of(heads=1, seed=3)]}
+    loaded = {1: [pool_of()], 2: [pool_of(heads=1), pool_of(heads=1)]}[3 - saver]
+    for pools in (sizes[saver], loaded):
+        places = [dataclasses.replace(PLACE, tp_rank=rank, tp_size=len(pools)) for rank in range(len(pools))]
+        for pages, place in zip(pools, places, strict=True):
+            store = open_page_store(client, settings, pages.shape, place)
+            if pools is loaded:
+                assert store.count_present(HASHES) == 4
+                assert store.load(HASHES, page_at(pages)) == [True] * 4
+            else:
+                assert store.save(HASHES, page_at(pages)) == [True] * 4
+    whole, halves = (loaded[0], sizes[saver]) if saver == 2 else (sizes[saver][0], loaded)
+    joined = torch.cat([half.pool.kv_buffer for half in halves], dim=3).float()
+    assert (joined - whole.pool.kv_buffer.float()).square().mean() < (0.012 if codec == "tq4" else 1e-12)
+
+
+def test_replicas_of_other_sizes_that_were_not_named_miss_each_other(client):
+    save(client, pool_of(seed=1))
+    pages = pool_of(heads=1)
+    store = open_page_store(client, SETTINGS, pages.shape, dataclasses.replace(PLACE, tp_size=2))
+    assert store.count_present(HASHES) == 0
+
+
+def test_of_processes_that_hold_the_same_heads_one_saves(client):
+    pages = pool_of(heads=1, seed=1)
+    stores = [
+        open_page_store(client, SETTINGS, pages.shape, dataclasses.replace(PLACE, tp_rank=rank, tp_size=4))
+        for rank in range(4)
+    ]
+    assert all(store.save(HASHES, page_at(pages)) == [True] * 4 for store in stores)
+    assert [store.counters.saved_pages for store in stores] == [4, 0, 4, 0]
+    assert all(store.count_present(HASHES) == 4 for store in stores)
+
+
+def test_stages_of_a_pipeline_hold_layers_of_their_own(client):
+    geometry = dataclasses.replace(GEOMETRY, num_layers=4)
+    for first, seed in ((0, 1), (2, 2)):
+        place = dataclasses.replace(PLACE, geometry=geometry, layers=range(first, first + 2))
+        saved, loaded = pool_of(seed=seed), pool_of()
+        save(client, saved, place=place)
+        store = open_page_store(client, SETTINGS, loaded.shape, place)
+        assert store.load(HASHES, page_at(loaded)) == [True] * 4
+        assert torch.equal(loaded.pool.kv_buffer, saved.pool.kv_buffer)
+
+
+def test_a_packed_pool_and_one_that_packs_on_the_way_share_pages(client):
+    """An engine with `--kv-cache-dtype tq4`, and one that keeps its cache in bf16."""
+    settings = dataclasses.replace(SETTINGS, codec="tq4")
+    saved = pool_of(seed=1)
+    save(client, saved, settings)
+    row = PageLayout(spec=preset("tq4"), head_dim=32, num_kv_heads=2, page_tokens=16).slot_bytes
+    packed = pool_of(torch.uint8, dim=row, layers=1)
+    store = open_page_store(client, settings, packed.shape, PLACE)
+    assert store.load(HASHES, page_at(packed)) == [True] * 4
+    client.purge(None)
+    assert store.save(HASHES, page_at(packed)) == [True] * 4
+    loaded = pool_of()
+    assert open_page_store(client, settings, loaded.shape, PLACE).load(HASHES, page_at(loaded)) == [True] * 4
+    assert (saved.pool.kv_buffer.float() - loaded.pool.kv_buffer.float()).square().mean() < 0.012
+
+
 def test_pages_are_made_with_the_state_that_the_store_has(client):
     settings = dataclasses.replace(SETTINGS, codec="tq3")
     stateless = save(client, pool_of(seed=1), settings)
-    pages = pool_of(seed=1)
-    layout = page_layout("tq3", pages.shape)
-    geometry = CacheGeometry(num_layers=2, num_kv_heads=2, head_dim=32, kv_dtype="bfloat16")
-    namespace = namespace_for(layout, geometry, model="model", revision="v1")
+    layout = PageLayout(spec=preset("tq3"), head_dim=32, num_kv_heads=2, page_tokens=16)
+    namespace = namespace_for(layout, GEOMETRY, model="model", revision="v1")
     state = CodecState(torch.full((2, 2, 32), 2.0))
-    agree_on_state(client, namespace, geometry, lambda: state)
-    store = open_page_store(client, settings, pages.shape, PLACE)
+    agree_on_state(client, namespace, GEOMETRY, lambda: state)
+    store = open_page_store(client, settings, pool_of().shape, PLACE)
     assert store._names.namespace.codec_state == state.digest
     assert store.count_present(HASHES) == 0
     assert stateless.count_present(HASHES) == 4
-    stage = Place(model="model", is_whole_depth=False)  # of a pipeline; a state covers all layers
-    assert open_page_store(client, settings, pages.shape, stage)._names.namespace.codec_state == ""
-    half = pool_of(seed=1)
-    split = dataclasses.replace(half.shape, num_kv_heads=1)
-    second = open_page_store(client, settings, split, Place(model="model", tp_rank=1, tp_size=2))
+    half = dataclasses.replace(PLACE, tp_rank=1, tp_size=2)
+    second = open_page_store(client, settings, pool_of(heads=1).shape, half)
     assert second._names.namespace.codec_state == state.digest
     assert second._codec._balance.shape == (2, 1, 1, 32)
+
+
+def test_pages_are_made_with_the_state_in_a_file(client, tmp_path):
+    state = CodecState(torch.full((2, 2, 32), 2.0))
+    file = tmp_path / "state"
+    layout = PageLayout(spec=preset("tq3"), head_dim=32, num_kv_heads=2, page_tokens=16)
+    namespace = namespace_for(layout, GEOMETRY, model="model", revision="v1")
+    file.write_bytes(pack_state(state, namespace, GEOMETRY))
+    settings = dataclasses.replace(SETTINGS, codec="tq3")
+    store = open_page_store(client, settings, pool_of().shape, PLACE, {STATE_VARIABLE: str(file)})
+    assert store._names.namespace.codec_state == state.digest
 
 
 def test_without_a_store_pages_are_made_without_a_state(caplog):
@@ -180,8 +263,15 @@ def test_without_a_store_pages_are_made_without_a_state(caplog):
     ("change", "codec", "message"),
     [
         ({"page_tokens": 1}, "tq4", r"cannot pack SGLang's pages \(--page-size\)"),
-        ({"head_dim": 24}, "tq4", "head_dim must be"),
-        ({"dtype": torch.uint8}, "tq4", "the pool holds uint8"),
+        ({"head_dim": 24}, "none", "keys of 24 channels, the model's have 32"),
+        ({"num_layers": 3}, "none", "the pool holds 3 layers and 2 KV heads"),
+        ({"dtype": torch.int8}, "tq4", "the pool holds int8, which cannot be packed"),
+        ({"dtype": torch.uint8, "num_layers": 1}, "none", "write the preset of --kv-cache-dtype"),
+        (
+            {"dtype": torch.uint8, "num_layers": 1},
+            "tq4",
+            "and those in the pool take 32",
+        ),
         ({"page_tokens": 1 << 24}, "none", "use smaller pages"),
     ],
 )
