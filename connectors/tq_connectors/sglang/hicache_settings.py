@@ -10,7 +10,7 @@ from tq_connectors.engine_settings import read_engine_settings
 from tq_kernels import preset
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError
-from tq_store.settings import SIZE, TEXT, about
+from tq_store.settings import DURATION, SIZE, TEXT, about
 
 UNCODED = "none"
 _OF_SGLANG = frozenset(
@@ -55,6 +55,13 @@ class PageSettings:
     )
     device: str = field(
         default="auto", metadata=about(TEXT, "where pages are packed: auto, cpu, or for example cuda:0")
+    )
+    fetch_memory_bytes: int = field(
+        default=1 << 30,
+        metadata=about(SIZE, "host memory for pages on their way; for the linker, which has no other"),
+    )
+    load_wait_s: float = field(
+        default=1.0, metadata=about(DURATION, "longest that a request waits for its pages; for the linker")
     )
     staging_bytes: int = field(
         default=64 << 20, metadata=about(SIZE, "most bytes of unpacked pages on their way at once")

@@ -178,15 +178,7 @@ class QuantizedCodec(_PresetCodec):
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
         with torch.cuda.stream(self._stream):
             keys, values = (torch.stack([page[side].to(self._device) for page in pages]) for side in range(2))
-            if self._balance is not None:
-                keys, values = keys.float() / self._balance, values.float()
-            keys, values = keys.flatten(0, 2), values.flatten(0, 2)
-            if self._on_host:
-                packed = self._empty_pages(len(pages))
-                host.quantize(keys, values, self._layout, packed)
-            else:
-                packed = quantize_on(self._device, keys, values, self._layout).cpu()
-            return packed.view(len(pages), -1)
+            return self._pack_tokens(keys, values)
 
     def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
         """Fill pages from the packed ones."""
@@ -194,16 +186,29 @@ class QuantizedCodec(_PresetCodec):
         for target, data in zip(packed.view(len(pages), -1), stored, strict=True):
             target.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
         with torch.cuda.stream(self._stream):
-            keys, values = self._dequantize(packed, _wide(pages[0].dtype))
+            keys, values = self._dequantize(packed, wide(pages[0].dtype))
             shape = (len(pages), *pages[0].shape[1:])
             keys, values = keys.view(shape), values.view(shape)
             if self._balance is not None:
                 keys = keys * self._balance
             for side, tokens in enumerate((keys, values)):
-                for page, source in zip(pages, _narrowed(tokens, pages[0].dtype), strict=True):
+                for page, source in zip(pages, narrowed(tokens, pages[0].dtype), strict=True):
                     _copy_in_memory_order(page[side], source)
             if self._stream is not None:
                 self._stream.synchronize()
+
+    def _pack_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Bytes ``[n, num_bytes]`` uint8 on the CPU of ``[n, layers, tokens, heads, channels]``."""
+        num_pages = keys.shape[0]
+        if self._balance is not None:
+            keys, values = keys.float() / self._balance, values.float()
+        keys, values = keys.flatten(0, 2), values.flatten(0, 2)
+        if self._on_host:
+            packed = self._empty_pages(num_pages)
+            host.quantize(keys, values, self._layout, packed)
+        else:
+            packed = quantize_on(self._device, keys, values, self._layout).cpu()
+        return packed.view(num_pages, -1)
 
     def _empty_pages(self, num_pages: int) -> torch.Tensor:
         """Memory for packed pages of all layers, pinned where a device reads it."""
@@ -224,12 +229,12 @@ def _by_head(page: torch.Tensor) -> torch.Tensor:
     return page.view(torch.uint8).permute(1, 3, 0, 2, 4)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """What pages are dequantized to for a pool of `dtype`."""
     return dtype if dtype.itemsize > 1 else torch.bfloat16
 
 
-def _narrowed(tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def narrowed(tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As `dtype`; what an fp8 pool cannot hold becomes the largest number that it can, and not a NaN."""
     if dtype.itemsize == 1:
         largest = torch.finfo(dtype).max

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from tq_connectors.parts import Division, Shard, shard_of
 from tq_connectors.sglang.hicache_settings import UNCODED, PageSettings
 from tq_connectors.sglang.page_codecs import PackedCodec, PageCodec, QuantizedCodec, RowCodec
 from tq_connectors.sglang.page_names import PageNames
+from tq_connectors.sglang.page_rows import num_pairs
 from tq_connectors.sglang.page_shape import PageShape
 from tq_connectors.sglang.page_store import PageStore
 from tq_kernels import PageLayout, preset
@@ -45,17 +46,45 @@ class Place:
     tp_size: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Codecs:
+    """What makes the codecs of a kind of pool.
+
+    Args:
+        rows: Makes a `RowCodec`.
+        packed: Makes a `PackedCodec`.
+        quantized: Makes a `QuantizedCodec`.
+    """
+
+    rows: Callable[..., PageCodec]
+    packed: Callable[..., PageCodec]
+    quantized: Callable[..., PageCodec]
+
+
+HOST_CODECS = Codecs(RowCodec, PackedCodec, QuantizedCodec)
+"""Of pages in host memory."""
+
+
 def open_page_store(
     client: StoreClient,
     settings: PageSettings,
     shape: PageShape,
     place: Place,
     environment: Mapping[str, str] = os.environ,
+    codecs: Codecs = HOST_CODECS,
 ) -> PageStore:
     """The page store of a process.
 
     Where pages are packed on the way and no file holds the model's codec state, the store is asked for it;
     while it has none, or does not answer, pages are made without.
+
+    Args:
+        client: Connection to the store; owned by the caller.
+        settings: What the operator wrote.
+        shape: A page in the pool.
+        place: Whose cache it is, and where the process stands.
+        environment: Names the file of the codec state.
+        codecs: Make the codec for where pages are.
 
     Raises:
         ConfigError: The codec in the settings does not fit the pool, or the pool not the model; the message
@@ -69,15 +98,15 @@ def open_page_store(
     if settings.codec == UNCODED:
         if shape.is_packed:
             raise ConfigError("codec is none, and the pool is packed; write the preset of --kv-cache-dtype")
-        codec = RowCodec(geometry, shape)
+        codec = codecs.rows(geometry, shape)
     else:
         layout = _layout(settings.codec, shape, geometry)
         state = load_state(environment)
         if shape.is_packed:
-            codec = PackedCodec(layout, geometry.num_layers, shard.part)
+            codec = codecs.packed(layout, geometry.num_layers, shard.part)
         else:
             state = state or _fetch_state(client, layout, settings, geometry, place.model)
-            codec = QuantizedCodec(
+            codec = codecs.quantized(
                 layout,
                 geometry.num_layers,
                 shard.part,
@@ -106,9 +135,7 @@ def open_page_store(
 
 
 def _check_pool(shape: PageShape, shard: Shard, geometry: CacheGeometry) -> None:
-    num_layers = shard.part.num_layers
-    if shape.is_packed:
-        num_layers = -(-num_layers // 2)
+    num_layers = num_pairs(shard.part.num_layers) if shape.is_packed else shard.part.num_layers
     if (shape.num_layers, shape.num_kv_heads) != (num_layers, shard.part.num_kv_heads):
         raise ConfigError(
             f"the pool holds {shape.num_layers} layers and {shape.num_kv_heads} KV heads, of the model's "

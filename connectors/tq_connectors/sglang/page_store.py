@@ -74,22 +74,47 @@ class PageStore:
         Stops at the first page that is missing, late or not sound; memory of later pages may be written.
         """
         is_filled = [False] * len(hashes)
+        waiting: list[tuple[int, memoryview]] = []
 
-        def fill() -> None:
-            waiting: list[tuple[int, memoryview]] = []
-            try:
-                for position, stored in self._get(hashes):
-                    waiting.append((position, stored))
-                    if len(waiting) == self._pages_at_once:
-                        self._unpack(waiting, page_at, is_filled)
-                        waiting = []
-            finally:
-                self._unpack(waiting, page_at, is_filled)
+        def take(position: int, stored: memoryview) -> None:
+            waiting.append((position, stored))
+            if len(waiting) == self._pages_at_once:
+                unpack()
 
-        self.guard.attempt(fill)
-        with self._lock:
-            self.counters.failed_pages += len(hashes) - sum(is_filled)
+        def unpack() -> None:
+            self._codec.unpack([stored for _, stored in waiting], [page_at(place) for place, _ in waiting])
+            for position, _ in waiting:
+                is_filled[position] = True
+            waiting.clear()
+
+        self.fetch(hashes, take)
+        if waiting:
+            unpack()
         return is_filled
+
+    def fetch(self, hashes: Sequence[str], take: Callable[[int, memoryview], None]) -> int:
+        """Hand over the bytes of the leading pages that the store has, each as soon as it has arrived.
+
+        Args:
+            hashes: Pages.
+            take: Gets the position and the bytes of a page.
+
+        Returns:
+            How many pages were handed over; fewer than asked for where one is missing, late or not sound.
+        """
+        taken = 0
+
+        def receive() -> None:
+            nonlocal taken
+            for position, stored in self._get(hashes):
+                take(position, stored)
+                taken += 1
+
+        self.guard.attempt(receive)
+        with self._lock:
+            self.counters.loaded_pages += taken
+            self.counters.failed_pages += len(hashes) - taken
+        return taken
 
     def save(self, hashes: Sequence[str], page_at: PageAt) -> list[bool]:
         """Save pages; True where the store has this process's parts of the page afterwards.
@@ -117,6 +142,17 @@ class PageStore:
         with self._lock:
             self.counters.refused_pages += len(hashes) - sum(is_saved)
         return is_saved
+
+    @property
+    def codec(self) -> PageCodec:
+        """What makes blocks of pages."""
+        return self._codec
+
+    @property
+    def stored_page_bytes(self) -> int:
+        """Bytes of the pages of this process in the store, without headers."""
+        part = self._names.shard.part
+        return self._codec.section_bytes * part.num_layers * part.num_kv_heads
 
     def purge(self) -> bool:
         """Remove all pages of this process's namespace; False where the store does not answer."""
@@ -155,17 +191,6 @@ class PageStore:
         with self._lock:
             self.counters.loaded_bytes += len(block)
         return payload_of(block)
-
-    def _unpack(
-        self, waiting: Sequence[tuple[int, memoryview]], page_at: PageAt, is_filled: list[bool]
-    ) -> None:
-        if not waiting:
-            return
-        self._codec.unpack([stored for _, stored in waiting], [page_at(position) for position, _ in waiting])
-        for position, _ in waiting:
-            is_filled[position] = True
-        with self._lock:
-            self.counters.loaded_pages += len(waiting)
 
     def _put(
         self, hashes: Sequence[str], positions: Sequence[int], page_at: PageAt, is_saved: list[bool]

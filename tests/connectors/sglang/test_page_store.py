@@ -6,51 +6,18 @@ import time
 
 import pytest
 import torch
-from connectors.sglang.host_pool import HostMemory
+from connectors.sglang.saved_pages import GEOMETRY, HASHES, PLACE, SETTINGS, page_at, pool_of, save
 from store.running_server import running_server
 
-from tq_connectors.codec import CacheGeometry, namespace_for
+from tq_connectors.codec import namespace_for
 from tq_connectors.codec_state import CodecState, agree_on_state, pack_state
 from tq_connectors.engine.state import STATE_VARIABLE
-from tq_connectors.sglang.hicache_settings import PageSettings
-from tq_connectors.sglang.host_pages import HostPages, read_host_pool
-from tq_connectors.sglang.page_setup import Place, open_page_store
-from tq_connectors.sglang.page_store import PageStore
+from tq_connectors.sglang.page_setup import open_page_store
 from tq_kernels import PageLayout, preset
 from tq_store.block import pack_block
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError
-
-HASHES = [f"{number:064x}" for number in range(4)]
-GEOMETRY = CacheGeometry(num_layers=2, num_kv_heads=2, head_dim=32, kv_dtype="bfloat16")
-PLACE = Place(model="model", geometry=GEOMETRY, layers=range(2))
-SETTINGS = PageSettings(revision="v1", codec="none", device="cpu")
-
-
-def pool_of(
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    seed: int | None = None,
-    dim: int = 32,
-    heads: int = 2,
-    layers: int = 2,
-) -> HostPages:
-    sizes = {"num_pages": 4, "page_size": 16, "layers": layers, "heads": heads, "dim": dim}
-    pool = HostMemory("page_first", **sizes, dtype=dtype)
-    return read_host_pool(pool if seed is None else pool.fill(seed))
-
-
-def page_at(pages: HostPages):
-    return lambda position: pages.page(16 * position)
-
-
-def save(
-    client: StoreClient, pages: HostPages, settings: PageSettings = SETTINGS, place: Place = PLACE
-) -> PageStore:
-    store = open_page_store(client, settings, pages.shape, place)
-    assert store.save(HASHES, page_at(pages)) == [True] * 4
-    return store
 
 
 @pytest.mark.parametrize("staging_bytes", [1, 1 << 20])

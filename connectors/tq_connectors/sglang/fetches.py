@@ -1,0 +1,144 @@
+"""Fetches: pages on their way to requests that wait, in bounded host memory."""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from tq_connectors.sglang.page_store import PageStore
+
+_MISS_LASTS_S = 1.0
+"""How long the store is not asked again about a request for which it had nothing."""
+
+
+class _Fetch:
+    """Pages of one request: how many were promised, their memory, and how many are here."""
+
+    def __init__(self, hashes: Sequence[str], memory: torch.Tensor) -> None:
+        self.hashes = list(hashes)
+        self.memory = memory
+        self.begun_s = time.monotonic()
+        self.num_here = 0
+        self.is_over = not hashes
+        self.is_dropped = False
+
+
+class Fetches:
+    """Pages that are fetched when a request is looked up, so that they are here when it is scheduled.
+
+    A page is only promised when there is memory for it. Older requests that have not taken theirs give theirs
+    up for newer ones.
+
+    Args:
+        store: Where pages are.
+        page_bytes: Bytes of a page in the store.
+        budget_bytes: Most bytes of all pages on their way or waiting.
+        num_threads: Fetches at once.
+        pinned: Whether a device reads the memory.
+    """
+
+    def __init__(
+        self, store: PageStore, *, page_bytes: int, budget_bytes: int, num_threads: int, pinned: bool
+    ) -> None:
+        self._store = store
+        self._page_bytes = page_bytes
+        self._max_pages = budget_bytes // page_bytes
+        self._pinned = pinned
+        self._changed = threading.Condition()
+        self._fetches: dict[str, _Fetch] = {}
+        self._num_pages = 0
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tq-store-fetch")
+
+    def begin(self, rid: str, hashes: Sequence[str]) -> int:
+        """How many of these pages a request will find; they are on their way when this returns.
+
+        Asks the store, and waits for its answer, the first time that a request is looked up.
+        """
+        with self._changed:
+            known = self._fetches.get(rid)
+            if known is not None and (promised := _promised(known, hashes)) is not None:
+                return promised
+        found = self._store.count_present(hashes)
+        with self._changed:
+            self._drop(rid)
+            self._make_room(found)
+            promised = min(found, self._max_pages - self._num_pages)
+            memory = torch.empty(promised, self._page_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            fetch = self._fetches[rid] = _Fetch(hashes[:promised], memory)
+            self._num_pages += promised
+        if promised:
+            self._threads.submit(self._run, fetch)
+        return promised
+
+    def take(self, rid: str, hashes: Sequence[str], timeout_s: float) -> torch.Tensor | None:
+        """Bytes ``[n, page_bytes]`` of pages that were promised, or None if one has not come by then.
+
+        Args:
+            rid: The request, whose pages are forgotten.
+            hashes: Pages.
+            timeout_s: Counted from the lookup.
+        """
+        with self._changed:
+            fetch = self._fetches.get(rid)
+            if fetch is None or not hashes or hashes[0] not in fetch.hashes:
+                return None
+            first = fetch.hashes.index(hashes[0])
+            end = first + len(hashes)
+            left_s = fetch.begun_s + timeout_s - time.monotonic()
+            self._changed.wait_for(lambda: fetch.num_here >= end or fetch.is_over, max(0.0, left_s))
+            is_here = fetch.num_here >= end and fetch.hashes[first:end] == list(hashes)
+            self._drop(rid)
+        return fetch.memory[first:end] if is_here else None
+
+    def clear(self) -> None:
+        """Forget all pages."""
+        with self._changed:
+            for rid in list(self._fetches):
+                self._drop(rid)
+
+    def close(self) -> None:
+        """Forget all pages, and wait until nothing is on its way."""
+        self.clear()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _run(self, fetch: _Fetch) -> None:
+        def take(position: int, stored: memoryview) -> None:
+            fetch.memory[position].numpy()[:] = np.frombuffer(stored, dtype=np.uint8)
+            with self._changed:
+                fetch.num_here += 1
+                self._changed.notify_all()
+
+        try:
+            if not fetch.is_dropped:
+                self._store.fetch(fetch.hashes, take)
+        finally:
+            with self._changed:
+                fetch.is_over = True
+                self._changed.notify_all()
+
+    def _make_room(self, num_pages: int) -> None:
+        for rid in list(self._fetches):
+            if self._num_pages + num_pages <= self._max_pages:
+                return
+            self._drop(rid)
+
+    def _drop(self, rid: str) -> None:
+        fetch = self._fetches.pop(rid, None)
+        if fetch is not None:
+            fetch.is_dropped = True
+            self._num_pages -= len(fetch.hashes)
+
+
+def _promised(fetch: _Fetch, hashes: Sequence[str]) -> int | None:
+    """How many of these pages a fetch has promised; None where it says nothing of them."""
+    if not fetch.hashes:
+        return 0 if time.monotonic() - fetch.begun_s < _MISS_LASTS_S else None
+    if not hashes or hashes[0] not in fetch.hashes:
+        return None
+    if fetch.is_over and fetch.num_here < len(fetch.hashes):
+        return 0  # it failed on the way
+    first = fetch.hashes.index(hashes[0])
+    return min(len(fetch.hashes) - first, len(hashes))

@@ -1,0 +1,141 @@
+"""Pages on their way to requests: here in time, bounded in memory, and a miss when they are not."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from connectors.sglang.saved_pages import HASHES, PLACE, SETTINGS, page_at, pool_of, save
+
+from tq_connectors.sglang.fetches import Fetches
+from tq_connectors.sglang.page_setup import open_page_store
+from tq_connectors.sglang.page_store import PageStore
+from tq_store.client import StoreClient
+
+PAGE_BYTES = pool_of().shape.page_bytes
+
+
+class Gate:
+    """Holds a client's answers to gets until it is opened."""
+
+    def __init__(self, client: StoreClient) -> None:
+        self._get = client.get
+        self.is_open = threading.Event()
+        client.get = self.get  # type: ignore[method-assign]
+
+    def get(self, keys):
+        self.is_open.wait(10)
+        yield from self._get(keys)
+
+
+@pytest.fixture
+def store(client: StoreClient) -> PageStore:
+    """A store with four pages."""
+    return save(client, pool_of(seed=1))
+
+
+@pytest.fixture
+def fetches(store: PageStore) -> Iterator[Fetches]:
+    assert store.stored_page_bytes == PAGE_BYTES
+    made = Fetches(store, page_bytes=PAGE_BYTES, budget_bytes=4 * PAGE_BYTES, num_threads=1, pinned=False)
+    yield made
+    made.close()
+
+
+def test_pages_that_were_promised_are_here(fetches, store):
+    assert fetches.begin("a", HASHES) == 4
+    stored = fetches.take("a", HASHES, 10)
+    pages = pool_of(seed=1)
+    assert stored.shape == (4, PAGE_BYTES)
+    assert (stored == store.codec.pack([page_at(pages)(place) for place in range(4)])).all()
+    assert fetches.take("a", HASHES, 10) is None  # taken once
+
+
+def test_a_request_may_take_fewer_pages_than_it_was_promised(fetches):
+    """Others have computed the first page meanwhile, or memory on the device was short."""
+    assert fetches.begin("a", HASHES) == 4
+    assert fetches.begin("a", HASHES[1:]) == 3
+    assert fetches.take("a", HASHES[1:3], 10).shape == (2, PAGE_BYTES)
+
+
+def test_the_store_is_asked_once_about_a_request(fetches, client, monkeypatch):
+    asked = []
+    lookup = client.lookup
+    monkeypatch.setattr(client, "lookup", lambda keys: asked.append(keys) or lookup(keys))
+    for _ in range(3):
+        assert fetches.begin("a", HASHES) == 4
+        assert fetches.begin("b", ["unknown"]) == 0
+    assert len(asked) == 2
+
+
+def test_a_request_that_has_changed_is_looked_up_anew(fetches):
+    assert fetches.begin("a", HASHES[:2]) == 2
+    assert fetches.begin("a", HASHES[2:]) == 2
+    assert fetches.take("a", HASHES[2:], 10) is not None
+
+
+def test_what_nobody_promised_is_a_miss(fetches):
+    assert fetches.take("a", HASHES, 10) is None
+    assert fetches.begin("a", HASHES[:2]) == 2
+    assert fetches.take("a", ["other"], 10) is None
+
+
+def test_pages_that_are_late_are_a_miss_and_cost_no_more_than_the_wait(fetches, client):
+    gate = Gate(client)
+    assert fetches.begin("a", HASHES) == 4
+    started = time.monotonic()
+    assert fetches.take("a", HASHES, 0.2) is None
+    assert 0.1 < time.monotonic() - started < 5
+    gate.is_open.set()
+
+
+def test_a_page_that_is_gone_is_a_miss(fetches, client, store):
+    gate = Gate(client)
+    assert fetches.begin("a", HASHES) == 4
+    client.delete(store._names.keys(HASHES[2:3], store._names.saved_parts))
+    gate.is_open.set()
+    assert fetches.take("a", HASHES, 10) is None
+    assert fetches.begin("a", HASHES) == 2  # asked again, as that fetch is forgotten
+
+
+def test_a_fetch_that_failed_promises_nothing(fetches, client, store):
+    gate = Gate(client)
+    assert fetches.begin("a", HASHES) == 4
+    client.delete(store._names.keys(HASHES[:1], store._names.saved_parts))
+    gate.is_open.set()
+    fetches._threads.submit(lambda: None).result(10)  # behind the fetch
+    assert fetches.begin("a", HASHES) == 0
+
+
+def test_newer_requests_get_the_memory_of_those_that_did_not_take_theirs(fetches):
+    assert fetches.begin("a", HASHES) == 4
+    assert fetches.begin("b", HASHES[:3]) == 3
+    assert fetches.take("a", HASHES, 10) is None
+    assert fetches.begin("c", HASHES[:1]) == 1
+    assert fetches.take("b", HASHES[:3], 10) is not None
+    assert fetches.take("c", HASHES[:1], 10) is not None
+
+
+def test_no_more_is_promised_than_there_is_memory_for(store):
+    small = Fetches(store, page_bytes=PAGE_BYTES, budget_bytes=2 * PAGE_BYTES, num_threads=1, pinned=False)
+    assert small.begin("a", HASHES) == 2
+    assert small.take("a", HASHES[:2], 10) is not None
+    small.close()
+
+
+def test_a_fetch_that_was_forgotten_is_not_made(fetches, client, store):
+    gate = Gate(client)
+    assert fetches.begin("a", HASHES[:2]) == 2
+    assert fetches.begin("b", HASHES[:2]) == 2
+    fetches.clear()
+    gate.is_open.set()
+    fetches._threads.submit(lambda: None).result(10)
+    assert store.counters.loaded_pages == 2  # those of a, which was under way
+
+
+def test_nobody_asks_a_store_that_is_not_there():
+    with StoreClient("127.0.0.1:1") as client:
+        store = open_page_store(client, SETTINGS, pool_of().shape, PLACE)
+        fetches = Fetches(store, page_bytes=PAGE_BYTES, budget_bytes=PAGE_BYTES, num_threads=1, pinned=False)
+        assert fetches.begin("a", HASHES) == 0
+        fetches.close()
