@@ -31,7 +31,7 @@ CASES = ("auto/fa3", "fp8_e4m3/fa3", "tq4", "tq3", "auto/triton", "k8v4", "k4v2"
 SHAPES = ("1x1024", "32x4096", "32x16384", "8x32768")
 MIXES = (32, 64)
 _SHORT, _LONG = 17, 81
-_MODEL = {
+MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,
@@ -52,7 +52,7 @@ _MODEL = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "SGL_KERNEL_NORM": "1",
     "SGLANG_IS_FLASHINFER_AVAILABLE": "false",
     "HF_HUB_OFFLINE": "1",
@@ -165,7 +165,7 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
     longest = max([length for _, length in shapes] + [8192 + 512] * bool(parsed.mixes))
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
-        model.joinpath("config.json").write_text(json.dumps(_MODEL | {"num_hidden_layers": parsed.layers}))
+        model.joinpath("config.json").write_text(json.dumps(MODEL | {"num_hidden_layers": parsed.layers}))
         start = time.perf_counter()
         engine = sglang.Engine(**engine_arguments(case, model, longest + 1024, parsed.engine))
         print(f"{case}: started in {time.perf_counter() - start:.0f} s", flush=True)
@@ -179,19 +179,19 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
             "sglang": sglang.__version__,
             "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,
-            "commit": _commit(),
+            "commit": commit(),
         }
         # kernels are compiled on the way
         engine.generate(input_ids=prompts(8, 600, seed=1), sampling_params=_sampling(20))
         engine.generate(input_ids=prompts(8, 600, seed=1), sampling_params=_sampling(20))
         for number, length in shapes:
-            _write(parsed.out, common | measure_shape(engine, number, length))
+            write_row(parsed.out, common | measure_shape(engine, number, length))
         for at_once in parsed.mixes:
-            _write(parsed.out, common | measure_mix(engine, at_once, parsed.requests))
+            write_row(parsed.out, common | measure_mix(engine, at_once, parsed.requests))
         engine.shutdown()
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of this tree; a copy without its history is told by TQ_COMMIT."""
     try:
         return os.environ.get("TQ_COMMIT") or circumstances()["commit"]
@@ -199,7 +199,8 @@ def _commit() -> str:
         return "unknown"
 
 
-def _write(path: Path, row: Row) -> None:
+def write_row(path: Path, row: Row) -> None:
+    """Append a row to a file of JSON lines, and show it."""
     print(json.dumps(row), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -242,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_case(parsed, parsed.in_process)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        environment = _ENVIRONMENT | os.environ | {"PYTHONPATH": plugin_path(Path(folder))}
+        environment = ENVIRONMENT | os.environ | {"PYTHONPATH": plugin_path(Path(folder))}
         if not parsed.no_check:
             ours = [case for case in parsed.cases if "/" not in case]
             check = [sys.executable, "-m", "benchmarks.sglang_attention", "--page-sizes", "64"]
