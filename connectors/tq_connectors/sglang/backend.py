@@ -82,7 +82,9 @@ class TurboQuantBackend(AttentionBackend):
         fresh = flash_attention_3(
             self._num_query_heads, layout.num_kv_heads, layout.head_dim, runner.dtype, self._device
         )
-        self._prefill = Prefill(layout, max_tokens=self._max_tokens, device=self._device, fresh=fresh)
+        self._prefill = Prefill(
+            layout, max_tokens=self._max_tokens, dtype=runner.dtype, device=self._device, fresh=fresh
+        )
         self._layers: dict[int, PagedAttention] = {}
         self._graphs: Batch | None = None
         self._workspaces: DecodeWorkspaces | None = None

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-FreshAttention = Callable[..., torch.Tensor]
+FreshAttention = Callable[..., Any]
 _HOPPER = (9, 0)
 _PROBED_TOKENS = 16
 

@@ -1,8 +1,12 @@
 """Prefill: attention of new tokens among themselves and, over pages, to the prefixes before them."""
 
+from functools import partial
+from typing import Any
+
 import torch
 
 from tq_connectors.engine.attention import PagedAttention
+from tq_connectors.engine.inflate import Inflater
 from tq_connectors.sglang.fresh import FreshAttention
 from tq_connectors.sglang.segments import Kind, Segment
 from tq_connectors.sglang.steps import Batch
@@ -18,18 +22,29 @@ class Prefill:
     Args:
         layout: Of the pages.
         max_tokens: Tokens of the longest prefix.
+        dtype: Of the model.
         device: Where the pages are.
-        fresh: What attends among new tokens of sequences without a prefix; None for `tq_kernels`.
+        fresh: What attends among new tokens of sequences without a prefix, and over prefixes made dense; None
+            for `tq_kernels`.
     """
 
     def __init__(
-        self, layout: PageLayout, *, max_tokens: int, device: torch.device, fresh: FreshAttention | None
+        self,
+        layout: PageLayout,
+        *,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fresh: FreshAttention | None,
     ) -> None:
         self._layout = layout
         self._max_tokens = max_tokens
         self._device = device
         self._fresh_attention = fresh
         self._workspace: ExtendWorkspace | None = None
+        self._inflater = None
+        if fresh is not None:
+            self._inflater = Inflater(layout, dtype=dtype, device=device, max_tokens=max_tokens)
 
     def attend(
         self,
@@ -99,21 +114,8 @@ class Prefill:
     ) -> None:
         starts = batch.query_start[segment.rows.start : segment.rows.stop + 1] - segment.tokens.start
         longest = max(segment.new_lens)
-        window = attention.sliding_window
-        result = fresh(
-            query,
-            keys,
-            values,
-            starts,
-            starts,
-            longest,
-            longest,
-            softmax_scale=attention.softmax_scale,
-            causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-            softcap=attention.softcap or 0.0,
-        )
-        out.copy_(result)
+        options = _options(attention, causal=True)
+        fresh(query, keys, values, starts, starts, longest, longest, **options, out=out)
 
     def _one_by_one(
         self,
@@ -130,15 +132,42 @@ class Prefill:
             tokens = min(WORKSPACE_TOKENS, self._max_tokens)
             self._workspace = extend_workspace(self._layout, tokens, self._device)
         for place, (start, end) in enumerate(segment.spans):
-            row = segment.rows.start + place
-            attention.extend(
-                query[start:end],
-                keys[start:end],
-                values[start:end],
-                pages,
-                batch.block_table[row],
-                segment.prefix_lens[place],
-                sink_row=batch.sink_rows[row : row + 1],
-                workspace=self._workspace,
-                out=out[start:end],
-            )
+            row, prefix_len = segment.rows.start + place, segment.prefix_lens[place]
+            new = (query[start:end], keys[start:end], values[start:end])
+            cached = (pages, batch.block_table[row], prefix_len)
+            sink_row = batch.sink_rows[row : row + 1]
+            fresh, inflater = self._fresh_attention, self._inflater
+            if fresh and inflater and inflater.serves(attention, end - start, prefix_len):
+                dense = partial(_dense, fresh, attention)
+                inflater.attend(attention, dense, *new, *cached, sink_row=sink_row, out=out[start:end])
+                continue
+            attention.extend(*new, *cached, sink_row=sink_row, workspace=self._workspace, out=out[start:end])
+
+
+def _options(attention: PagedAttention, *, causal: bool) -> dict[str, Any]:
+    """What a layer asks of FlashAttention."""
+    window = attention.sliding_window
+    return {
+        "softmax_scale": attention.softmax_scale,
+        "causal": causal,
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "softcap": attention.softcap or 0.0,
+    }
+
+
+def _dense(
+    fresh: FreshAttention,
+    attention: PagedAttention,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence, as `inflate.DenseAttention` has it."""
+    ends = torch.arange(2, dtype=torch.int32, device=query.device)
+    starts = (ends * len(query), ends * len(keys))
+    longest = (len(query), len(keys))
+    options = _options(attention, causal=causal)
+    out, lse, *_ = fresh(query, keys, values, *starts, *longest, **options, return_softmax_lse=True)
+    return out, lse

@@ -4,7 +4,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from tq_connectors.engine.attention import PagedAttention
-from tq_connectors.vllm.batch import ColdPrompts, DecodeRows
+from tq_connectors.vllm.batch import CachedChunk, ColdPrompts, DecodeRows
 from tq_connectors.vllm.flash import flash_prefill
 from tq_connectors.vllm.group import pages_of
 from tq_connectors.vllm.metadata import TQMetadata
@@ -53,7 +53,7 @@ class TQAttentionImpl(AttentionImpl[TQMetadata]):
         for what, is_asked in unserved.items():
             if is_asked:
                 raise ValueError(f"attention over compressed pages does not serve {what}")
-        self._flash = flash_prefill(
+        self.flash = flash_prefill(
             head_size, softmax_scale=self.scale, sliding_window=sliding_window, softcap=self.logits_soft_cap
         )
 
@@ -125,6 +125,7 @@ class TQAttentionImpl(AttentionImpl[TQMetadata]):
             pages,
             seed_pages=step.pages.seed_pages,
             sink_slots=step.pages.sink_slots,
+            one_per_page=step.is_plain_decode,
         )
         step.group.after_write(name, pages, step.pages)
         if step.decode is not None:
@@ -132,18 +133,29 @@ class TQAttentionImpl(AttentionImpl[TQMetadata]):
         for prompts in step.cold:
             self._attend_raw(attention, step, prompts, (query, key, value), pages, output)
         for chunk in step.chunks:
-            attention.extend(
-                query[chunk.tokens],
-                key[chunk.tokens],
-                value[chunk.tokens],
-                pages,
-                step.block_table[chunk.seq],
-                chunk.prefix_len,
-                sink_row=step.pages.sink_rows[chunk.seq : chunk.seq + 1],
-                workspace=step.chunk_workspace,
-                out=output[chunk.tokens],
-            )
+            self._attend_chunk(attention, step, chunk, (query, key, value), pages, output)
         return output
+
+    def _attend_chunk(
+        self,
+        attention: PagedAttention,
+        step: TQMetadata,
+        chunk: CachedChunk,
+        tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        pages: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        query, key, value = (each[chunk.tokens] for each in tokens)
+        cached = (pages, step.block_table[chunk.seq], chunk.prefix_len)
+        sink_row, out = step.pages.sink_rows[chunk.seq : chunk.seq + 1], output[chunk.tokens]
+        inflater = step.inflater
+        if self.flash and inflater and inflater.serves(attention, len(query), chunk.prefix_len):
+            dense = self.flash.dense
+            inflater.attend(attention, dense, query, key, value, *cached, sink_row=sink_row, out=out)
+            return
+        attention.extend(
+            query, key, value, *cached, sink_row=sink_row, workspace=step.chunk_workspace, out=out
+        )
 
     def _attend_raw(
         self,
@@ -154,8 +166,8 @@ class TQAttentionImpl(AttentionImpl[TQMetadata]):
         pages: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        if self._flash is not None:
-            self._flash(*tokens, prompts, output)
+        if self.flash is not None:
+            self.flash(*tokens, prompts, output)
             return
         first = prompts.first_token
         for seq, length in enumerate(prompts.lengths, prompts.first_seq):

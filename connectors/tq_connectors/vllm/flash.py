@@ -1,6 +1,7 @@
-"""FlashAttention as vLLM has it on this machine, for prompts of which nothing is in the cache yet."""
+"""FlashAttention as vLLM has it on this machine, for whole prompts and for chunks over a dense prefix."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.platforms import current_platform
@@ -44,12 +45,37 @@ class FlashPrefill:
             cu_seqlens_k=prompts.starts,
             max_seqlen_q=longest,
             max_seqlen_k=longest,
-            softmax_scale=self.softmax_scale,
             causal=True,
-            window_size=[-1, -1] if self.sliding_window is None else [self.sliding_window - 1, 0],
-            softcap=self.softcap or 0.0,
-            fa_version=self.version,
+            **self._options,
         )
+
+    def dense(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One sequence, as `inflate.DenseAttention` has it."""
+        ends = torch.arange(2, dtype=torch.int32, device=query.device)
+        out, lse = fa_utils.flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=values,
+            cu_seqlens_q=ends * len(query),
+            cu_seqlens_k=ends * len(keys),
+            max_seqlen_q=len(query),
+            max_seqlen_k=len(keys),
+            causal=causal,
+            return_softmax_lse=True,
+            **self._options,
+        )
+        return out, lse
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "softmax_scale": self.softmax_scale,
+            "window_size": [-1, -1] if self.sliding_window is None else [self.sliding_window - 1, 0],
+            "softcap": self.softcap or 0.0,
+            "fa_version": self.version,
+        }
 
 
 def flash_prefill(

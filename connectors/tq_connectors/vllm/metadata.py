@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from tq_connectors.engine.inflate import Inflater
 from tq_connectors.engine.layouts import layout_for
 from tq_connectors.engine.workspaces import DecodeWorkspaces
 from tq_connectors.vllm.balance import key_balances
@@ -43,6 +44,7 @@ class TQMetadata(AttentionMetadata):
         cold: Prompts without anything in the cache.
         chunks: Further tokens of sequences that have some there.
         chunk_workspace: For these.
+        inflater: For those that are long, where vLLM has a dense attention; else None.
     """
 
     group: LayerGroup
@@ -56,6 +58,12 @@ class TQMetadata(AttentionMetadata):
     cold: list[ColdPrompts]
     chunks: list[CachedChunk]
     chunk_workspace: ExtendWorkspace
+    inflater: Inflater | None
+
+    @property
+    def is_plain_decode(self) -> bool:
+        """Whether every sequence brings one token, which so shares its page with no other of the step."""
+        return self.decode is not None and self.decode.rows == 1 and not self.cold and not self.chunks
 
 
 class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
@@ -118,6 +126,9 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
             device=device,
         )
         self._chunk_workspace = extend_workspace(layout, min(WORKSPACE_TOKENS, max_tokens), device)
+        self._inflater = None
+        if first.impl.flash is not None:
+            self._inflater = Inflater(layout, dtype=model.dtype, device=device, max_tokens=max_tokens)
 
     def build(
         self,
@@ -158,6 +169,7 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
             cold=cold,
             chunks=chunks,
             chunk_workspace=self._chunk_workspace,
+            inflater=self._inflater,
         )
 
 

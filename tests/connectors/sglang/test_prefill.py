@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tq_connectors.engine import inflate
 from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.layouts import layout_for
 from tq_connectors.sglang.prefill import Prefill
@@ -41,12 +42,20 @@ class FreshAttention:
         key_starts: torch.Tensor,
         max_query: int,
         max_keys: int,
+        out: torch.Tensor | None = None,
+        return_softmax_lse: bool = False,
         **named: Any,
-    ) -> torch.Tensor:
-        assert torch.equal(query_starts, key_starts)
-        self.calls.append(named | {"longest": (max_query, max_keys), "starts": query_starts.tolist()})
+    ) -> Any:
         starts = query_starts.tolist()
-        return torch.cat([exact(query[a:b], keys[a:b], values[a:b], 0) for a, b in pairwise(starts)])
+        self.calls.append(named | {"longest": (max_query, max_keys), "starts": starts})
+        if return_softmax_lse:
+            assert (starts, key_starts.tolist()) == ([0, len(query)], [0, len(keys)])
+            lse = torch.zeros(query.shape[1], len(query))  # of use to several runs alone
+            return exact(query, keys, values, len(keys) - len(query)), lse
+        assert torch.equal(query_starts, key_starts)
+        assert out is not None
+        out.copy_(torch.cat([exact(query[a:b], keys[a:b], values[a:b], 0) for a, b in pairwise(starts)]))
+        return out
 
 
 def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
@@ -88,10 +97,21 @@ def attended(prefill: Prefill, attention: PagedAttention) -> tuple[torch.Tensor,
     return out, past, (query, keys, values)
 
 
+def test_long_chunks_over_a_prefix_are_dense_where_the_engine_has_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inflate, "SMALLEST_CHUNK", 20)
+    fresh, attention = FreshAttention(), PagedAttention(layout=LAYOUT, softmax_scale=SCALE)
+    dense = Prefill(LAYOUT, max_tokens=256, dtype=torch.float32, device=CPU, fresh=fresh)
+    direct = Prefill(LAYOUT, max_tokens=256, dtype=torch.float32, device=CPU, fresh=None)
+    assert torch.allclose(attended(dense, attention)[0], attended(direct, attention)[0], atol=1e-4)
+    assert [call["longest"] for call in fresh.calls] == [(30, 30), (20, 84)]
+
+
 @pytest.mark.parametrize("with_fresh", [False, True])
 def test_every_kind_of_sequence_in_one_batch(*, with_fresh: bool) -> None:
     fresh = FreshAttention() if with_fresh else None
-    prefill = Prefill(LAYOUT, max_tokens=256, device=CPU, fresh=fresh)
+    prefill = Prefill(LAYOUT, max_tokens=256, dtype=torch.float32, device=CPU, fresh=fresh)
     out, past, (query, keys, values) = attended(prefill, PagedAttention(layout=LAYOUT, softmax_scale=SCALE))
     starts = [0, 30, 35, 55, 56]
     for row, (prefix, a, b) in enumerate(zip(PREFIXES, starts, starts[1:], strict=False)):
@@ -115,7 +135,7 @@ def test_every_kind_of_sequence_in_one_batch(*, with_fresh: bool) -> None:
 def test_a_window_counts_the_positions_before_a_query() -> None:
     fresh = FreshAttention()
     attention = PagedAttention(layout=LAYOUT, softmax_scale=SCALE, sliding_window=9, softcap=30.0)
-    attended(Prefill(LAYOUT, max_tokens=256, device=CPU, fresh=fresh), attention)
+    attended(Prefill(LAYOUT, max_tokens=256, dtype=torch.float32, device=CPU, fresh=fresh), attention)
     assert fresh.calls[0]["window_size"] == (8, 0)
     assert fresh.calls[0]["softcap"] == 30.0
 
@@ -132,7 +152,7 @@ def test_a_batch_of_nothing_is_zeros() -> None:
     )
     out = torch.full((1, HEADS, DIM), torch.nan)
     side = torch.zeros(1, KV_HEADS, DIM)
-    Prefill(LAYOUT, max_tokens=64, device=CPU, fresh=None).attend(
+    Prefill(LAYOUT, max_tokens=64, dtype=torch.float32, device=CPU, fresh=None).attend(
         PagedAttention(layout=LAYOUT, softmax_scale=SCALE), out, side, side, torch.empty(0), batch, out
     )
     assert not out.any()
