@@ -4,32 +4,22 @@ Exit codes: 0 done, 1 a negative answer, 2 wrong usage or settings, 3 the server
 """
 
 import argparse
-import asyncio
-import dataclasses
-import json
 import logging
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tq_store import commands as actions
 from tq_store import plan
-from tq_store.block import MAX_BLOCK_BYTES
+from tq_store.arguments import add_command, add_settings
 from tq_store.client import StoreClient
-from tq_store.config import ClientConfig, ServerConfig, load_config
-from tq_store.describe import describe_block, describe_copies, describe_stats
+from tq_store.commands import Exit, fail
+from tq_store.config import ClientConfig, ServerConfig
 from tq_store.errors import BackendError, ConfigError, RpcDenied, RpcError, RpcTimeout, RpcUnavailable
-from tq_store.keys import BLOCK_KEY_BYTES, DIGEST_BYTES, parse_key
-from tq_store.settings import SWITCH, settings
-from tq_store.sizing import PRESETS, read_model
-
-if TYPE_CHECKING:
-    from tq_store.server.app import Server
-
+from tq_store.keys import DIGEST_BYTES
+from tq_store.sizing import PRESETS
 
 ClientCommand = Callable[[argparse.Namespace, StoreClient], int]
 COMMANDS_GROUP = "tq_store.commands"
@@ -37,18 +27,6 @@ COMMANDS_GROUP = "tq_store.commands"
 a name, what runs, a text and an epilog, and to add arguments to the parser that comes back."""
 
 logger = logging.getLogger(__name__)
-
-_SETTING = "setting:"
-"""Keeps a command's settings apart from its own arguments in the namespace."""
-
-
-class Exit(IntEnum):
-    """Exit codes."""
-
-    OK = 0
-    NEGATIVE = 1
-    USAGE = 2
-    UNREACHABLE = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,190 +36,114 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (RpcTimeout, RpcUnavailable) as error:
-        return _fail(f"{error}; is a server running there, and is --address right?", Exit.UNREACHABLE)
+        return fail(f"{error}; is a server running there, and is --address right?", Exit.UNREACHABLE)
     except BackendError as error:
-        return _fail(error, Exit.UNREACHABLE)
+        return fail(error, Exit.UNREACHABLE)
     except (ConfigError, RpcDenied) as error:
-        return _fail(error, Exit.USAGE)
+        return fail(error, Exit.USAGE)
     except RpcError as error:
-        return _fail(error, Exit.NEGATIVE)
+        return fail(error, Exit.NEGATIVE)
 
 
-def _fail(error: Exception | str, code: Exit) -> int:
-    sys.stderr.write(f"tq-store: {error}\n")
-    return int(code)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tq-store",
+        description="A store for compressed KV-cache blocks, shared by inference engines.",
+        epilog="example:\n  tq-store serve --memory-budget 8GiB &\n  tq-store ping",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
+    serve = add_command(
+        commands,
+        "serve",
+        actions.serve,
+        "Run a server until SIGTERM or Ctrl-C.",
+        """\
+examples:
+  tq-store serve --memory-budget 8GiB --disk-path /var/lib/tq-store --disk-budget 200GiB
+  tq-store serve --listen 0.0.0.0:7437 --tls-cert server.pem --tls-key server.key --token-file tokens
+  tq-store serve --config tq-store.toml          with a [server] table, e.g. memory_budget = "8GiB"
+""",
+    )
+    add_settings(serve, ServerConfig)
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def _serve(options: argparse.Namespace) -> Exit:
-    try:
-        from tq_store.server.app import serve
-        from tq_store.server.logs import JsonFormatter
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing; run: pip install 'tq-store[server]'") from error
-    config = load_config(ServerConfig, arguments=_given(options), file=options.config, environment=os.environ)
-    if config.log_format == "json":
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonFormatter())
-    asyncio.run(serve(config, _say_ready))
-    return Exit.OK
-
-
-def _say_ready(server: "Server") -> None:
-    metrics = f", metrics on {server.metrics_url}" if server.metrics_url else ""
-    _say(f"tq-store serves on {server.address}{metrics}")
-
-
-def _ping(options: argparse.Namespace) -> Exit:
-    with _client(options) as client:
-        first, second = client.ping(), client.ping()
-        _say(
-            f"tq-store {second.version} at {client.address} answers in {second.latency_s * 1000:.2f} ms "
-            f"({first.latency_s * 1000:.2f} ms with connecting)"
-        )
-    return Exit.OK
-
-
-def _stats(options: argparse.Namespace) -> Exit:
-    with _client(options) as client:
-        stats = client.stats()
-    _say(json.dumps(dataclasses.asdict(stats)) if options.json else "\n".join(describe_stats(stats)))
-    return Exit.OK
-
-
-def _top(options: argparse.Namespace) -> Exit:
-    try:
-        from tq_store import top
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing; run: pip install 'tq-store[server]'") from error
-    try:
-        if options.json:
-            _say(top.fetch_status(options.url).to_json())
-        elif options.once:
-            top.show(options.url)
+    ping = add_command(
+        commands,
+        "ping",
+        actions.ping,
+        "See whether a server answers, how fast, and which version it is.",
+        "example:\n  tq-store ping --address 10.0.0.5:7437 --tls-ca ca.pem --token-file token\n",
+    )
+    stats = add_command(
+        commands,
+        "stats",
+        actions.stats,
+        "Show what a server's tiers hold and what it has counted.",
+        "example:\n  tq-store stats --json | jq .counters.misses\n",
+    )
+    stats.add_argument("--json", action="store_true", help="for programs, with sizes in bytes")
+    _add_plan(commands)
+    top = add_command(
+        commands,
+        "top",
+        actions.top,
+        "Watch a server: hit ratios, throughput, evictions, queues, busiest namespaces.",
+        """\
+examples:
+  tq-store top                                   the server on this machine, until Ctrl-C
+  tq-store top --url http://127.0.0.1:9465 --once
+  tq-store top --json | jq .hit_ratio
+""",
+    )
+    top.add_argument("--url", default="http://127.0.0.1:9464", help="its metrics port (default: %(default)s)")
+    top.add_argument(
+        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="pause (default: %(default)g)"
+    )
+    how = top.add_mutually_exclusive_group()
+    how.add_argument("--once", action="store_true", help="show it once, in colour only on a terminal")
+    how.add_argument("--json", action="store_true", help="for programs, with sizes in bytes")
+    inspect = add_command(
+        commands,
+        "inspect",
+        actions.inspect,
+        "Explain one block: where a server has it and what it is, or what is wrong with a file.",
+        """\
+examples:
+  tq-store inspect 4f0c…  (128 hex digits)       asks the server; nothing is moved or repaired
+  tq-store inspect /var/lib/tq-store/quarantine/4f0c…    reads the file; needs no server
+""",
+    )
+    inspect.add_argument("target", metavar="KEY|FILE", help="a block key in hex, or a file with a block")
+    purge = add_command(
+        commands,
+        "purge",
+        actions.purge,
+        "Remove blocks from all tiers of a server.",
+        "example:\n  tq-store purge --namespace 9a41…  --yes      (64 hex digits, the first half of a key)\n",
+    )
+    scope = purge.add_mutually_exclusive_group(required=True)
+    scope.add_argument("--namespace", type=_namespace, metavar="HEX", help="blocks of one namespace digest")
+    scope.add_argument("--all", action="store_true", help="all blocks, in a shared Redis too")
+    purge.add_argument("--yes", action="store_true", help="really do it")
+    _add_token(commands)
+    for command in (ping, stats, inspect, purge):
+        add_settings(command, ClientConfig)
+    for extension in entry_points(group=COMMANDS_GROUP):
+        try:
+            add = extension.load()
+        except ImportError as error:  # a server's image has no connectors, and needs none
+            logger.debug("no command %s here: %s", extension.name, error)
         else:
-            top.watch(options.url, every_s=options.every)
-    except RpcUnavailable as error:
-        return Exit(
-            _fail(f"{error}; was it started with --metrics-port, and is --url right?", Exit.UNREACHABLE)
-        )
-    return Exit.OK
-
-
-def _inspect(options: argparse.Namespace) -> Exit:
-    target: str = options.target
-    try:
-        key = parse_key(target)
-    except ValueError:
-        is_sound, text = describe_block(_read_block(Path(target)))
-    else:
-        with _client(options) as client:
-            is_sound, text = describe_copies(client.inspect(key))
-    _say(text)
-    return Exit.OK if is_sound else Exit.NEGATIVE
-
-
-def _read_block(path: Path) -> bytes:
-    """The file, or as much of it as decides that it is too long for a block."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_BLOCK_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"{str(path)!r} is neither a block key of {2 * BLOCK_KEY_BYTES} hex digits nor a file that can "
-            f"be read: {error.strerror}"
-        ) from error
-
-
-def _purge(options: argparse.Namespace) -> Exit:
-    namespace = None if options.all else options.namespace
-    what = "every block" if namespace is None else f"every block of namespace {namespace.hex()}"
-    if not options.yes:
-        return Exit(_fail(f"this removes {what}; say --yes if that is meant", Exit.USAGE))
-    with _client(options) as client:
-        num_blocks = client.purge(namespace)
-    _say(f"removed {num_blocks} blocks")
-    return Exit.OK if num_blocks else Exit.NEGATIVE
-
-
-def _new_token(options: argparse.Namespace) -> Exit:
-    from tq_store.server.tokens import new_token
-
-    token, entry = new_token()
-    _say(token)
-    sys.stderr.write(
-        f"shown this once; keep it in a file that only its user can read, for the client's token_file.\n"
-        f'For the tenants file, among the tokens of [{options.tenant}]: "{entry}"\n'
-    )
-    return Exit.OK
-
-
-def _check_tenants(options: argparse.Namespace) -> Exit:
-    from tq_store.server.tenants import load_tenants
-
-    for name, tenant in load_tenants(options.file).by_name.items():
-        _say(f"{name}: {', '.join(entry.id for entry in tenant.tokens) or 'no token'}")
-    return Exit.OK
-
-
-def _client(options: argparse.Namespace) -> StoreClient:
-    arguments = _given(options)
-    config = load_config(ClientConfig, arguments=arguments, file=options.config, environment=os.environ)
-    return StoreClient(config=config)
-
-
-def _given(options: argparse.Namespace) -> Mapping[str, Any]:
-    """Settings that were given on the command line; the parser suppresses all others."""
-    return {
-        name.removeprefix(_SETTING): value
-        for name, value in vars(options).items()
-        if name.startswith(_SETTING)
-    }
-
-
-def _namespace(text: str) -> bytes:
-    try:
-        digest = bytes.fromhex(text)
-    except ValueError:
-        digest = b""
-    if len(digest) != DIGEST_BYTES:
-        raise argparse.ArgumentTypeError(f"a namespace is written as {2 * DIGEST_BYTES} hex digits")
-    return digest
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0.1 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError("a pause lies in 0.1 to 3600 seconds")
-    return seconds
-
-
-def _plan(options: argparse.Namespace) -> Exit:
-    question = plan.Question(
-        model=read_model(options.model),
-        context=options.context,
-        replicas=options.replicas,
-        link_gbit=options.link,
-        hit_ratio=options.hit_ratio,
-        preset=options.preset,
-        page_tokens=options.page_tokens,
-        prefill_tokens_per_s=options.prefill,
-        tflops=options.tflops,
-        client_gib_per_s=options.client,
-    )
-    _say(json.dumps(plan.answer(question)) if options.json else "\n".join(plan.describe(question)))
-    return Exit.OK
+            add(partial(_add_client_command, commands))
+    return parser
 
 
 def _add_plan(commands: Any) -> None:
-    command = _add_command(
+    command = add_command(
         commands,
         "plan",
-        _plan,
+        actions.plan,
         "Work out what a shared cache takes and saves: bytes, memory, time to first token, links that pay.",
         """\
 examples:
@@ -297,114 +199,6 @@ what is missing; nothing overlaps. --prefill and --client take numbers that you 
     command.add_argument("--json", action="store_true", help="for programs; bytes, seconds, Gbit/s")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tq-store",
-        description="A store for compressed KV-cache blocks, shared by inference engines.",
-        epilog="example:\n  tq-store serve --memory-budget 8GiB &\n  tq-store ping",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    serve = _add_command(
-        commands,
-        "serve",
-        _serve,
-        "Run a server until SIGTERM or Ctrl-C.",
-        """\
-examples:
-  tq-store serve --memory-budget 8GiB --disk-path /var/lib/tq-store --disk-budget 200GiB
-  tq-store serve --listen 0.0.0.0:7437 --tls-cert server.pem --tls-key server.key --token-file tokens
-  tq-store serve --config tq-store.toml          with a [server] table, e.g. memory_budget = "8GiB"
-""",
-    )
-    _add_settings(serve, ServerConfig)
-
-    ping = _add_command(
-        commands,
-        "ping",
-        _ping,
-        "See whether a server answers, how fast, and which version it is.",
-        "example:\n  tq-store ping --address 10.0.0.5:7437 --tls-ca ca.pem --token-file token\n",
-    )
-    stats = _add_command(
-        commands,
-        "stats",
-        _stats,
-        "Show what a server's tiers hold and what it has counted.",
-        "example:\n  tq-store stats --json | jq .counters.misses\n",
-    )
-    stats.add_argument("--json", action="store_true", help="for programs, with sizes in bytes")
-    _add_plan(commands)
-    top = _add_command(
-        commands,
-        "top",
-        _top,
-        "Watch a server: hit ratios, throughput, evictions, queues, busiest namespaces.",
-        """\
-examples:
-  tq-store top                                   the server on this machine, until Ctrl-C
-  tq-store top --url http://127.0.0.1:9465 --once
-  tq-store top --json | jq .hit_ratio
-""",
-    )
-    top.add_argument("--url", default="http://127.0.0.1:9464", help="its metrics port (default: %(default)s)")
-    top.add_argument(
-        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="pause (default: %(default)g)"
-    )
-    how = top.add_mutually_exclusive_group()
-    how.add_argument("--once", action="store_true", help="show it once, in colour only on a terminal")
-    how.add_argument("--json", action="store_true", help="for programs, with sizes in bytes")
-    inspect = _add_command(
-        commands,
-        "inspect",
-        _inspect,
-        "Explain one block: where a server has it and what it is, or what is wrong with a file.",
-        """\
-examples:
-  tq-store inspect 4f0c…  (128 hex digits)       asks the server; nothing is moved or repaired
-  tq-store inspect /var/lib/tq-store/quarantine/4f0c…    reads the file; needs no server
-""",
-    )
-    inspect.add_argument("target", metavar="KEY|FILE", help="a block key in hex, or a file with a block")
-    purge = _add_command(
-        commands,
-        "purge",
-        _purge,
-        "Remove blocks from all tiers of a server.",
-        "example:\n  tq-store purge --namespace 9a41…  --yes      (64 hex digits, the first half of a key)\n",
-    )
-    scope = purge.add_mutually_exclusive_group(required=True)
-    scope.add_argument("--namespace", type=_namespace, metavar="HEX", help="blocks of one namespace digest")
-    scope.add_argument("--all", action="store_true", help="all blocks, in a shared Redis too")
-    purge.add_argument("--yes", action="store_true", help="really do it")
-    _add_token(commands)
-    for command in (ping, stats, inspect, purge):
-        _add_settings(command, ClientConfig)
-    for extension in entry_points(group=COMMANDS_GROUP):
-        try:
-            add = extension.load()
-        except ImportError as error:  # a server's image has no connectors, and needs none
-            logger.debug("no command %s here: %s", extension.name, error)
-        else:
-            add(partial(_add_client_command, commands))
-    return parser
-
-
-def _add_client_command(
-    commands: Any, name: str, run: ClientCommand, text: str, epilog: str
-) -> argparse.ArgumentParser:
-    """A command of another package: it gets its arguments and a client, and returns an exit code."""
-
-    def with_client(options: argparse.Namespace) -> int:
-        with _client(options) as client:
-            return run(options, client)
-
-    command = _add_command(commands, name, with_client, text, epilog)
-    _add_settings(command, ClientConfig)
-    return command
-
-
 def _add_token(commands: Any) -> None:
     token = commands.add_parser("token", help="Make a tenant's token, or check a tenants file.")
     token_commands = token.add_subparsers(metavar="COMMAND", required=True)
@@ -416,41 +210,38 @@ def _add_token(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     new.add_argument("tenant", metavar="TENANT", help="whom it will stand for")
-    new.set_defaults(run=_new_token)
+    new.set_defaults(run=actions.new_token)
     check = token_commands.add_parser("check", help="Read a tenants file; print tenants and token ids.")
     check.add_argument("file", type=Path, metavar="FILE")
-    check.set_defaults(run=_check_tenants)
+    check.set_defaults(run=actions.check_tenants)
 
 
-def _add_command(commands: Any, name: str, run: Any, text: str, epilog: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=run)
-    command.add_argument(
-        "--config", type=Path, metavar="FILE", help="TOML file with the tables [server] and [client]"
-    )
+def _add_client_command(
+    commands: Any, name: str, run: ClientCommand, text: str, epilog: str
+) -> argparse.ArgumentParser:
+    """A command of another package: it gets its arguments and a client, and returns an exit code."""
+
+    def with_client(options: argparse.Namespace) -> int:
+        with actions.client_of(options) as client:
+            return run(options, client)
+
+    command = add_command(commands, name, with_client, text, epilog)
+    add_settings(command, ClientConfig)
     return command
 
 
-def _add_settings(command: argparse.ArgumentParser, config_type: type[ServerConfig | ClientConfig]) -> None:
-    """One flag per setting. Values stay text, so that they are read as in file and environment."""
-    group = command.add_argument_group(
-        "settings", "Also read from --config and from TQ_STORE_… variables; a flag beats both."
-    )
-    for setting in settings(config_type).values():
-        default = f" (default: {setting.shown_default})" if setting.shown_default else ""
-        shape: dict[str, Any] = {"metavar": setting.metavar}
-        if setting.kind is SWITCH:
-            shape = {"action": "store_const", "const": True}
-        group.add_argument(
-            setting.flag,
-            dest=_SETTING + setting.name,
-            default=argparse.SUPPRESS,
-            help=(setting.help + default).replace("%", "%%"),
-            **shape,
-        )
+def _namespace(text: str) -> bytes:
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        digest = b""
+    if len(digest) != DIGEST_BYTES:
+        raise argparse.ArgumentTypeError(f"a namespace is written as {2 * DIGEST_BYTES} hex digits")
+    return digest
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("a pause lies in 0.1 to 3600 seconds")
+    return seconds

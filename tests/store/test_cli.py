@@ -13,7 +13,7 @@ from store.running_server import running_server, write_token
 from store.sample_blocks import NAMESPACE, sample_block, sample_blocks, sample_key
 from store.tenants_file import TenantsFile
 
-from tq_store import cli
+from tq_store import cli, commands
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig, ServerConfig
 from tq_store.settings import settings
@@ -81,7 +81,7 @@ def test_inspect_reads_a_file_without_a_server(capsys: pytest.CaptureFixture[str
 def test_inspect_reads_no_more_of_a_file_than_a_block_can_have(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "MAX_BLOCK_BYTES", 511)
+    monkeypatch.setattr(commands, "MAX_BLOCK_BYTES", 511)
     (tmp_path / "block").write_bytes(sample_block(1)[1] + bytes(1 << 20))
     code, out, _ = run(capsys, "inspect", str(tmp_path / "block"))
     assert (code, out[:14]) == (0, "a sound block\n")

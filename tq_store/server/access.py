@@ -12,10 +12,9 @@ from tq_store.server.audit import AuditLog, FileSink, NoSink
 from tq_store.server.auth import TokenInterceptor
 from tq_store.server.credentials import Credentials
 from tq_store.server.metrics import Metrics
-from tq_store.server.quotas import Quotas
+from tq_store.server.quotas import Quotas, TenantUsage
 from tq_store.server.realm_usage import RealmUsage
 from tq_store.server.reception import Reception
-from tq_store.server.scrape import TenantUsage
 from tq_store.server.tenant_store import TenantStore
 from tq_store.tiering.store import TieredStore
 

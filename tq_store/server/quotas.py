@@ -12,7 +12,6 @@ from tq_store.keys import BlockKey
 from tq_store.results import NamespaceUsage
 from tq_store.server.calls import Call
 from tq_store.server.metrics import Metrics
-from tq_store.server.scrape import TenantUsage
 from tq_store.server.tenants import Tenant
 
 _FULL_RETRY_S = 60.0
@@ -51,6 +50,21 @@ class _Excess:
     def is_any(self) -> bool:
         """Whether anything would."""
         return self.num_bytes > 0 or self.num_blocks > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantUsage:
+    """What a tenant holds, and may hold.
+
+    Args:
+        quota_bytes: None for a tenant without one; so is `quota_blocks`.
+    """
+
+    tenant: str
+    num_blocks: int
+    used_bytes: int
+    quota_bytes: int | None = None
+    quota_blocks: int | None = None
 
 
 class Realms(Protocol):

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,6 +11,7 @@ from prometheus_client.registry import Collector
 from tq_store.results import BackendStats, NamespaceUsage, largest_namespaces
 from tq_store.server import metric_table as table
 from tq_store.server.metric_table import Definition, Type
+from tq_store.server.quotas import TenantUsage
 from tq_store.tiering.store import StoreStats
 
 logger = logging.getLogger(__name__)
@@ -51,23 +51,6 @@ _QUEUE_STATS = {
     "used_bytes": table.WRITE_QUEUE_BYTES,
     "limit_bytes": table.WRITE_QUEUE_LIMIT_BYTES,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TenantUsage:
-    """What a tenant holds, and may hold.
-
-    Args:
-        quota_bytes: None for a tenant without one; so is `quota_blocks`.
-    """
-
-    tenant: str
-    num_blocks: int
-    used_bytes: int
-    quota_bytes: int | None = None
-    quota_blocks: int | None = None
-
-
 _TENANT_STATS = {
     "used_bytes": table.TENANT_USED_BYTES,
     "num_blocks": table.TENANT_BLOCKS,
