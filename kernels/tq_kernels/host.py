@@ -18,10 +18,12 @@ from tq_kernels.reference import (
     FP16_MAX,
     SMALLEST_NORM,
     level_table,
+    likeness_without_gain,
     nearest_indices,
     plane_view,
     read_key_center,
     rotation_of,
+    value_gain,
 )
 from tq_kernels.spec import Code, KeyCenter
 
@@ -111,7 +113,7 @@ def _rotated(tokens: torch.Tensor, layout: PageLayout, code: Code) -> torch.Tens
 
 def _write_side(tile: torch.Tensor, layout: PageLayout, side: str, vectors: torch.Tensor) -> None:
     code = layout.spec.key if side == "key" else layout.spec.value
-    words, signs, scales = _packed(vectors, code, along_tokens=side == "value")
+    words, signs, scales = _packed(vectors, code, is_value=side == "value")
     plane_view(tile, layout, f"{side}_words").copy_(words)
     if signs is not None:
         plane_view(tile, layout, f"{side}_signs").copy_(signs)
@@ -120,28 +122,32 @@ def _write_side(tile: torch.Tensor, layout: PageLayout, side: str, vectors: torc
 
 
 def _packed(
-    vectors: torch.Tensor, code: Code, *, along_tokens: bool
+    vectors: torch.Tensor, code: Code, *, is_value: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Words, sign words and scales of ``[pages, heads, tokens, dim]``; `vectors` is overwritten."""
     if not code.rotated or code is Code.E4M3_SCALED:
         cast, scales = _cast(vectors, code)
-        words = (cast.transpose(-1, -2) if along_tokens else cast).contiguous().view(torch.int32)
-        return _turned(words, along_tokens), None, scales
+        words = (cast.transpose(-1, -2) if is_value else cast).contiguous().view(torch.int32)
+        return _turned(words, is_value), None, scales
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    gain = value_gain(code) if is_value else 1.0
     if vectors.shape[-1] > _EXACT_SQUARES[code] or not bool(norm.isfinite().all()):
-        indices, scales = nearest_indices(vectors, code)
-        words, signs = pack(indices.transpose(-1, -2) if along_tokens else indices, code)
-        return _turned(words, along_tokens), None if signs is None else _turned(signs, along_tokens), scales
+        indices, scales = nearest_indices(vectors, code, gain=gain)
+        words, signs = pack(indices.transpose(-1, -2) if is_value else indices, code)
+        return _turned(words, is_value), None if signs is None else _turned(signs, is_value), scales
     vectors.mul_(TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
     negative = (vectors.view(torch.int32) >> 31).to(torch.uint8).bitwise_and_(1)
-    magnitude, squares = _closest(vectors.abs_(), code)
+    magnitude, squares, likeness = _closest(vectors.abs_(), code)
     # float32 sqrt is off by a unit now and then, where vector_norm is not
-    length = squares.double().sqrt().float()
-    scales = (norm / length).clamp_max(FP16_MAX).squeeze(-1).to(torch.float16)
-    if along_tokens:
+    scales = norm / squares.double().sqrt().float()
+    if gain != 1:
+        limit = likeness_without_gain(code, vectors.shape[-1])
+        scales = torch.where(likeness < limit, scales * gain, scales)
+    scales = scales.clamp_max(FP16_MAX).squeeze(-1).to(torch.float16)
+    if is_value:
         magnitude, negative = (part.transpose(-1, -2).contiguous() for part in (magnitude, negative))
     words, signs = _join(magnitude.view(torch.int32), negative.view(torch.int32), code)
-    return _turned(words, along_tokens), None if signs is None else _turned(signs, along_tokens), scales
+    return _turned(words, is_value), None if signs is None else _turned(signs, is_value), scales
 
 
 def _cast(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -161,10 +167,10 @@ def _turned(part: torch.Tensor, along_tokens: bool) -> torch.Tensor:
     return part.transpose(-1, -2) if along_tokens else part
 
 
-def _closest(sizes: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor]:
-    """Magnitudes as bytes by the best set of boundaries, and sums of squared levels ``[..., 1]`` float32.
+def _closest(sizes: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Magnitudes as bytes by the best set of boundaries, which `reference.nearest_indices` defines.
 
-    Overwrites its input. `reference.nearest_indices` says which set is the best.
+    And sums of squared levels and likenesses, each ``[..., 1]`` float32. Overwrites its input.
     """
     halves = (sizes.view(torch.int32) & 0x7FFFE000).view(torch.float32)
     halves = halves.clamp(max=127.5).mul_(2).round_()
@@ -176,8 +182,6 @@ def _closest(sizes: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tenso
         words = _nibbles(magnitude.view(torch.int32)).flatten()
         squares = _square_table(code).index_select(0, words).view(*magnitude.shape[:-1], -1)
         squares = squares.sum(dim=-1, keepdim=True)
-        if len(BOUNDARIES[code]) == 1:
-            return magnitude, squares
         levels = _level_table(code).index_select(0, words).view(magnitude.shape)
         product = levels.mul_(halves).sum(dim=-1, keepdim=True)
         likeness = product * product / squares
@@ -187,7 +191,7 @@ def _closest(sizes: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tenso
             squares = torch.where(closer, squares, best_squares)
             likeness = torch.where(closer, likeness, best_likeness)
         best, best_squares, best_likeness = magnitude, squares, likeness
-    return best, best_squares
+    return best, best_squares, best_likeness
 
 
 def _magnitudes(eighths: torch.Tensor, boundaries: tuple[float, ...]) -> torch.Tensor:

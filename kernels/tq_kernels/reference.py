@@ -3,7 +3,8 @@
 A key k becomes y = R k, less the centre c of its page: z = y - c. With the code's levels L and target t,
 index_j = level nearest to z_j * t * sqrt(d) / (s |z|), where s is that cell size of a few whose levels
 L[index] make the smallest angle with z, and scale = |z| / |L[index]|, so that the reconstruction
-R^T (c + scale * L[index]) keeps the length of z ("norm-corrected"). Values likewise, without a centre.
+R^T (c + scale * L[index]) keeps the length of z ("norm-corrected"). Values likewise, without a centre, and
+with a slightly larger scale where `codebook.VALUE_GAINS` says so.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from tq_kernels._guards import check_page_bytes, check_tokens
-from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
+from tq_kernels.codebook import BOUNDARIES, GAIN_LIKENESS, LEVELS, TARGETS, VALUE_GAINS
 from tq_kernels.layout import PageLayout
 from tq_kernels.packing import pack, unpack
 from tq_kernels.rotation import rotation_matrix
@@ -40,8 +41,8 @@ def quantize(
         values: The same shape.
         layout: Page geometry and codec.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys are divided before anything else.
-        search: Try all cell sizes of `codebook.STEPS` on every vector, as the kernels do; False for the
-            nearest levels, which theory speaks of.
+        search: Try all cell sizes of `codebook.STEPS` on every vector, and `codebook.VALUE_GAINS`, as kernels
+            do in launches of many tokens; False for the nearest levels, which theory speaks of.
 
     Returns:
         Pages ``[num_tokens / page_tokens, page_bytes]`` uint8, padding zero.
@@ -56,7 +57,8 @@ def quantize(
     if center is not None:
         plane_view(pages, layout, "key_center")[..., 0, :] = center.view(torch.int16)
     _write_side(pages, layout, "key", *nearest_indices(key, layout.spec.key, search=search))
-    _write_side(pages, layout, "value", *nearest_indices(value, layout.spec.value, search=search))
+    gain = value_gain(layout.spec.value, search=search)
+    _write_side(pages, layout, "value", *nearest_indices(value, layout.spec.value, search=search, gain=gain))
     return pages
 
 
@@ -109,8 +111,9 @@ def roundtrip(
     check_tokens(keys, values, layout)
     key, value, center = _rotated_sides(keys, values, layout, key_balance)
     sides = []
-    for vectors, code in ((key, layout.spec.key), (value, layout.spec.value)):
-        indices, scales = nearest_indices(vectors, code)
+    gain = value_gain(layout.spec.value)
+    for vectors, code, more in ((key, layout.spec.key, 1.0), (value, layout.spec.value, gain)):
+        indices, scales = nearest_indices(vectors, code, gain=more)
         sides.append((_levels_of(indices, code), None if scales is None else scales.float()))
     stored = None if center is None else center.float()
     return _rotated_back(sides[0], sides[1], stored, layout, torch.float32, key_balance)
@@ -174,8 +177,18 @@ def _levels_of(indices: torch.Tensor, code: Code) -> torch.Tensor:
     return level_table(code, indices.device).index_select(0, indices.flatten()).view(indices.shape)
 
 
+def value_gain(code: Code, *, search: bool = True) -> float:
+    """The gain of values for `nearest_indices`."""
+    return VALUE_GAINS.get(code, 1.0) if search else 1.0
+
+
+def likeness_without_gain(code: Code, head_dim: int) -> float:
+    """What `_likeness` is from `GAIN_LIKENESS` on."""
+    return 4 * TARGETS[code] ** 2 * head_dim * GAIN_LIKENESS
+
+
 def nearest_indices(
-    vectors: torch.Tensor, code: Code, *, search: bool = True
+    vectors: torch.Tensor, code: Code, *, search: bool = True, gain: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Indices of ``[..., head_dim]`` float32, and norm-corrected fp16 scales ``[...]`` or None.
 
@@ -183,6 +196,8 @@ def nearest_indices(
         vectors: Rotated, and less their centre.
         code: Which indices.
         search: Try all cell sizes of `codebook.STEPS` on every vector; False for the nearest levels.
+        gain: Factor on the scales of vectors that are less like their levels than `codebook.GAIN_LIKENESS`;
+            another than 1 needs the search.
     """
     if code is Code.BF16:
         return vectors.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF, None
@@ -190,33 +205,43 @@ def nearest_indices(
         return _e4m3(vectors), None
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     unit = vectors * (TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
+    likeness = None
     if code is Code.E4M3_SCALED:
         indices = _e4m3(unit)
     else:
         sets = BOUNDARIES[code] if search else BOUNDARIES[code][:1]
-        magnitude = _closest(unit, code, sets)
+        magnitude, likeness = _closest(unit, code, sets)
         indices = magnitude | (torch.signbit(unit).to(torch.int32) << (code.bits - 1))
     levels = _levels_of(indices, code)
     length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
-    scales = (norm / length).clamp_max(FP16_MAX)
+    scales = norm / length
+    if likeness is not None and gain != 1:
+        limit = likeness_without_gain(code, vectors.shape[-1])
+        scales = torch.where(likeness < limit, scales * gain, scales)
+    scales = scales.clamp_max(FP16_MAX)
     return indices, scales.squeeze(-1).to(torch.float16)
 
 
-def _closest(unit: torch.Tensor, code: Code, sets: Sequence[tuple[float, ...]]) -> torch.Tensor:
-    """Magnitudes by that set of boundaries whose levels make the smallest angle with the vector."""
+def _closest(
+    unit: torch.Tensor, code: Code, sets: Sequence[tuple[float, ...]]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Magnitudes by that set of boundaries whose levels make the smallest angle with the vector.
+
+    And their likeness, unless there is but one set.
+    """
     size, halves = unit.abs(), _halves(unit) if len(sets) > 1 else None
     best, best_likeness = torch.empty(0), torch.empty(0)
     for i, boundaries in enumerate(sets):
         magnitude = torch.bucketize(size, _edges(boundaries, unit.device), right=True, out_int32=True)
         if halves is None:
-            return magnitude
+            return magnitude, None
         likeness = _likeness(halves, magnitude, code)
         if i:
             closer = likeness > best_likeness
             magnitude = torch.where(closer, magnitude, best)
             likeness = torch.where(closer, likeness, best_likeness)
         best, best_likeness = magnitude, likeness
-    return best
+    return best, best_likeness
 
 
 def _halves(unit: torch.Tensor) -> torch.Tensor:

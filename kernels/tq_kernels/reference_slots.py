@@ -15,6 +15,7 @@ from tq_kernels.reference import (
     read_key_center,
     read_side,
     rotation_of,
+    value_gain,
 )
 from tq_kernels.spec import Code, KeyCenter
 
@@ -56,9 +57,9 @@ def quantize_slots(
         if center is not None:
             key = key - center[:, :, None]
         _write_tokens(page, layout, "key", offsets, *nearest_indices(key, layout.spec.key, search=search))
-        _write_tokens(
-            page, layout, "value", offsets, *nearest_indices(value, layout.spec.value, search=search)
-        )
+        gain = value_gain(layout.spec.value, search=search)
+        indices = nearest_indices(value, layout.spec.value, search=search, gain=gain)
+        _write_tokens(page, layout, "value", offsets, *indices)
 
 
 def keep_sinks(

@@ -8,7 +8,7 @@ import torch
 
 from tq_kernels import PRESETS, CodecSpec, KeyCenter, PageLayout, quantize, reference, reference_slots
 from tq_kernels._page_shape import page_shape
-from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS, midpoints
+from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS, VALUE_GAINS, midpoints
 from tq_kernels.device import quantize as device_quantize
 from tq_kernels.quantize import LaunchPlan, hopper_appends, plan_quantize, quantize_slots
 from tq_kernels.reference import plane_view, read_key_center, read_side, rotation_of
@@ -373,6 +373,7 @@ def test_ordinary_tokens_take_the_nearest_levels(
             scales[chosen // 32, 0, chosen % 32],
             code,
             search=variant == "pages",
+            gain=VALUE_GAINS.get(code, 1.0) if variant == "pages" and side == "value" else 1.0,
         )
 
 
@@ -384,6 +385,7 @@ def _assert_nearest(
     code: Code,
     *,
     search: bool,
+    gain: float,
 ) -> None:
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     unit = vectors * (TARGETS[code] * math.sqrt(vectors.shape[-1]) / norm)
@@ -412,7 +414,7 @@ def _assert_nearest(
     assert float(fewest.sum()) / unit.numel() <= QUANTIZE_FLIPS
     clear = unit.abs() > allowed
     assert torch.equal(levels[clear] < 0, unit[clear] < 0)
-    true_scales = norm[:, 0] / torch.linalg.vector_norm(levels, dim=-1)
+    true_scales = gain * norm[:, 0] / torch.linalg.vector_norm(levels, dim=-1)
     ulp = torch.exp2(torch.floor(torch.log2(true_scales)) - 10)
     assert ((scales.double() - true_scales).abs() <= SCALE_ULPS * ulp).all()
 

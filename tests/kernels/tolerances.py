@@ -102,7 +102,7 @@ keys five deviations from zero by up to 2^-8 of that, and their mean over a page
 SEARCH = 5e-3
 """Relative, between the distortion of a search by whole numbers and of one by exact angles: sizes are rounded
 to halves of a sixteenth of their spread, which picks the second best of two near equals at times."""
-SEARCH_GAIN = {3: {64: 0.07, 128: 0.038}, 4: {64: 0.148, 128: 0.102}}
+SEARCH_GAIN = {2: {64: 0.015, 128: 0.007}, 3: {64: 0.07, 128: 0.038}, 4: {64: 0.148, 128: 0.102}}
 """Share of the distortion that `codebook.STEPS` takes off a Gaussian vector, by bits and channels; computed
 from 8,192 vectors each in float32 by a script that knows nothing of this package."""
 NEAR_EQUAL_COSINE = 2e-4

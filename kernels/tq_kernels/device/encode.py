@@ -11,7 +11,7 @@ import struct
 import triton
 import triton.language as tl
 
-from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
+from tq_kernels.codebook import BOUNDARIES, GAIN_LIKENESS, LEVELS, TARGETS, VALUE_GAINS
 from tq_kernels.device.pack import four
 
 
@@ -75,6 +75,8 @@ def _nibbles_asm(edges: tuple[float, ...]) -> str:
 
 _SMALLEST_NORM = tl.constexpr(1e-30)
 _TARGETS = tl.constexpr(tuple(TARGETS.get(bits, 0.0) for bits in range(9)))
+_VALUE_GAINS = tl.constexpr(tuple(VALUE_GAINS.get(bits, 1.0) for bits in range(9)))
+_GAIN_LIKENESS = tl.constexpr(GAIN_LIKENESS)
 _ALL_EDGES = tl.constexpr(BOUNDARIES)
 _ALL_NIBBLES = tl.constexpr({code: tuple(map(_nibbles_asm, sets)) for code, sets in BOUNDARIES.items()})
 _LM2_LEVELS = tl.constexpr(_quarters(2, 0))
@@ -317,7 +319,15 @@ def bfloat16_bits(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def encode(y, tables, CODE: tl.constexpr, SEARCH: tl.constexpr, SHAPE: tl.constexpr, PTX: tl.constexpr):
+def encode(
+    y,
+    tables,
+    CODE: tl.constexpr,
+    IS_VALUE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
     """Indices and scales of rows of quads that the integer matrix has made d times too long.
 
     Returns:
@@ -356,4 +366,7 @@ def encode(y, tables, CODE: tl.constexpr, SEARCH: tl.constexpr, SHAPE: tl.conste
                 best = tl.maximum(likeness, best)
         length = tl.sqrt_rn(squares.to(tl.float32)) * 0.25
     scales = tl.div_rn(norm * (1.0 / SHAPE.head_dim), tl.maximum(length, _SMALLEST_NORM))
+    if SEARCH and IS_VALUE and _VALUE_GAINS[CODE] != 1.0:
+        limit: tl.constexpr = 4 * _TARGETS[CODE] * _TARGETS[CODE] * SHAPE.head_dim * _GAIN_LIKENESS
+        scales = tl.where(best < limit, scales * _VALUE_GAINS[CODE], scales)
     return nibbles, signs, saturated_float16(scales, PTX)

@@ -107,7 +107,7 @@ def _quantize_tile(
     if SHAPE.key_code <= 8:
         if SHAPE.centered:
             y = tl.fma(tl.broadcast_to(b_center.to(tl.float32)[None, :], y.shape), -1.0 * SHAPE.head_dim, y)
-        nibbles, signs, scales = encode(y, tables[0], SHAPE.key_code, MODE.search, SHAPE, MODE.ptx)
+        nibbles, signs, scales = encode(y, tables[0], SHAPE.key_code, False, MODE.search, SHAPE, MODE.ptx)
         store_key_words(p_section, nibbles, signs, b_offset, m_row, SHAPE, MODE.ptx)
         p_scales = (p_section + SHAPE.key_scales).to(tl.pointer_type(tl.float16))
         tl.store(p_scales + b_offset, scales, mask=m_row)
@@ -116,7 +116,7 @@ def _quantize_tile(
     x = _gather(p_values, b_index, value_stride, SHAPE)
     if SHAPE.value_code <= 8:
         y = quad_order(_rotate(x, b_rotation, MODE.value_parts), SHAPE)
-        nibbles, signs, scales = encode(y, tables[1], SHAPE.value_code, MODE.search, SHAPE, MODE.ptx)
+        nibbles, signs, scales = encode(y, tables[1], SHAPE.value_code, True, MODE.search, SHAPE, MODE.ptx)
         if SHAPE.value_code == 8:
             store_value_bytes(p_section, nibbles, b_offset, m_row, SHAPE)
         else:
