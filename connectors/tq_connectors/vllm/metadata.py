@@ -148,20 +148,20 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
         query_start = common.query_start_loc[: num_seqs + 1]
         block_table, device_lengths = common.block_table_tensor[:num_seqs], common.seq_lens[:num_seqs]
         starts = common.query_start_loc_cpu[: num_seqs + 1].tolist()
-        lengths = _host_lengths(common)
-        num_decodes, _, _, _ = split_decodes_and_prefills(common, self.reorder_batch_threshold or 1)
+        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
+            common, self.reorder_batch_threshold or 1
+        )
         decode = decode_rows(starts, query_start, num_decodes, num_tokens)
+        # lengths may have to be waited for, and only prefill asks for them
+        lengths = _host_lengths(common) if num_prefills else []
         cold, chunks = prefill_parts(starts, lengths, query_start, num_decodes)
-        begins = [0 < starts[seq + 1] - starts[seq] == length for seq, length in enumerate(lengths)]
         return TQMetadata(
             group=self._group,
             num_tokens=num_tokens,
             slot_mapping=common.slot_mapping[:num_tokens],
             block_table=block_table,
             lengths=device_lengths,
-            pages=self._group.prepare(
-                block_table, device_lengths, query_start, num_tokens, opens=any(begins)
-            ),
+            pages=self._group.prepare(block_table, device_lengths, query_start, num_tokens, opens=bool(cold)),
             decode=decode,
             decode_workspace=None
             if decode is None
