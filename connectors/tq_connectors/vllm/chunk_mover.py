@@ -65,9 +65,12 @@ class ChunkMover:
         self._jobs: dict[int, Future[Moved]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"tq-{'save' if is_save else 'load'}")
 
-    def submit(self, job_id: int, chunks: Sequence[Chunk]) -> None:
-        """Move chunks as soon as all that the engine has given its device to do so far is done."""
-        ready = self._streams.engine_event()
+    def fence(self) -> Event:
+        """All that the engine has given its device to do so far; called on the engine's thread."""
+        return self._streams.engine_event()
+
+    def submit(self, job_id: int, chunks: Sequence[Chunk], ready: Event) -> None:
+        """Move chunks as soon as `ready` has happened."""
         self._jobs[job_id] = self._pool.submit(self._move, job_id, chunks, ready)
 
     def take_finished(self) -> list[Moved]:

@@ -19,7 +19,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from tq_connectors.engine.state import load_state
-from tq_connectors.vllm.canonical_pages import chunk_codecs
+from tq_connectors.vllm.engine_codecs import chunk_codecs
 from tq_connectors.vllm.offload_facts import engine_facts, heads_of_model
 from tq_connectors.vllm.offload_worker import TQOffloadingWorker
 from tq_connectors.vllm.plan import plan_offload
@@ -58,7 +58,10 @@ class TQOffloadingSpec(TieringOffloadingSpec):
     def create_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """A worker on this rank's part of the host memory."""
         codecs = chunk_codecs(
-            kv_caches,
+            [
+                [kv_caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
+                for refs in kv_caches.group_data_refs
+            ],
             self.plan,
             rank=self.config.parallel.rank,
             blocks_per_chunk=self.blocks_per_chunk,

@@ -45,14 +45,14 @@ class TQOffloadingWorker(OffloadingWorker):
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         """Save blocks once the engine's device has done what it was given so far."""
-        self._saves.submit(job_id, list(self._chunks(src_spec, dst_spec)))
+        self._saves.submit(job_id, list(self._chunks(src_spec, dst_spec)), self._saves.fence())
         return True
 
     def submit_load(
         self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
     ) -> bool:
         """Load blocks once the engine's device has done what it was given so far."""
-        self._loads.submit(job_id, list(self._chunks(dst_spec, src_spec)))
+        self._loads.submit(job_id, list(self._chunks(dst_spec, src_spec)), self._loads.fence())
         return True
 
     def get_finished(self) -> list[TransferResult]:
@@ -83,7 +83,7 @@ class TQOffloadingWorker(OffloadingWorker):
         null_blocks = [0] * self._blocks_per_chunk
         chunks = [Chunk(group, self._cells[0], null_blocks) for group in range(num_groups)]
         for mover in (self._saves, self._loads):
-            mover.submit(0, chunks)
+            mover.submit(0, chunks, mover.fence())
             mover.wait({0})
             if not all(moved.success for moved in mover.take_finished()):
                 raise ConfigError("this engine's blocks cannot be moved; the log says why")

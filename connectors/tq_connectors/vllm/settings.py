@@ -40,6 +40,16 @@ class StoreSettings:
     staging_bytes: int = field(
         default=32 << 20, metadata=about(SIZE, "device memory of each of four buffers for pages on their way")
     )
+    host_bytes: int = field(
+        default=256 << 20,
+        metadata=about(SIZE, "TQStoreConnector: host memory for pages on their way, each way"),
+    )
+    most_ranks: int = field(
+        default=0,
+        metadata=about(
+            COUNT, "TQStoreConnector: tensor-parallel ranks of the widest engine that shares pages; 0 is ours"
+        ),
+    )
     load_threads: int = field(default=2, metadata=about(COUNT, "loads from the store at once"))
     store_threads: int = field(default=1, metadata=about(COUNT, "stores at once"))
     max_pending_tasks: int = field(
@@ -49,7 +59,14 @@ class StoreSettings:
     def __post_init__(self) -> None:
         if self.preset not in (*PRESETS, UNCODED):
             raise ConfigError(f"preset is {self.preset!r}; known are {', '.join(PRESETS)} and {UNCODED}")
-        for name in ("page_tokens", "load_threads", "store_threads", "max_pending_tasks", "staging_bytes"):
+        for name in (
+            "page_tokens",
+            "load_threads",
+            "store_threads",
+            "max_pending_tasks",
+            "staging_bytes",
+            "host_bytes",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
 

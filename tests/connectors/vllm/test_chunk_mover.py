@@ -54,7 +54,7 @@ def codec_of(pages, **options: object) -> QuantizedChunks:
 def run(codec, chunks: list[Chunk], *, is_save: bool, cells_at_once: int = 2) -> None:
     staging_bytes = cells_at_once * codec.cell_bytes
     mover = ChunkMover([codec], staging_bytes=staging_bytes, is_save=is_save)
-    mover.submit(7, chunks)
+    mover.submit(7, chunks, mover.fence())
     mover.wait({7, 99})
     (moved,) = mover.take_finished()
     assert (moved.job_id, moved.success) == (7, True)
@@ -111,7 +111,9 @@ def test_chunks_of_groups_go_through_their_own_codecs():
     codecs = [CopiedChunks(layers(1), blocks_per_chunk=1), CopiedChunks(layers(1), blocks_per_chunk=1)]
     cells = torch.zeros(3, codecs[0].cell_bytes, dtype=torch.uint8)
     mover = ChunkMover(codecs, staging_bytes=1, is_save=True)
-    mover.submit(1, [Chunk(0, cells[0], [1]), Chunk(1, cells[1], [1]), Chunk(1, cells[2], [2])])
+    mover.submit(
+        1, [Chunk(0, cells[0], [1]), Chunk(1, cells[1], [1]), Chunk(1, cells[2], [2])], mover.fence()
+    )
     mover.wait({1})
     mover.close()
     first, second = (codec._layers[0] for codec in codecs)
@@ -136,7 +138,7 @@ class Stuck:
 def test_a_job_that_fails_says_so_and_nothing_waits_for_it_before(caplog):
     codec = Stuck()
     mover = ChunkMover([codec], staging_bytes=1, is_save=True)
-    mover.submit(1, [Chunk(0, torch.zeros(16, dtype=torch.uint8), [0])])
+    mover.submit(1, [Chunk(0, torch.zeros(16, dtype=torch.uint8), [0])], mover.fence())
     assert not mover.take_finished()
     codec.may_go.set()
     mover.wait({1})

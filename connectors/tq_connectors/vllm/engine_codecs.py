@@ -1,7 +1,8 @@
-"""What vLLM's offloading framework hands a worker, as codecs of chunks. Served: vLLM 0.32 and 0.33."""
+"""Codecs for the blocks that vLLM hands a worker, one for each group of layers."""
+
+from collections.abc import Sequence
 
 import torch
-from vllm.v1.kv_offload.base import CanonicalKVCaches
 
 from tq_connectors.vllm.chunk_codec import ChunkCodec, CopiedChunks, QuantizedChunks
 from tq_connectors.vllm.chunk_mover import chunks_at_once
@@ -14,7 +15,7 @@ _HEAD_MAJOR, _TOKEN_MAJOR = ("LBHNC", "BLHNC"), ("LBNHC", "BLNHC")
 
 
 def chunk_codecs(
-    kv_caches: CanonicalKVCaches,
+    groups: Sequence[Sequence[torch.Tensor]],
     plan: OffloadPlan,
     *,
     rank: int,
@@ -25,7 +26,7 @@ def chunk_codecs(
     """A codec for each group of layers.
 
     Args:
-        kv_caches: The engine's blocks.
+        groups: ``[num_blocks, bytes of a block]`` int8 of each layer, of each group.
         plan: What becomes of them.
         rank: Which of the engine's ranks this is.
         blocks_per_chunk: Blocks that are moved together.
@@ -38,7 +39,8 @@ def chunk_codecs(
     at_once = chunks_at_once(plan.rows.cell_bytes, staging_bytes)
     balance = plan.balance(rank)
     codecs: list[ChunkCodec] = []
-    for layers in _layers_of_groups(kv_caches, plan, layout):
+    for given in groups:
+        layers = _checked(given, plan, layout)
         if plan.block is None or not isinstance(plan.rows, PageRows):
             codecs.append(CopiedChunks(layers, blocks_per_chunk=blocks_per_chunk))
         else:
@@ -56,18 +58,13 @@ def chunk_codecs(
     return codecs
 
 
-def _layers_of_groups(
-    kv_caches: CanonicalKVCaches, plan: OffloadPlan, layout: str | None
-) -> list[list[torch.Tensor]]:
-    groups = []
-    for refs in kv_caches.group_data_refs:
-        layers = [kv_caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
-        if plan.block is not None:
-            layers = [piece for layer in layers for piece in _pieces(layer, plan.block, layout)]
-            if isinstance(plan.rows, PageRows) and len(layers) != plan.rows.num_layers:
-                raise ConfigError(f"this engine has {len(layers)} layers, not {plan.rows.num_layers}")
-        groups.append(layers)
-    return groups
+def _checked(layers: Sequence[torch.Tensor], plan: OffloadPlan, layout: str | None) -> list[torch.Tensor]:
+    if plan.block is None:
+        return list(layers)
+    pieces = [piece for layer in layers for piece in _pieces(layer, plan.block, layout)]
+    if isinstance(plan.rows, PageRows) and len(pieces) != plan.rows.num_layers:
+        raise ConfigError(f"this engine has {len(pieces)} layers, not {plan.rows.num_layers}")
+    return pieces
 
 
 def _pieces(blocks: torch.Tensor, shape: BlockShape, layout: str | None) -> list[torch.Tensor]:

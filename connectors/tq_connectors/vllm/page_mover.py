@@ -1,0 +1,154 @@
+"""PageMover: a worker's half of our connector. Moves pages between the engine's blocks and the store."""
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+
+from tq_connectors.prefix_cache import PrefixCache
+from tq_connectors.vllm.chunk_codec import ChunkCodec
+from tq_connectors.vllm.chunk_mover import Chunk, ChunkMover
+from tq_connectors.vllm.page_moves import PageMove, RequestMoves, StepMoves
+from tq_connectors.vllm.streams import Event
+from tq_store.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class PageMover:
+    """Loads and saves on a thread each, and never raises into the engine.
+
+    A page that is missing, late or not sound is reported as blocks that were not filled. While more pages
+    wait to be saved than the host memory has room for, others are dropped: a lost save is a future miss.
+
+    Args:
+        cache: This rank's view of the store.
+        codec: What a page becomes on the device.
+        staging_bytes: Most device memory of each of four buffers, but at least one page.
+        host_bytes: Host memory for pages on their way, each way; at least one page.
+
+    Raises:
+        ConfigError: A page of the engine's null block cannot be moved.
+    """
+
+    def __init__(self, cache: PrefixCache, codec: ChunkCodec, *, staging_bytes: int, host_bytes: int) -> None:
+        self._cache = cache
+        self._saver = ChunkMover([codec], staging_bytes=staging_bytes, is_save=True)
+        self._loader = ChunkMover([codec], staging_bytes=staging_bytes, is_save=False)
+        pages = max(1, host_bytes // codec.cell_bytes)
+        is_pinned = codec.device.type == "cuda"
+        self._save_cells, self._load_cells = (
+            torch.empty(pages, codec.cell_bytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(2)
+        )
+        self._numbers = itertools.count()
+        self._pool = {
+            name: ThreadPoolExecutor(1, thread_name_prefix=f"tq-{name}-pages") for name in ("save", "load")
+        }
+        self._changed = threading.Lock()
+        self._received: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._saving: dict[str, list[Future[None]]] = {}
+        self._waiting_pages = 0
+        self._held: set[str] = set()
+        self.dropped_pages = 0
+        """Pages that were not saved because too many waited."""
+        for mover in (self._saver, self._loader):  # kernels are compiled now, not beside the first request
+            null_page = [Chunk(0, self._save_cells[0], [0] * codec.blocks_per_chunk)]
+            if not self._moved(mover, null_page, mover.fence()):
+                raise ConfigError("this engine's blocks cannot be moved; the log says why")
+
+    def start(self, moves: StepMoves) -> None:
+        """Begin the loads of a step."""
+        for request in moves.loads:
+            self._pool["load"].submit(self._load, request, self._loader.fence())
+
+    def save(self, moves: StepMoves) -> None:
+        """Begin the saves of a step whose work the device has been given."""
+        for request in moves.saves:
+            with self._changed:
+                is_dropped = self._waiting_pages > len(self._save_cells)
+                self._waiting_pages += 0 if is_dropped else len(request.pages)
+            if is_dropped:
+                self.dropped_pages += len(request.pages)
+                continue
+            job = self._pool["save"].submit(self._save, request, self._saver.fence())
+            self._saving.setdefault(request.request_id, []).append(job)
+        self._held.update(moves.held)
+
+    def wait_for_saves(self) -> None:
+        """Wait until no block is being read."""
+        wait([job for jobs in self._saving.values() for job in jobs])
+
+    def take_finished(self) -> tuple[set[str], set[str], set[int]]:
+        """Held requests that are no longer read, requests whose load has ended, and blocks not filled."""
+        for request_id in list(self._saving):
+            self._saving[request_id] = [job for job in self._saving[request_id] if not job.done()]
+            if not self._saving[request_id]:
+                del self._saving[request_id]
+        sent = self._held - self._saving.keys()
+        self._held -= sent
+        with self._changed:
+            received, self._received = self._received, set()
+            failed, self._failed_blocks = self._failed_blocks, set()
+        return sent, received, failed
+
+    def close(self) -> None:
+        """Wait for what runs, and put what is queued. May be called twice."""
+        for pool in self._pool.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._saver.close()
+        self._loader.close()
+        self._cache.close()
+
+    def _load(self, request: RequestMoves, ready: Event) -> None:
+        loaded = 0
+        try:
+            for pages in _parts(request.pages, len(self._load_cells)):
+                count = self._load_some(pages, ready)
+                loaded += count
+                if count < len(pages):
+                    break
+        except Exception:  # whatever it is, the request must not wait for ever
+            logger.exception("loading pages failed, they are computed")
+        blocks = {block for page in request.pages[loaded:] for block in page.blocks if block >= 0}
+        with self._changed:
+            self._failed_blocks |= blocks
+            self._received.add(request.request_id)
+
+    def _load_some(self, pages: Sequence[PageMove], ready: Event) -> int:
+        count = 0
+        for found in self._cache.load([page.key for page in pages]):
+            memoryview(self._load_cells[count].numpy())[:] = found
+            count += 1
+        cells = self._load_cells
+        chunks = [Chunk(0, cells[number], page.blocks) for number, page in enumerate(pages[:count])]
+        return count if self._moved(self._loader, chunks, ready) else 0
+
+    def _save(self, request: RequestMoves, ready: Event) -> None:
+        try:
+            for pages in _parts(request.pages, len(self._save_cells)):
+                cells = self._save_cells
+                chunks = [Chunk(0, cells[number], page.blocks) for number, page in enumerate(pages)]
+                if not self._moved(self._saver, chunks, ready):
+                    return
+                for number, page in enumerate(pages):
+                    self._cache.save(page.key, memoryview(cells[number].numpy()))
+        except Exception:
+            logger.exception("saving pages failed")
+        finally:
+            with self._changed:
+                self._waiting_pages -= len(request.pages)
+
+    def _moved(self, mover: ChunkMover, chunks: Sequence[Chunk], ready: Event) -> bool:
+        number = next(self._numbers)
+        mover.submit(number, chunks, ready)
+        mover.wait({number})
+        return all(moved.success for moved in mover.take_finished())
+
+
+def _parts(pages: Sequence[PageMove], size: int) -> Iterator[Sequence[PageMove]]:
+    for start in range(0, len(pages), size):
+        yield pages[start : start + size]
