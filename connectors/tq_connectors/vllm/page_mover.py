@@ -121,7 +121,7 @@ class PageMover:
     def _load_some(self, pages: Sequence[PageMove], ready: Event) -> int:
         count = 0
         for found in self._cache.load([page.key for page in pages]):
-            memoryview(self._load_cells[count].numpy())[:] = found
+            self._load_cells[count].numpy().data[:] = found
             count += 1
         cells = self._load_cells
         chunks = [Chunk(0, cells[number], page.blocks) for number, page in enumerate(pages[:count])]
@@ -135,7 +135,7 @@ class PageMover:
                 if not self._moved(self._saver, chunks, ready):
                     return
                 for number, page in enumerate(pages):
-                    self._cache.save(page.key, memoryview(cells[number].numpy()))
+                    self._cache.save(page.key, cells[number].numpy().data)
         except Exception:
             logger.exception("saving pages failed")
         finally:

@@ -37,6 +37,15 @@ class SteppedEngine:
         self._engine = self._llm.llm_engine
         self._core = self._engine.engine_core.engine_core
         self._number = 0
+        self._preempted = 0
+        schedule = self._core.scheduler.schedule
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            output = schedule(*arguments, **options)
+            self._preempted += len(output.preempted_req_ids or ())
+            return output
+
+        self._core.scheduler.schedule = counted
 
     def run(
         self, prompts: list[list[int]], max_tokens: int, logprobs: int = 0, abort_after: int = 0
@@ -90,6 +99,10 @@ class SteppedEngine:
     def reset(self, connector: bool) -> dict[str, Any]:
         """Forget the blocks on the device, and with `connector` those in host memory."""
         return {"done": self._llm.reset_prefix_cache(reset_connector=connector)}
+
+    def preemptions(self) -> dict[str, Any]:
+        """Requests that had to give up their blocks so far."""
+        return {"count": self._preempted}
 
     def facts(self) -> dict[str, Any]:
         """What the engine counts of itself."""
