@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import circumstances
+from benchmarks.plugins import plugin_path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sglang.jsonl"
@@ -205,18 +206,6 @@ def write_row(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def plugin_path(folder: Path) -> str:
-    """A PYTHONPATH by which every process of an engine finds this tree and its plugin, installed or not."""
-    about = folder / "tq_store-0.dist-info"
-    about.mkdir()
-    about.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: tq-store\nVersion: 0\n")
-    about.joinpath("entry_points.txt").write_text(
-        "[sglang.srt.plugins]\ntq_store = tq_connectors.sglang.plugin:register\n"
-    )
-    ours = [folder, ROOT, ROOT / "kernels", ROOT / "connectors"]
-    return os.pathsep.join([*map(str, ours), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,9 +3,8 @@
     python -m benchmarks.vllm_gpu
     python -m benchmarks.vllm_gpu auto tq4 --block-size 128 --repeats 5
 
-Every dtype is an unmodified vLLM in a process of its own, with dummy weights in the shape of Llama-3.1-8B
-with eight layers, and full decode graphs. Nothing of ours need be installed: with this repository's three
-source roots on PYTHONPATH the plugin is called here. Before a dtype of ours is timed, `vllm_gpu_check` holds
+Every dtype is an unmodified vLLM, with dummy weights in the shape of Llama-3.1-8B with eight layers, and full
+decode graphs; its engine has a process of its own, as vLLM has it. Nothing of ours need be installed. Before a dtype of ours is timed, `vllm_gpu_check` holds
 what its layers compute on this device against exact attention. Rows are appended to `results/vllm.jsonl`:
 
 - one for each batch and context: `tpot_ms`, `prefill_tok_s` (cold prompts) and `pool_tokens`;
@@ -26,13 +25,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plugins import plugin_path
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
 DTYPES = ("auto", "fp8", "turboquant_4bit_nc", "tq4", "tq3", "k8v4")
 SHAPES = ((1, 1024), (32, 4096), (32, 16384), (8, 32768))
 _WARM_STEPS, _STEPS = 16, 64
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_USE_DEEP_GEMM": "0",
@@ -285,7 +285,12 @@ def _run_apart(options: argparse.Namespace, dtype: str, part: str) -> int:
     given += ["--shapes=" + ",".join(f"{batch}x{context}" for batch, context in options.shapes)]
     given += ["--graphs" if options.graphs else "--no-graphs", f"--one={part}"]
     command = [sys.executable, "-m", "benchmarks.vllm_gpu", dtype, *given]
-    return subprocess.run(command, check=False, cwd=ROOT, env=_ENVIRONMENT | os.environ).returncode  # noqa: S603
+    # what is looked at must be in this process; what is timed runs as operators run it
+    processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if part == "check" else "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = {"PYTHONPATH": plugin_path(Path(folder))}
+        environment = _ENVIRONMENT | processes | os.environ | path
+        return subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode  # noqa: S603
 
 
 if __name__ == "__main__":
