@@ -184,7 +184,9 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
         }
         # kernels are compiled on the way
         engine.generate(input_ids=prompts(8, 600, seed=1), sampling_params=_sampling(20))
-        engine.generate(input_ids=prompts(8, 600, seed=1), sampling_params=_sampling(20))
+        for number, length in ((8, 600), (1, 1000), (2, 12000)):
+            if length <= longest:
+                measure_shape(engine, number, length)
         for number, length in shapes:
             write_row(parsed.out, common | measure_shape(engine, number, length))
         for at_once in parsed.mixes:

@@ -4,8 +4,9 @@
     python -m benchmarks.vllm_gpu auto tq4 --block-size 128 --repeats 5
 
 Every dtype is an unmodified vLLM, with dummy weights in the shape of Llama-3.1-8B with eight layers, and full
-decode graphs; its engine has a process of its own, as vLLM has it. Nothing of ours need be installed. Before a dtype of ours is timed, `vllm_gpu_check` holds
-what its layers compute on this device against exact attention. Rows are appended to `results/vllm.jsonl`:
+decode graphs; its engine has a process of its own, as vLLM has it. Nothing of ours need be installed. Before
+a dtype of ours is timed, `vllm_gpu_check` holds what its layers compute on this device against exact
+attention. Rows are appended to `results/vllm.jsonl`:
 
 - one for each batch and context: `tpot_ms`, `prefill_tok_s` (cold prompts) and `pool_tokens`;
 - two for a long prompt: `ttft_ms` cold, and with all but its last tokens in the GPU's prefix cache (`mode`
