@@ -223,7 +223,7 @@ def _decode(engine: Engine, spans: Sequence[tuple[int, int, int]]) -> list[torch
     engine.backend.init_cuda_graph_state(num_seqs, num_seqs)
     if not engine.device.startswith("cuda"):
         engine.backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)
-        engine.backend.init_forward_metadata_in_graph(forward_batch)
+        engine.backend.init_forward_metadata_out_graph(forward_batch)
         return [out[: len(spans)] for out in engine.forward(forward_batch, padded)]
     warm = engine.batch(ForwardMode.DECODE, [(0, 0, 1)] * num_seqs)
     warm.out_cache_loc.zero_()

@@ -10,4 +10,5 @@ export PYTHONPATH=$root:$root/kernels:$root/connectors:$root/tests
 if [ $# -gt 0 ]; then
     exec "$venv/bin/python" "$@"
 fi
-exec "$venv/bin/python" -m pytest tests/engines/sglang
+exec "$venv/bin/python" -m pytest tests/engines/sglang \
+    --cov --cov-config=tests/engines/sglang/coverage.toml --cov-report=term-missing

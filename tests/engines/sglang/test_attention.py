@@ -1,14 +1,19 @@
 """SGLang's classes with ours in them, without a model: attention, and rows that move."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt import server_args
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins import load_plugins
 
 from benchmarks.sglang_attention import LARGEST_ERROR, LAYERS, Engine, check
+from tq_connectors.sglang.attention_registration import add_backend
+from tq_connectors.sglang.hooks.arguments import BACKEND
 from tq_connectors.sglang.page_rows import row_bytes
 
 HEADS = (4, 2, 32)
@@ -132,14 +137,35 @@ def test_passes_that_are_not_served_are_refused() -> None:
     one.backend.init_forward_metadata(batch)
     with pytest.raises(RuntimeError, match="comes first"):
         one.backend.init_forward_metadata_out_graph(batch)
+    spans = [(0, 0, 1)]
+    one.backend.init_forward_metadata(one.batch(ForwardMode.EXTEND, spans))
+    with pytest.raises(RuntimeError, match="was not prepared"):
+        one.forward(one.batch(ForwardMode.DECODE, spans), spans)
+
+
+def test_a_layer_may_attend_without_writing() -> None:
+    one = engine()
+    batch = one.batch(ForwardMode.EXTEND, [(0, 0, 3)])
+    one.backend.init_forward_metadata(batch)
+    query, side = torch.ones(3, 128), torch.ones(3, 2, 32)
+    out = one.backend.forward_extend(query, side, side, one.layers[0], batch, save_kv_cache=False)
+    assert torch.allclose(out, torch.ones(3, 128))
+    assert not one.pool.pages(0).any()
 
 
 def test_a_pool_of_sglangs_own_is_refused() -> None:
     one = engine()
-    from types import SimpleNamespace
-
-    from tq_connectors.sglang.backend import TurboQuantBackend
-
     with pytest.raises(ValueError, match="which keeps none"):
-        TurboQuantBackend(SimpleNamespace(token_to_kv_pool=SimpleNamespace(), device="cpu"))
+        ATTENTION_BACKENDS[BACKEND](SimpleNamespace(token_to_kv_pool=SimpleNamespace(), device="cpu"))
     assert one.backend.get_cuda_graph_seq_len_fill_value() == 1
+
+
+def test_pages_of_heads_first_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
+    with pytest.raises(ValueError, match="rows of tokens, not hnd"):
+        engine()
+
+
+def test_the_backend_is_named_once() -> None:
+    add_backend()
+    assert server_args.ATTENTION_BACKEND_CHOICES.count(BACKEND) == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from engines.sglang.engine import Engine
+from engines.sglang.tiny_model import VOCABULARY
 from tokenizers import Tokenizer
 
 from tq_connectors.hf.models import SMOLLM2, fetch_model
@@ -78,18 +79,17 @@ def test_a_batch_answers_as_its_prompts_alone(engine: Engine, tokens: list[int])
         assert answer["tokens"][:4] == alone["tokens"][:4]
 
 
-def test_pages_of_128_tokens_and_whole_prompts(tiny_model: str, tmp_path: Path, tokens: list[int]) -> None:
-    """As an operator starts it: no chunk is a page, and a hit reads in pages what a cold run read raw."""
+def test_pages_of_128_tokens(tiny_model: str, tmp_path: Path, tokens: list[int]) -> None:
     arguments = {
         "model_path": tiny_model,
-        "load_format": "dummy",
         "kv_cache_dtype": "k8v4",
         "page_size": 128,
         "attention_backend": None,
+        "chunked_prefill_size": 128,
     }
     engine = Engine(tmp_path / "log", arguments)
     try:
-        prompt = [token % 250 for token in tokens[:PROMPT]]
+        prompt = [token % VOCABULARY for token in tokens[:PROMPT]]
         cold = engine.generate(prompt, 8)
         hit = engine.generate(prompt, 8)
         assert (cold["cached"], hit["cached"]) == (0, 256)

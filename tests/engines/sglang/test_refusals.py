@@ -21,9 +21,7 @@ def plugin() -> None:
 
 def resolved(tiny_model: str, **given: Any) -> Any:
     """Arguments of an engine, as SGLang resolves them."""
-    arguments = server_args.ServerArgs(
-        model_path=tiny_model, load_format="dummy", device="cpu", kv_cache_dtype="tq4", **given
-    )
+    arguments = server_args.ServerArgs(model_path=tiny_model, device="cpu", kv_cache_dtype="tq4", **given)
     if hasattr(arguments, "resolve_once"):
         arguments.resolve_once()
     return arguments
