@@ -10,7 +10,7 @@ from tq_connectors.engine_settings import read_engine_settings
 from tq_kernels import preset
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError
-from tq_store.settings import DURATION, SIZE, TEXT, about
+from tq_store.settings import COUNT, DURATION, SIZE, TEXT, about
 
 UNCODED = "none"
 _OF_SGLANG = frozenset(
@@ -63,6 +63,9 @@ class PageSettings:
     load_wait_s: float = field(
         default=1.0, metadata=about(DURATION, "longest that a request waits for its pages; for the linker")
     )
+    load_threads: int = field(
+        default=2, metadata=about(COUNT, "runs of pages of one prompt that are loaded at once; for HiCache")
+    )
     staging_bytes: int = field(
         default=64 << 20, metadata=about(SIZE, "most bytes of unpacked pages on their way at once")
     )
@@ -76,6 +79,8 @@ class PageSettings:
         for size in self.tp_sizes.split(",") if self.tp_sizes else ():
             if not size.strip().isdecimal() or int(size) < 1:
                 raise ConfigError(f"tp_sizes is {self.tp_sizes!r}; write for example 1,2,4")
+        if self.load_threads < 1:
+            raise ConfigError(f"load_threads is {self.load_threads}; it must be at least 1")
         if self.staging_bytes < 1:
             raise ConfigError("staging is 0 bytes; a page needs some to pass through")
 

@@ -186,8 +186,10 @@ class TQHiCacheStorage(HiCacheStorage):
         return self._store.count_everything()
 
     def close(self) -> None:
-        """Cut the connection."""
+        """Cut the connection, and wait until nothing touches the host pool."""
         self._client.close()
+        if hasattr(self, "_store"):  # SGLang closes what failed before its pool was registered, too
+            self._store.close()
 
     def _at(self, host_indices: torch.Tensor) -> Callable[[int], torch.Tensor]:
         firsts = host_indices[:: self._pages.shape.page_tokens].tolist()

@@ -184,6 +184,7 @@ class TQCacheLinker(UnifiedCacheLinker):
         self._client.close()
         self.reset()
         self._fetches.close()
+        self._store.close()
         self._loads.close()
         self._offloads.close()
 

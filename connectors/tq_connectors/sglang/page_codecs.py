@@ -133,19 +133,16 @@ class PackedCodec(_PresetCodec):
 
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
-        layers = [self._layers(page) for page in pages]
-        return torch.stack([torch.stack(of_page) for of_page in layers]).flatten(1)
+        pairs = torch.stack(list(pages)).transpose(1, 2).flatten(1, 2)
+        return pairs[:, : self._num_layers].flatten(1)
 
     def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
         """Fill pages; each byte is copied once."""
         for data, page in zip(stored, pages, strict=True):
-            layers = self._layers(page)
-            sources = np.frombuffer(data, dtype=np.uint8).reshape(len(layers), *layers[0].shape)
-            for layer, source in zip(layers, sources, strict=True):
-                layer.numpy()[...] = source
-
-    def _layers(self, page: torch.Tensor) -> list[torch.Tensor]:
-        return [page[layer % 2, layer // 2] for layer in range(self._num_layers)]
+            layers = np.frombuffer(data, dtype=np.uint8).reshape(self._num_layers, *page.shape[2:])
+            for side in range(2):
+                source = layers[side::2]
+                page[side].numpy()[: len(source)] = source
 
 
 class QuantizedCodec(_PresetCodec):

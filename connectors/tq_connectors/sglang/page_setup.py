@@ -131,7 +131,14 @@ def open_page_store(
             codec.info(BlockKey(bytes(BLOCK_KEY_BYTES)), part)
         except BlockFormatError as error:
             raise ConfigError(f"a page of all layers makes no block, use smaller pages: {error}") from error
-    return PageStore(client, names, codec, page_bytes=shape.page_bytes, staging_bytes=settings.staging_bytes)
+    return PageStore(
+        client,
+        names,
+        codec,
+        page_bytes=shape.page_bytes,
+        staging_bytes=settings.staging_bytes,
+        load_threads=settings.load_threads,
+    )
 
 
 def _check_pool(shape: PageShape, shard: Shard, geometry: CacheGeometry) -> None:

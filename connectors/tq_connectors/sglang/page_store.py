@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -11,13 +12,16 @@ from tq_connectors.reshard import join_pages, slice_pages
 from tq_connectors.sglang.page_codecs import PageCodec
 from tq_connectors.sglang.page_names import PageNames
 from tq_connectors.store_guard import StoreGuard
-from tq_store.block import pack_block, parse_header, payload_of
+from tq_store.block import HEADER_LAYOUT, pack_block, parse_header, payload_of
 from tq_store.client import StoreClient
 from tq_store.errors import BlockFormatError, IdentityMismatch
 from tq_store.keys import BlockKey, Part
 from tq_store.results import PutOutcome
 
 logger = logging.getLogger(__name__)
+
+_WHAT = slice(HEADER_LAYOUT["codec_fingerprint"][0], HEADER_LAYOUT["header_checksum"][0])
+"""What a header says besides whose block it is."""
 
 PageAt = Callable[[int], torch.Tensor]
 """The page at a position of a call, as `PageCodec` sees pages."""
@@ -49,15 +53,26 @@ class PageStore:
         codec: Makes blocks of pages.
         page_bytes: Bytes of a page in the engine.
         staging_bytes: Most bytes of pages that are packed or unpacked at once; one page at least.
+        load_threads: Runs of pages that are loaded at once.
     """
 
     def __init__(
-        self, client: StoreClient, names: PageNames, codec: PageCodec, *, page_bytes: int, staging_bytes: int
+        self,
+        client: StoreClient,
+        names: PageNames,
+        codec: PageCodec,
+        *,
+        page_bytes: int,
+        staging_bytes: int,
+        load_threads: int = 1,
     ) -> None:
         self._client = client
         self._names = names
         self._codec = codec
-        self._pages_at_once = max(1, staging_bytes // page_bytes)
+        self._pages_at_once = max(1, staging_bytes // (page_bytes * load_threads))
+        self._load_threads = load_threads
+        self._threads = ThreadPoolExecutor(load_threads, thread_name_prefix="tq-store-load")
+        self._known_headers: dict[Part, bytes] = {}
         self._lock = threading.Lock()
         self.guard = StoreGuard()
         self.counters = PageCounters()
@@ -73,6 +88,18 @@ class PageStore:
 
         Stops at the first page that is missing, late or not sound; memory of later pages may be written.
         """
+        run = -(-len(hashes) // self._load_threads)
+        parts = [
+            (hashes[start : start + run], lambda place, start=start: page_at(start + place))
+            for start in range(0, len(hashes), run)
+        ]
+        is_filled = [
+            each for done in self._threads.map(self._load, *zip(*parts, strict=True)) for each in done
+        ]
+        first_miss = is_filled.index(False) if False in is_filled else len(hashes)
+        return [True] * first_miss + [False] * (len(hashes) - first_miss)
+
+    def _load(self, hashes: Sequence[str], page_at: PageAt) -> list[bool]:
         is_filled = [False] * len(hashes)
         waiting: list[tuple[int, memoryview]] = []
 
@@ -158,6 +185,10 @@ class PageStore:
         """Remove all pages of this process's namespace; False where the store does not answer."""
         return self.guard.attempt(lambda: self._client.purge(self._names.namespace.digest())) is not None
 
+    def close(self) -> None:
+        """Wait until no page is written any more; the client is closed by its owner."""
+        self._threads.shutdown()
+
     def count_everything(self) -> dict[str, int]:
         """Counters of pages, of the connection, and of calls that were not made."""
         with self._lock:
@@ -175,14 +206,19 @@ class PageStore:
                 return
             pieces.append((part, payload))
             if len(pieces) == len(parts):
-                yield position, join_pages(pieces, shard.part, section_bytes=self._codec.section_bytes)
+                if part != shard.part:
+                    payload = join_pages(pieces, shard.part, section_bytes=self._codec.section_bytes)
+                yield position, payload
                 pieces = []
 
     def _checked(self, page_hash: str, part: Part, block: bytes) -> memoryview | None:
-        """Payload of a block that is what its key promises."""
+        """Payload of a block that is what its key promises; its checksums and its key have been verified."""
+        what = block[_WHAT]  # the same in all pages of a part, so it is parsed and compared once
         try:
-            if parse_header(block) != self._codec.info(self._names.page_key(page_hash), part):
-                raise IdentityMismatch("the block holds something else than its key promises")
+            if what != self._known_headers.get(part):
+                if parse_header(block) != self._codec.info(self._names.page_key(page_hash), part):
+                    raise IdentityMismatch("the block holds something else than its key promises")
+                self._known_headers[part] = what
         except BlockFormatError as error:
             with self._lock:
                 self.counters.rejected_blocks += 1

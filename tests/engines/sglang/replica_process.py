@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from store.running_server import wait_until
 
+PACKED = {"kv_cache_dtype": "tq4", "attention_backend": None}
+"""Arguments of an engine whose cache is compressed, which chooses its attention backend itself."""
 WORKER = Path(__file__).with_name("replica_worker.py")
 
 

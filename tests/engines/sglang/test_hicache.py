@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from engines.sglang.disk_server import DiskServer
-from engines.sglang.replica_process import EngineProcess, storage
+from engines.sglang.replica_process import PACKED, EngineProcess, storage
 from engines.sglang.tiny_model import save_tiny_model
 from store.running_server import wait_until
 from store.server_process import ServerProcess
@@ -48,7 +48,7 @@ def all_engines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     arguments: dict[str, dict[str, Any]] = {
         "layer_first": {"hicache_mem_layout": "layer_first"},
         "page_first": {"hicache_mem_layout": "page_first_direct"},
-        "packed": {"hicache_mem_layout": "page_first_direct", "kv_cache_dtype": "tq4"},
+        "packed": {"hicache_mem_layout": "page_first_direct"} | PACKED,
         "incomplete": {"hicache_mem_layout": "layer_first"} | extra,
     }
     engines = {

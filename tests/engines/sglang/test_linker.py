@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from engines.sglang.disk_server import DiskServer
-from engines.sglang.replica_process import EngineProcess
+from engines.sglang.replica_process import PACKED, EngineProcess
 from engines.sglang.tiny_model import save_tiny_model
 from store.running_server import wait_until
 
@@ -55,7 +55,7 @@ def engines(
     arguments = {
         "keeping": linked(server.address, "none"),
         "packing": linked(server.address, "tq4"),
-        "packed": linked(server.address, "tq4") | {"kv_cache_dtype": "tq4"},
+        "packed": linked(server.address, "tq4") | PACKED,
     }
     engines = {
         name: EngineProcess(logs / name, model_path=str(model), **each) for name, each in arguments.items()
