@@ -16,6 +16,7 @@ from store.server_process import ServerProcess
 
 from tq_store.client import StoreClient
 
+pytestmark = pytest.mark.timeout(600)  # several engines start at once
 PAGE_TOKENS = 64
 PAGE_BYTES = 2 * 2 * PAGE_TOKENS * 2 * 32 * 4
 """Layers, keys and values, tokens, heads, channels, float32."""

@@ -11,6 +11,7 @@ from engines.sglang.replica_process import PACKED, EngineProcess
 from engines.sglang.tiny_model import save_tiny_model
 from store.running_server import wait_until
 
+pytestmark = pytest.mark.timeout(600)  # several engines start at once
 PAGE_TOKENS = 64
 PACKED_PAGE_BYTES = 2 * 2 * PAGE_TOKENS * 32
 """Of tq4, without scales: layers, heads, tokens, channels of keys and values at half a byte each."""
