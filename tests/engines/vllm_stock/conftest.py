@@ -9,6 +9,7 @@ import pytest
 
 # before vLLM is imported
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["TRITON_INTERPRET"] = "0"  # the interpreter takes seconds where the reference takes milliseconds
 warnings.simplefilter("ignore")
 
 import torch  # noqa: E402

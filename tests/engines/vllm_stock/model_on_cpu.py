@@ -137,14 +137,14 @@ class ModelOnCpu:
             story.length += count
         starts = torch.tensor([0, *counts, *[0] * padded_seqs]).cumsum(0).int()
         lengths = torch.tensor([story.length for story, _ in batch] + [0] * padded_seqs).int()
-        tables = torch.zeros(len(lengths), MAX_MODEL_LEN // self.page_tokens, dtype=torch.int32)
+        tables = torch.zeros(len(lengths), -(-MAX_MODEL_LEN // self.block_tokens), dtype=torch.int32)
         slots = torch.full((num_tokens,), -1)
         for index, (story, count) in enumerate(batch):
-            tables[index, : len(story.pages)] = torch.tensor(story.pages)
+            tables[index, : len(story.blocks)] = torch.tensor(story.blocks)
             positions = torch.arange(story.length - count, story.length)
-            pages = tables[index, positions // self.page_tokens].long()
+            blocks = tables[index, positions // self.block_tokens].long()
             first = int(starts[index])
-            slots[first : first + count] = pages * self.page_tokens + positions % self.page_tokens
+            slots[first : first + count] = blocks * self.block_tokens + positions % self.block_tokens
         common = CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts.clone(),
@@ -192,24 +192,29 @@ class ModelOnCpu:
         return {name: layer.kv_cache for name, layer in self.layers.items()}
 
     @property
+    def block_tokens(self) -> int:
+        """Tokens of a block of the engine's, which is one page or several."""
+        return self.groups[0][0].kv_cache_spec.block_size
+
+    @property
     def page_tokens(self) -> int:
         """Tokens of a page."""
         return next(iter(self.layers.values())).kv_cache.shape[2]
 
     def story(
-        self, seed: int, pages: Sequence[int], *, shared: "Story | None" = None, prefix_len: int = 0
+        self, seed: int, blocks: Sequence[int], *, shared: "Story | None" = None, prefix_len: int = 0
     ) -> "Story":
-        """A sequence that lies in these pages, or goes on from the first tokens of another."""
-        return Story(self, seed, list(pages), shared, prefix_len)
+        """A sequence that lies in these blocks, or goes on from the first tokens of another."""
+        return Story(self, seed, list(blocks), shared, prefix_len)
 
 
 class Story:
     """Queries, keys and values of a made-up sequence in all layers: what attention over it must come to."""
 
     def __init__(
-        self, model: ModelOnCpu, seed: int, pages: list[int], shared: "Story | None", prefix_len: int
+        self, model: ModelOnCpu, seed: int, blocks: list[int], shared: "Story | None", prefix_len: int
     ) -> None:
-        self.pages = pages
+        self.blocks = blocks
         self.length = prefix_len
         random = torch.Generator().manual_seed(seed)
         heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)

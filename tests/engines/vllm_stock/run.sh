@@ -6,7 +6,7 @@ root=$(cd "$(dirname "$0")/../../.." && pwd)
 venv=$(cd "$1" && pwd)
 shift
 cd "$root"
-export PYTHONPATH=$root:$root/kernels:$root/connectors:$root/tests VLLM_NO_USAGE_STATS=1
+export PYTHONPATH=$root:$root/kernels:$root/connectors:$root/tests VLLM_NO_USAGE_STATS=1 TRITON_INTERPRET=0
 if [ $# -gt 0 ]; then
     exec "$venv/bin/python" "$@"
 fi
