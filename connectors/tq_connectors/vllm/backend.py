@@ -13,6 +13,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from tq_connectors.engine.layouts import DTYPES, PAGE_TOKENS, layout_for
 from tq_connectors.vllm.selector import BACKEND_NAME
 
+_SMALLEST_HEAD, _LARGEST_HEAD = 32, 256
+"""Channels for which there are kernels, and a centre that can mark a page."""
+
 
 def page_tokens_of(config: VllmConfig) -> int:
     """Tokens of a page: 128 where the operator asked for blocks of a multiple of it, else 64.
@@ -100,8 +103,8 @@ class TQAttentionBackend(AttentionBackend):
         """Why pages cannot hold such heads or blocks, in a sentence, or None where they can."""
         if block_size is not None and block_size % PAGE_TOKENS[0]:
             return f"pages are of 64 or 128 tokens, --block-size {block_size} is no multiple of 64"
-        if kv_cache_dtype not in DTYPES:
-            return None
+        if not _SMALLEST_HEAD <= head_size <= _LARGEST_HEAD:
+            return f"heads have {_SMALLEST_HEAD} to {_LARGEST_HEAD} channels, not {head_size}"
         try:
             layout_for(kv_cache_dtype, head_dim=head_size, num_kv_heads=1)
         except ValueError as error:

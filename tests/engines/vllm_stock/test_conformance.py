@@ -10,14 +10,17 @@ import torch
 import vllm
 from engines.signatures import overrides_in, what_differs
 from vllm.config import cache as cache_config
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils, registry, utils
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
 import tq_connectors.vllm
 from tq_connectors.engine.layouts import DTYPES
-from tq_connectors.vllm import plugin
+from tq_connectors.vllm import dtypes, literal_dtypes, plugin
 from tq_connectors.vllm.backend import BACKENDS
 from tq_connectors.vllm.metadata import TQMetadataBuilder
 
@@ -104,3 +107,22 @@ def test_registering_twice_changes_nothing(caplog):
     assert (list(cache_config.KV_CACHE_DTYPES), dict(registry.AttentionBackendEnum.__members__)) == before
     assert not [record for record in caplog.records if "tq-store" in record.getMessage()]
     assert cache_config.get_kv_cache_dtype_handler("tq4").torch_dtype() == torch.uint8
+
+
+def test_connector_spec_and_tier_are_found_by_name_alone():
+    plugin.register()
+    found = [
+        KVConnectorFactory.get_connector_class_by_name("TQStoreConnector"),
+        OffloadingSpecFactory.get_spec_cls({"spec_name": "TQOffloadingSpec"}),
+        SecondaryTierFactory._registry["TQStoreTier"](),
+    ]
+    assert [each.__name__ for each in found] == ["TQStoreConnector", "TQOffloadingSpec", "TQStoreTier"]
+    assert all(each.__module__.startswith("tq_connectors.vllm.") for each in found)
+
+
+def test_a_release_without_the_hook_has_its_literal_extended(monkeypatch):
+    monkeypatch.delattr(cache_config, "register_kv_cache_dtype")
+    extended = []
+    monkeypatch.setattr(literal_dtypes, "extend_literal", extended.append)
+    dtypes.register_dtypes()
+    assert extended == [DTYPES]

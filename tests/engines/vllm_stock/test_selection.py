@@ -114,6 +114,7 @@ def test_the_registered_class_is_a_door_to_that_of_dtype_and_page(tmp_path):
         ({"head_size": 72}, "head_dim must be a positive multiple of 16, not 72"),
         ({"head_size": 112}, "head_dim 112 cannot be rotated"),
         ({"block_size": 32}, "pages are of 64 or 128 tokens, --block-size 32 is no multiple of 64"),
+        ({"head_size": 512}, "heads have 32 to 256 channels, not 512"),
         ({"use_adaptive_verification": True}, "device-cpu query lens mismatch not supported"),
     ],
 )
@@ -164,6 +165,13 @@ def test_attention_that_looks_ahead_is_refused(make_model):
     model = make_model()
     with pytest.raises(ValueError, match="causal"):
         model.builder.build(0, SimpleNamespace(causal=False))
+
+
+def test_microbatches_are_refused(tmp_path):
+    config = vllm_config(tmp_path, cache={"cache_dtype": "tq4"}, model={})
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(ValueError, match="microbatches"):
+        ModelOnCpu(config).allocate()
 
 
 def test_graphs_of_decodes_are_promised(make_model):

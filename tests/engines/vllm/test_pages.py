@@ -1,0 +1,84 @@
+"""A real vLLM whose KV pool holds compressed pages, by `kv_cache_dtype` alone: a real model's answers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engines.vllm.processes import Engine
+
+DTYPE = "tq4"
+FAR = 0.5
+"""Nats that the chosen token's log-probability may differ by between pages and bf16, on average."""
+
+
+@pytest.fixture(scope="module")
+def pages(start_engine: Callable[..., Engine]) -> Engine:
+    """Prompts come in chunks of up to four pages: longer ones have a prefix in pages even when cold."""
+    return start_engine(None, kv_cache_dtype=DTYPE, max_num_batched_tokens=256, max_num_seqs=8)
+
+
+@pytest.fixture(scope="module")
+def plain(start_engine: Callable[..., Engine]) -> Engine:
+    return start_engine(None, kv_cache_dtype="auto", max_num_seqs=8)
+
+
+def tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
+    return [answer["tokens"] for answer in answers]
+
+
+def test_a_prefix_hit_answers_as_the_cold_run_did(pages, fresh):
+    prompt = fresh(300)  # cold, the last 44 tokens are computed after 256 in pages, as they are after a hit
+    (cold,) = pages.run([prompt], 12)
+    (hit,) = pages.run([prompt], 12)
+    assert (cold["cached"], hit["cached"]) == (0, 256)
+    assert hit["tokens"] == cold["tokens"]
+    pages("reset", connector=False)
+    (again,) = pages.run([prompt], 12)
+    assert again["cached"] == 0
+    assert again["tokens"] == cold["tokens"]
+
+
+def test_prompts_that_hit_and_prompts_that_do_not_are_answered_beside_each_other(pages, fresh):
+    known, other = fresh(200), fresh(60)
+    prompts = [[*known[:128], *other[:40]], other, fresh(20), known]
+    pages.run([known], 1)
+    alone = [answer for prompt in prompts for answer in pages.run([prompt], 6)]
+    pages("reset", connector=False)
+    pages.run([known], 1)
+    together = pages.run(prompts, 6)
+    assert [answer["cached"] for answer in together] == [128, 0, 0, 192]
+    assert tokens(together) == tokens(alone)
+
+
+def test_answers_are_likely_to_the_same_model_in_bf16(pages, plain, fresh):
+    prompt = fresh(250)
+    (answer,) = pages.run([prompt], 8, logprobs=1)
+    (judged,) = plain.run([prompt], 8, logprobs=20)
+    assert answer["tokens"][0] == judged["tokens"][0]
+    agree = 0
+    for place, token in enumerate(answer["tokens"]):
+        if token != judged["tokens"][place]:
+            break
+        agree += 1
+        gap = answer["logprobs"][place][str(token)] - judged["logprobs"][place][str(token)]
+        assert abs(gap) < FAR
+    assert agree >= 4
+
+
+def test_sequences_that_lose_their_pages_come_to_their_end(start_engine, pages, fresh):
+    prompts = [fresh(180) for _ in range(4)]
+    expected = pages.run(prompts, 60)
+    crowded = start_engine(
+        None,
+        kv_cache_dtype=DTYPE,
+        max_num_batched_tokens=256,
+        max_num_seqs=4,
+        max_model_len=320,
+        num_gpu_blocks_override=14,
+    )
+    answers = crowded.run(prompts, 60)
+    assert crowded("preemptions")["count"] > 0
+    for answer, want in zip(answers, expected, strict=True):
+        assert len(answer["tokens"]) == 60
+        # what is computed anew is attended to raw: a close call may fall the other way, but not all of them
+        assert answer["tokens"][:6] == want["tokens"][:6]
