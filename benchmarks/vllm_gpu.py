@@ -100,6 +100,10 @@ class Engine:
         self._sampling = vllm.SamplingParams
         self._number = 0
 
+    def close(self) -> None:
+        """End the engine's process, without which this one would not end either."""
+        self._engine.engine_core.shutdown()
+
     @property
     def pool_tokens(self) -> int:
         """Tokens that fit on the device."""
@@ -179,6 +183,7 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
             "ttft_ms": None,
         }
     yield from _first_tokens(options, engine, about)
+    engine.close()
 
 
 def _first_tokens(
