@@ -1,0 +1,116 @@
+"""How fast SGLang's host tier moves rows of other sizes than its kernels were made for. SGLang 0.5.17, a GPU.
+
+`python -m benchmarks.sglang_rows` copies pages of 64 tokens between a device pool and a host pool of SGLang
+by its own functions, and prints one JSON line for every row size, layout and way of copying. Rows of a
+multiple of 128 bytes take the kernel that SGLang compiles, others the one that it ships. `tq4` has rows of
+1,088 bytes (8 KV heads of 128 channels); 1,152 is what they would be if they were padded.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import sglang
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+
+PAGE, HEADS = 64, 8
+ROWS = {
+    "tq4": 1088,
+    "tq4 of 128 tokens": 1072,
+    "tq4 padded": 1152,
+    "tq3": 832,
+    "tq3 padded": 896,
+    "bf16": 2048,
+}
+WAYS = (("layer_first", "kernel"), ("page_first", "kernel"), ("page_first_direct", "direct"))
+
+
+def seconds(copy: Callable[[], None], repeats: int) -> float:
+    """Median time of a copy, from a device that has nothing to do until it has nothing to do again."""
+    copy()
+    times = []
+    for _ in range(repeats):
+        _wait()
+        start = time.perf_counter()
+        copy()
+        _wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(
+    row_bytes: int, layout: str, way: str, *, tokens: int, layers: int, repeats: int
+) -> dict[str, float]:
+    """GB/s to the host and back, every page to another place."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pool = MHATokenToKVPool(
+        tokens,
+        PAGE,
+        dtype=torch.uint8,
+        head_num=HEADS,
+        head_dim=row_bytes // HEADS,
+        layer_num=layers // 2,
+        device=device,
+        enable_memory_saver=False,
+    )
+    host = MHATokenToKVPoolHost(pool, 1.0, 0, PAGE, layout)
+    order = torch.randperm(tokens // PAGE, generator=torch.Generator().manual_seed(2))
+    on_device = ((order + 1)[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    on_host = torch.arange(tokens)
+    if way == "kernel":
+        on_device, on_host = on_device.to(device), on_host.to(device)
+
+    def load() -> None:
+        for layer in range(pool.layer_num):
+            host.load_to_device_per_layer(pool, on_host, on_device, layer, way)
+
+    def backup() -> None:
+        host.backup_from_device_all_layer(pool, on_host, on_device, way)
+
+    moved = tokens * row_bytes * layers
+    speeds = {
+        "to_host_gbps": round(moved / seconds(backup, repeats) / 1e9, 1),
+        "to_device_gbps": round(moved / seconds(load, repeats) / 1e9, 1),
+    }
+    host.destroy()
+    return speeds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the lines."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sglang_rows", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=[way for _, way in WAYS], choices=("kernel", "direct"))
+    parsed = parser.parse_args(arguments)
+    about = {
+        "sglang": sglang.__version__,
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "tokens": parsed.tokens,
+        "layers": parsed.layers,
+    }
+    for name, row_bytes in ROWS.items():
+        for layout, way in WAYS:
+            if way not in parsed.ways:
+                continue
+            row = {"rows": name, "row_bytes": row_bytes, "layout": layout, "way": way}
+            speeds = measure(
+                row_bytes, layout, way, tokens=parsed.tokens, layers=parsed.layers, repeats=parsed.repeats
+            )
+            print(json.dumps(row | speeds | about), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
