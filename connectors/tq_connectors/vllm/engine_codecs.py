@@ -53,8 +53,8 @@ def chunk_codecs(
                     key_balance=None if balance is None else balance.to(layers[0].device),
                 )
             )
-    if any(codec.cell_bytes > plan.rows.cell_bytes for codec in codecs):
-        raise ConfigError("this engine's blocks are larger than what was planned for them")
+    if any(codec.cell_bytes != plan.rows.cell_bytes for codec in codecs):
+        raise ConfigError("this engine's groups of layers have blocks of unlike sizes, which only vLLM moves")
     return codecs
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingWorker
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.gpu_worker import pin_mmap_region
@@ -22,7 +23,7 @@ from tq_connectors.engine.state import load_state
 from tq_connectors.vllm.engine_codecs import chunk_codecs
 from tq_connectors.vllm.offload_facts import engine_facts, heads_of_model
 from tq_connectors.vllm.offload_worker import TQOffloadingWorker
-from tq_connectors.vllm.plan import plan_offload
+from tq_connectors.vllm.plan import Mode, plan_offload
 from tq_connectors.vllm.settings import read_settings
 
 SETTINGS = "tq_store"
@@ -56,7 +57,9 @@ class TQOffloadingSpec(TieringOffloadingSpec):
         return self._worker
 
     def create_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        """A worker on this rank's part of the host memory."""
+        """A worker on this rank's part of the host memory; vLLM's own where bytes move as they are."""
+        if self.plan.mode is Mode.RAW and current_platform.is_cuda_alike():
+            return super().create_worker(kv_caches)
         codecs = chunk_codecs(
             [
                 [kv_caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]

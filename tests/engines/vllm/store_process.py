@@ -21,16 +21,19 @@ class StoreOnDisk:
         return self._listen
 
     def start(self) -> None:
+        """Serve again; it may be serving."""
+        if self._process is not None:
+            return
         self._process = ServerProcess(
             *("--memory-budget", "256MiB", "--disk-path", self._folder, "--disk-budget", "2GiB"),
             listen=self._listen,
         )
 
     def kill(self) -> None:
-        """As if the machine went off."""
-        assert self._process is not None
-        self._process.close()
-        self._process = None
+        """As if the machine went off; may be called twice."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
     def metric(self, name: str) -> float:
         assert self._process is not None

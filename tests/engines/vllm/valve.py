@@ -17,6 +17,7 @@ class Valve:
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._changed = threading.Condition()
         self._left: int | None = None
+        self._cuts = 0
         self.is_shut = threading.Event()
         """Set when something is held back."""
 
@@ -30,6 +31,13 @@ class Valve:
         """Let everything through again."""
         with self._changed:
             self._left = None
+            self._changed.notify_all()
+
+    def cut(self) -> None:
+        """Drop what is held back, and its connection; others are let through."""
+        with self._changed:
+            self._left = None
+            self._cuts += 1
             self._changed.notify_all()
 
     def __enter__(self) -> "Valve":
@@ -69,4 +77,7 @@ class Valve:
                 self._left -= num_bytes
                 if self._left < 0:
                     self.is_shut.set()
+                    cuts = self._cuts
                     self._changed.wait_for(lambda: self._left is None)
+                    if self._cuts > cuts:
+                        raise ConnectionAbortedError
