@@ -17,6 +17,8 @@ from engines.vllm.valve import Valve  # noqa: E402
 from tq_connectors.hf.models import SMOLLM2, fetch_model  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
+BLOCK_TOKENS, PAGE_TOKENS, OFFLOADED_TOKENS = 32, 64, 128
+READER_BLOCKS = 96
 TIMEOUTS = {"connect_timeout": "1s", "lookup_timeout": "2s", "transfer_timeout": "4s"}
 
 
@@ -30,11 +32,19 @@ class Pair:
 
     Args:
         is_exact: Whether pages are as the model made them, so that a hit changes no number.
+        unit: Tokens that are found together.
+        free_blocks: Of the reader when it has nothing to do.
     """
 
     writer: Engine
     reader: Engine
     is_exact: bool
+    unit: int
+    free_blocks: int
+
+    def findable(self, num_tokens: int) -> int:
+        """Tokens of a prompt that can be found; one is always left to compute."""
+        return (num_tokens - 1) // self.unit * self.unit
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +75,8 @@ def offloading(address: str, **settings: Any) -> dict[str, Any]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             "spec_name": "TQOffloadingSpec",
-            "cpu_bytes_to_use": 64 << 20,
+            "cpu_bytes_to_use": 128 << 20,
+            "block_size": OFFLOADED_TOKENS,
             "tq_store": {"revision": "r", "address": address, **TIMEOUTS, **settings},
         },
     }
@@ -87,7 +98,8 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     engines: list[Engine] = []
 
     def start(transfer: dict[str, Any], **options: Any) -> Engine:
-        config = {"model": str(fetch_model(SMOLLM2.name)), "kv_transfer_config": transfer, **options}
+        config = {"model": str(fetch_model(SMOLLM2.name)), "kv_transfer_config": transfer}
+        config |= {"block_size": BLOCK_TOKENS, "num_gpu_blocks_override": 400, **options}
         engines.append(Engine(tmp_path_factory.mktemp("engine"), config))
         return engines[-1]
 
@@ -107,8 +119,9 @@ def pair(
     is_exact = request.param == "connector"
     transfer, preset = (connecting, "raw") if is_exact else (offloading, "tq4")
     writer = start_engine(transfer(store.address, preset=preset))
-    reader = start_engine(transfer(valve.address, preset=preset), num_gpu_blocks_override=48)
-    return Pair(writer, reader, is_exact)
+    reader = start_engine(transfer(valve.address, preset=preset), num_gpu_blocks_override=READER_BLOCKS)
+    unit = PAGE_TOKENS if is_exact else OFFLOADED_TOKENS
+    return Pair(writer, reader, is_exact, unit, READER_BLOCKS - 1)
 
 
 @pytest.fixture(scope="session")
