@@ -82,3 +82,21 @@ def test_sequences_that_lose_their_pages_come_to_their_end(start_engine, pages, 
         assert len(answer["tokens"]) == 60
         # what is computed anew is attended to raw: a close call may fall the other way, but not all of them
         assert answer["tokens"][:6] == want["tokens"][:6]
+
+
+def test_drafts_change_nothing_but_the_number_of_steps(start_engine, pages, fresh):
+    prompt = fresh(90)
+    prompt = [
+        *prompt,
+        *prompt[:60],
+    ]  # what follows was there before, so that drafts from it are right at times
+    drafting = start_engine(
+        None,
+        kv_cache_dtype=DTYPE,
+        max_num_batched_tokens=256,
+        max_num_seqs=4,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+    )
+    plain, drafted = (engine("run", prompts=[prompt], max_tokens=24) for engine in (pages, drafting))
+    assert drafted["steps"] < plain["steps"]
+    assert tokens(drafted["answers"]) == tokens(plain["answers"])

@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 
 from tq_connectors.vllm import plugin
@@ -132,54 +133,60 @@ class ModelOnCpu:
             For each story and layer the outputs ``[new tokens, num_heads, head_dim]``.
         """
         counts = [count for _, count in batch]
-        num_real, num_tokens = sum(counts), sum(counts) + padded_seqs * rows
+        num_tokens = sum(counts) + padded_seqs * rows
         for story, count in batch:
             story.length += count
         starts = torch.tensor([0, *counts, *[0] * padded_seqs]).cumsum(0).int()
         lengths = torch.tensor([story.length for story, _ in batch] + [0] * padded_seqs).int()
-        tables = torch.zeros(len(lengths), -(-MAX_MODEL_LEN // self.block_tokens), dtype=torch.int32)
-        slots = torch.full((num_tokens,), -1)
-        for index, (story, count) in enumerate(batch):
-            tables[index, : len(story.blocks)] = torch.tensor(story.blocks)
-            positions = torch.arange(story.length - count, story.length)
-            blocks = tables[index, positions // self.block_tokens].long()
-            first = int(starts[index])
-            slots[first : first + count] = blocks * self.block_tokens + positions % self.block_tokens
-        common = CommonAttentionMetadata(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts.clone(),
-            seq_lens=lengths,
-            num_reqs=len(lengths),
-            num_actual_tokens=num_tokens,
-            max_query_len=max(counts),
-            max_seq_len=int(lengths.max()),
-            block_table_tensor=tables,
-            slot_mapping=slots,
-            seq_lens_cpu_upper_bound=lengths.clone(),
-        )
-        metadata = {
-            name: group.build_metadata(common)
-            for groups in self.groups
-            for group in groups
-            for name in group.layer_names
-        }
-        mapping = dict.fromkeys(self.layers, slots)
+        metadata = {}
+        for number, groups in enumerate(self.groups):
+            tables, slots = self._places(batch, starts, num_tokens, number)
+            common = CommonAttentionMetadata(
+                query_start_loc=starts,
+                query_start_loc_cpu=starts.clone(),
+                seq_lens=lengths,
+                num_reqs=len(lengths),
+                num_actual_tokens=num_tokens,
+                max_query_len=max(counts),
+                max_seq_len=int(lengths.max()),
+                block_table_tensor=tables,
+                slot_mapping=slots,
+                seq_lens_cpu_upper_bound=lengths.clone(),
+            )
+            for group in groups:
+                metadata |= dict.fromkeys(group.layer_names, group.build_metadata(common))
         outputs: list[list[torch.Tensor]] = [[] for _ in batch]
         for number, layer in enumerate(self.layers.values()):
             query, key, value = (
                 torch.cat([each.new(number, count, side) for each, count in batch]) for side in range(3)
             )
-            extra = num_tokens - num_real
+            extra = num_tokens - sum(counts)
             query, key, value = (
-                torch.cat((each, each[:1].expand(extra, -1, -1))) for each in (query, key, value)
+                torch.cat((each, each[:1].expand(extra, -1, -1))).flatten(1) for each in (query, key, value)
             )
-            with set_forward_context(metadata, self.config, num_tokens=num_tokens, slot_mapping=mapping):
-                out = layer(query.flatten(1), key.flatten(1), value.flatten(1)).unflatten(
-                    1, (self.num_heads, -1)
-                )
+            with set_forward_context(metadata, self.config, num_tokens=num_tokens, slot_mapping={}):
+                out = layer(query, key, value).unflatten(1, (self.num_heads, -1))
             for index, (_, count) in enumerate(batch):
                 outputs[index].append(out[int(starts[index]) :][:count])
         return outputs
+
+    def _places(
+        self, batch: "Sequence[tuple[Story, int]]", starts: torch.Tensor, num_tokens: int, group: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block table and slots of a group; groups lie in one memory, so each has blocks of its own."""
+        spec = self.groups[group][0].kv_cache_spec
+        size = spec.block_size
+        tables = torch.zeros(len(starts) - 1, -(-MAX_MODEL_LEN // size), dtype=torch.int32)
+        slots = torch.full((num_tokens,), -1)
+        for index, (story, count) in enumerate(batch):
+            tables[index, : len(story.blocks)] = torch.tensor(story.blocks) + 20 * group
+            positions = torch.arange(story.length - count, story.length)
+            first = int(starts[index])
+            slots[first : first + count] = tables[index, positions // size].long() * size + positions % size
+            if isinstance(spec, SlidingWindowSpec):
+                # what no window of this step reaches is given back; the null block stands in its place
+                tables[index, : max(0, int(positions[0]) - spec.sliding_window + 1) // size] = 0
+        return tables, slots
 
     @property
     def builder(self) -> Any:
@@ -190,11 +197,6 @@ class ModelOnCpu:
     def pages(self) -> dict[str, torch.Tensor]:
         """The cache of each layer."""
         return {name: layer.kv_cache for name, layer in self.layers.items()}
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens of a block of the engine's, which is one page or several."""
-        return self.groups[0][0].kv_cache_spec.block_size
 
     @property
     def page_tokens(self) -> int:

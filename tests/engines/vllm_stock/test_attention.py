@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 
 LOSSY = {"tq4": 0.2, "tq3": 0.4, "k8v4": 0.15, "k3v2": 0.7}
 """Relative error of attention over compressed made-up vectors, at most; a wrong prefix makes it above 1."""
@@ -90,11 +91,15 @@ def test_sequences_of_nobody_change_nothing(make_model, speculative):
         assert changed == [2, 4]
 
 
+@pytest.mark.parametrize("is_hybrid", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_layers_with_a_window_see_it_alone(make_model, softcap):
+def test_layers_with_a_window_see_it_alone(make_model, monkeypatch, softcap, is_hybrid):
+    # with vLLM's hybrid manager, windowed layers have blocks of their own and give the oldest ones back
+    monkeypatch.setattr(current_platform, "support_hybrid_kv_cache", lambda: is_hybrid)
     model = make_model(windows=(None, 48), layer={"logits_soft_cap": softcap}, model={"sliding_window": 48})
+    assert len(model.groups) == 1 + is_hybrid
     story = model.story(1, [1, 2, 3, 4])
-    for count, bound in ((150, RAW), (1, LOSSY["tq4"]), (20, LOSSY["tq4"])):
+    for count, bound in ((150, RAW), (1, LOSSY["tq4"]), (20, LOSSY["tq4"]), (70, LOSSY["tq4"])):
         (out,) = model.step([(story, count)])
         if softcap is None:
             assert max(errors(model, out, story, count)) < bound
