@@ -4,7 +4,8 @@ from engines import compatibility
 
 
 def test_the_page_is_written_from_its_rows():
-    assert compatibility.PAGE.read_text() == compatibility.page()
+    is_current = compatibility.PAGE.read_text() == compatibility.page()
+    assert is_current, "run PYTHONPATH=tests python -m engines.compatibility"
 
 
 def test_rows_are_those_of_tests_that_are_there():
