@@ -4,9 +4,10 @@
     python -m benchmarks.vllm_gpu auto tq4 --block-size 128 --repeats 5
 
 Every dtype is an unmodified vLLM, with dummy weights in the shape of Llama-3.1-8B with eight layers, and full
-decode graphs; its engine has a process of its own, as vLLM has it. Nothing of ours need be installed. Before
-a dtype of ours is timed, `vllm_gpu_check` holds what its layers compute on this device against exact
-attention. Rows are appended to `results/vllm.jsonl`:
+decode graphs, in a process that steps it: device and host follow each other, as in vLLM's own offline runs
+with VLLM_ENABLE_V1_MULTIPROCESSING=0. Nothing of ours need be installed. Before a dtype of ours is timed,
+`vllm_gpu_check` holds what its layers compute on this device against exact attention. Rows are appended to
+`results/vllm.jsonl`:
 
 - one for each batch and context: `tpot_ms`, `prefill_tok_s` (cold prompts) and `pool_tokens`;
 - two for a long prompt: `ttft_ms` cold, and with all but its last tokens in the GPU's prefix cache (`mode`
@@ -291,8 +292,8 @@ def _run_apart(options: argparse.Namespace, dtype: str, part: str) -> int:
     given += ["--shapes=" + ",".join(f"{batch}x{context}" for batch, context in options.shapes)]
     given += ["--graphs" if options.graphs else "--no-graphs", f"--one={part}"]
     command = [sys.executable, "-m", "benchmarks.vllm_gpu", dtype, *given]
-    # what is looked at must be in this process; what is timed runs as operators run it
-    processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if part == "check" else "1"}
+    # the engine is in this process unless the environment says otherwise: steps then vary less
+    processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryDirectory() as folder:
         path = {"PYTHONPATH": plugin_path(Path(folder))}
         environment = _ENVIRONMENT | processes | os.environ | path
