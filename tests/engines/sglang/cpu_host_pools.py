@@ -52,6 +52,7 @@ Pool.load_to_device_per_layer = _load
 Pool.backup_from_device_all_layer = _backup
 for _name in ("cpu", "cuda"):
     common.ALLOC_MEMORY_FUNCS[_name] = _allocate
+base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # of 10 GB, which not every machine has left
 _init = base.HostKVCache.__init__
 
 
