@@ -9,7 +9,8 @@ _INSTALLED = {distribution.metadata["Name"]: distribution.version for distributi
 
 collect_ignore = [folder for folder, (_, engine) in ENGINES.items() if engine not in _INSTALLED]
 if _INSTALLED.get("sglang") == "0.5.17":
-    collect_ignore.append("sglang/test_linker.py")  # SGLang has had linkers since
+    # SGLang has had linkers since
+    collect_ignore += ["sglang/test_linker.py", "sglang/test_linker_alone.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,11 +1,14 @@
 """What SGLang knows of the model that a process runs. SGLang 0.5.17 to 0.5.23."""
 
+import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.utils import get_pp_indices
 from sglang.srt.runtime_context import get_server_args
 
 from tq_connectors.codec import CacheGeometry
 from tq_connectors.sglang.page_setup import Place
+
+_FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 def read_place(model: str, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size: int) -> Place:
@@ -18,7 +21,8 @@ def read_place(model: str, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size:
         pp_rank: Its pipeline stage.
         pp_size: How many stages there are.
     """
-    config = ModelConfig.from_server_args(get_server_args())
+    arguments = get_server_args()
+    config = ModelConfig.from_server_args(arguments)
     num_layers = config.num_attention_layers
     geometry = CacheGeometry(
         num_layers=num_layers,
@@ -27,4 +31,11 @@ def read_place(model: str, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size:
         kv_dtype=str(config.dtype).removeprefix("torch."),
     )
     layers = range(*get_pp_indices(num_layers, pp_rank, pp_size))
-    return Place(model=model, geometry=geometry, layers=layers, tp_rank=tp_rank, tp_size=tp_size)
+    return Place(
+        model=model,
+        geometry=geometry,
+        layers=layers,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        float8=_FLOAT8.get(arguments.kv_cache_dtype),
+    )

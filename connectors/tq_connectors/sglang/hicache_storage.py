@@ -80,7 +80,6 @@ class TQHiCacheStorage(HiCacheStorage):
             ConfigError: A pool whose pages the codec in the settings cannot pack; the engine does not start.
         """
         super().register_mem_pool_host(mem_pool_host)
-        self._pages: HostPages = read_host_pool(mem_pool_host)
         place = read_place(
             self._settings.model or self._config.model_name or "",
             tp_rank=self._config.tp_rank,
@@ -88,6 +87,7 @@ class TQHiCacheStorage(HiCacheStorage):
             pp_rank=self._config.pp_rank,
             pp_size=self._config.pp_size,
         )
+        self._pages: HostPages = read_host_pool(mem_pool_host, place.float8)
         self._store: PageStore = open_page_store(self._client, self._settings, self._pages.shape, place)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: PoolName) -> None:

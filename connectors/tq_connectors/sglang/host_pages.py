@@ -47,7 +47,7 @@ class HostPages:
 
     def page(self, index: int) -> torch.Tensor:
         """The page whose first token lies at `index`: a view ``[2, layers, tokens, heads, channels]``."""
-        return _ORDERS[self.pool.layout](self.pool.get_data_page(index, flat=False))
+        return _ORDERS[self.pool.layout](self.pool.get_data_page(index, flat=False)).view(self.shape.dtype)
 
     def empty_flat(self) -> torch.Tensor:
         """A flat page in the pool's layout, to be filled through `view_flat`."""
@@ -56,11 +56,15 @@ class HostPages:
     def view_flat(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat page in the pool's layout, seen like `page`."""
         shape = self.pool.get_data_page(0, flat=False).shape
-        return _ORDERS[self.pool.layout](flat.view(shape))
+        return _ORDERS[self.pool.layout](flat.view(shape)).view(self.shape.dtype)
 
 
-def read_host_pool(pool: Any) -> HostPages:
+def read_host_pool(pool: Any, float8: torch.dtype | None = None) -> HostPages:
     """The pages of SGLang's host pool.
+
+    Args:
+        pool: SGLang's host pool.
+        float8: The dtype of an fp8 cache, whose pools hold bytes for SGLang; None for another cache.
 
     Raises:
         ConfigError: A pool whose pages cannot be seen as keys and values of heads; the message says why.
@@ -75,7 +79,8 @@ def read_host_pool(pool: Any) -> HostPages:
         sides, num_layers, page_tokens, num_kv_heads, head_dim = page.shape
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError) as error:
         raise ConfigError(f"{type(pool).__name__} does not hold keys and values of heads: {error}") from error
-    if sides != 2 or page_tokens != pool.page_size or page.dtype != pool.dtype:
+    bytes_differ = float8 is not None and page.dtype.itemsize != 1
+    if sides != 2 or page_tokens != pool.page_size or page.dtype != pool.dtype or bytes_differ:
         raise ConfigError(
             f"{type(pool).__name__} does not hold keys and values of heads: a page is {list(page.shape)}"
         )
@@ -84,6 +89,6 @@ def read_host_pool(pool: Any) -> HostPages:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         page_tokens=page_tokens,
-        dtype=page.dtype,
+        dtype=float8 or page.dtype,
     )
     return HostPages(pool, shape)

@@ -82,7 +82,6 @@ class TQCacheLinker(UnifiedCacheLinker):
         _check_served(pool, params, components)
         self.forward_stream = forward_stream
         self.pools = {PoolName.KV: pool}
-        self._device = DevicePool(pool.k_buffer, pool.v_buffer, params.page_size)
         self._group = params.attn_tp_cache_group or params.tp_cache_group
         is_alone = self._group is None or not dist.is_initialized()
         self._num_ranks = 1 if is_alone else dist.get_world_size(self._group)
@@ -93,6 +92,8 @@ class TQCacheLinker(UnifiedCacheLinker):
             pp_rank=params.pp_rank,
             pp_size=params.pp_size,
         )
+        keys, values = (_as_float8(side, place.float8) for side in (pool.k_buffer, pool.v_buffer))
+        self._device = DevicePool(keys, values, params.page_size)
         makers = (partial(each, self._device) for each in (DeviceRows, DevicePacked, DeviceQuantized))
         self._client = StoreClient(config=connection)
         self._store = open_page_store(
@@ -261,6 +262,11 @@ class _Worker:
 
 def _keys_of(transfers: list[PoolTransfer]) -> list[str]:
     return [key for each in transfers if each.name == PoolName.KV for key in each.keys or ()]
+
+
+def _as_float8(buffers: list[torch.Tensor], float8: torch.dtype | None) -> list[torch.Tensor]:
+    """Buffers of an fp8 cache, which hold bytes for SGLang, as what they are."""
+    return list(buffers) if float8 is None else [buffer.view(float8) for buffer in buffers]
 
 
 def _check_served(pool: Any, params: Any, components: set[ComponentType]) -> None:

@@ -37,6 +37,7 @@ class Place:
         layers: Attention layers of the process's pipeline stage.
         tp_rank: Its rank among the processes that divide the KV heads.
         tp_size: How many these are.
+        float8: The dtype of an fp8 cache, whose pools hold bytes for SGLang; None for another cache.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Place:
     layers: range
     tp_rank: int = 0
     tp_size: int = 1
+    float8: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,17 @@ def test_a_flat_page_is_seen_alike(layout):
     assert torch.equal(flat, pool.get_data_page(4))
 
 
+def test_an_fp8_cache_is_seen_as_fp8_though_its_pool_holds_bytes():
+    pool = HostMemory("page_first", **SIZES, dtype=torch.uint8)
+    pages = read_host_pool(pool, torch.float8_e4m3fn)
+    pages.page(4).copy_(torch.ones(pages.page(4).shape))
+    assert pages.shape.dtype_name == "float8_e4m3fn"
+    assert torch.equal(pool.get_data_page(4).unique(), torch.tensor([0x38], dtype=torch.uint8))
+    assert pages.view_flat(pool.get_data_page(4)).float().unique() == 1
+    with pytest.raises(ConfigError, match="does not hold keys and values"):
+        read_host_pool(numbered("page_first"), torch.float8_e4m3fn)
+
+
 def test_other_pools_are_refused():
     pool = HostMemory("layer_first", **SIZES)
     pool.layout = "page_unified"

@@ -24,13 +24,14 @@ def device_pool(dtype: torch.dtype = torch.float32) -> Any:
     )
     generator = torch.Generator().manual_seed(1)
     for buffer in (*pool.k_buffer, *pool.v_buffer):
-        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+        numbers = torch.randn(buffer.shape, generator=generator).to(dtype)
+        buffer.copy_(numbers.view(buffer.dtype))  # SGLang keeps fp8 as bytes
     return pool
 
 
-def host_pool(layout: str) -> Any:
+def host_pool(layout: str, dtype: torch.dtype = torch.float32) -> Any:
     """A host pool with something in it."""
-    device, common = device_pool(), {"pin_memory": False, "device": "cpu"}
+    device, common = device_pool(dtype), {"pin_memory": False, "device": "cpu"}
     if hasattr(device, "_mha_buffer_info"):  # 0.5.23
         info = device._mha_buffer_info()
         layers = {"start_layer": 0, "end_layer": LAYERS}
@@ -38,5 +39,6 @@ def host_pool(layout: str) -> Any:
         pool = MHATokenToKVPoolHost(info, 2.0, 0, PAGE_TOKENS, layout, **common)
     else:
         pool = MHATokenToKVPoolHost(device, 2.0, 0, PAGE_TOKENS, layout, **common)
-    pool.kv_buffer.copy_(torch.randn(pool.kv_buffer.shape, generator=torch.Generator().manual_seed(2)))
+    numbers = torch.randn(pool.kv_buffer.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    pool.kv_buffer.copy_(numbers.view(pool.dtype))
     return pool

@@ -55,8 +55,10 @@ def storage(address: str, request: pytest.FixtureRequest, monkeypatch: Any) -> I
     made.close()
 
 
-def storage_of(pool: Any, config: HiCacheStorageConfig, monkeypatch: Any) -> TQHiCacheStorage:
-    place = Place(model="model", geometry=GEOMETRY, layers=range(LAYERS))
+def storage_of(
+    pool: Any, config: HiCacheStorageConfig, monkeypatch: Any, float8: torch.dtype | None = None
+) -> TQHiCacheStorage:
+    place = Place(model="model", geometry=GEOMETRY, layers=range(LAYERS), float8=float8)
     monkeypatch.setattr(hicache_storage, "read_place", lambda *_, **__: place)
     storage = TQHiCacheStorage(config, {})
     storage.register_mem_pool_host(pool)
@@ -99,6 +101,21 @@ def test_pages_one_by_one(storage):
     target = pool.get_dummy_flat_data_page()
     assert storage.get(HASHES[0], target) is target
     assert torch.equal(target, page)
+
+
+@pytest.mark.parametrize("codec", ["none", "k8v4"])
+def test_an_fp8_cache_is_saved_and_restored(address, codec, monkeypatch):
+    float8 = torch.float8_e4m3fn
+    pool, extra = host_pool("page_first", float8), {"address": address, "revision": codec, "codec": codec}
+    storage = storage_of(pool, config_of(address, extra_config=extra), monkeypatch, float8)
+    before = pool.kv_buffer.view(float8).float()[:, : len(SLOTS)].clone()
+    assert storage.batch_set_v1(HASHES, SLOTS) == [True] * 3
+    pool.kv_buffer.zero_()
+    assert storage.batch_get_v1(HASHES, SLOTS) == [True] * 3
+    after = pool.kv_buffer.view(float8).float()[:, : len(SLOTS)]
+    error = (after - before).square().mean() / before.square().mean()
+    assert error == 0 if codec == "none" else 0 < error < 0.02
+    storage.close()
 
 
 def test_what_was_moved_is_exported_once(storage):
