@@ -8,8 +8,8 @@ flushed from device and host, and found again in the store (`path` is `storage`)
 prompts of one request at a time with one new token. `stored_page_bytes` are those of a block, header
 included, and `bf16_page_bytes` those of the same page in bf16.
 
-Needs beside SGLang: grpcio, protobuf, xxhash, and for the server grpcio-health-checking, grpcio-reflection
-and prometheus-client.
+Needs beside SGLang: grpcio, protobuf, xxhash, and for the server grpcio-health-checking, grpcio-reflection,
+prometheus-client, redis and zstandard.
 """
 
 import argparse

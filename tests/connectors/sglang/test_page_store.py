@@ -120,6 +120,7 @@ def test_a_dead_store_is_a_miss_at_once(caplog):
                 assert store.save(HASHES, page_at(pages)) == [False] * 4
                 assert not store.purge()
             assert time.monotonic() - started < 3
+    store.close()
     assert store.count_everything()["skipped_calls"] > 190
     assert caplog.text.count("the store fails") == 1
 
