@@ -19,7 +19,7 @@ from tq_connectors.hf.models import SMOLLM2, fetch_model  # noqa: E402
 ROOT = Path(__file__).parents[3]
 BLOCK_TOKENS, PAGE_TOKENS, OFFLOADED_TOKENS = 32, 64, 128
 READER_BLOCKS = 96
-TIMEOUTS = {"connect_timeout": "1s", "lookup_timeout": "2s", "transfer_timeout": "4s"}
+TIMEOUTS = {"connect_timeout": "3s", "lookup_timeout": "5s", "transfer_timeout": "8s"}
 
 
 def pytest_configure(config: pytest.Config) -> None:

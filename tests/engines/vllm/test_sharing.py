@@ -89,7 +89,7 @@ def test_a_store_that_dies_in_the_middle_of_a_load_is_a_miss(
     cold, _ = save(pair, [lost])[0], save(pair, [later])
     valve.shut_after(200_000)
     pair.reader.send("run", prompts=[lost], max_tokens=16)
-    assert valve.is_shut.wait(30)
+    assert valve.is_shut.wait(60)
     store.kill()
     valve.cut()
     (answer,) = pair.reader.receive()["answers"]
@@ -123,7 +123,7 @@ def test_a_load_that_stalls_is_late_and_so_a_miss(pair: Pair, fresh: Callable[..
     assert answer["cached"] < pair.findable(400)
     if pair.is_exact or not answer["cached"]:
         assert answer["tokens"] == cold["tokens"]
-    assert answer["first_s"] < 30
+    assert answer["first_s"] < 60
     assert found_again(pair, prompt) > 0
 
 
@@ -133,7 +133,7 @@ def test_damaged_blocks_are_never_served(pair: Pair, fresh: Callable[..., list[i
     (cold,) = save(pair, [prompt])
     time.sleep(1)  # the store writes to its disk behind the put
     store.kill()
-    assert store.damage(store.files() - before) >= 4
+    assert store.damage(store.files() - before) >= 300 // pair.unit
     store.start()
     (answer,) = pair.reader.run([prompt])
     assert answer["cached"] == 0
