@@ -18,6 +18,7 @@ from tq_connectors.hf.models import SMOLLM2, fetch_model  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 BLOCK_TOKENS, PAGE_TOKENS, OFFLOADED_TOKENS = 32, 64, 128
+BLOCKS = {"block_size": BLOCK_TOKENS, "num_gpu_blocks_override": 400}
 READER_BLOCKS = 96
 TIMEOUTS = {"connect_timeout": "3s", "lookup_timeout": "5s", "transfer_timeout": "8s"}
 
@@ -99,7 +100,7 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
     def start(transfer: dict[str, Any], **options: Any) -> Engine:
         config = {"model": str(fetch_model(SMOLLM2.name)), "kv_transfer_config": transfer}
-        config |= {"block_size": BLOCK_TOKENS, "num_gpu_blocks_override": 400, **options}
+        config |= options
         engines.append(Engine(tmp_path_factory.mktemp("engine"), config))
         return engines[-1]
 
@@ -118,8 +119,10 @@ def pair(
     """Packed pages in four bits through vLLM's tiers, and bf16 in our pages through our own connector."""
     is_exact = request.param == "connector"
     transfer, preset = (connecting, "raw") if is_exact else (offloading, "tq4")
-    writer = start_engine(transfer(store.address, preset=preset))
-    reader = start_engine(transfer(valve.address, preset=preset), num_gpu_blocks_override=READER_BLOCKS)
+    writer = start_engine(transfer(store.address, preset=preset), **BLOCKS)
+    reader = start_engine(
+        transfer(valve.address, preset=preset), **BLOCKS | {"num_gpu_blocks_override": READER_BLOCKS}
+    )
     unit = PAGE_TOKENS if is_exact else OFFLOADED_TOKENS
     return Pair(writer, reader, is_exact, unit, READER_BLOCKS - 1)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines.vllm.conftest import Pair, offloading
+from engines.vllm.conftest import BLOCKS, Pair, offloading
 from engines.vllm.processes import Engine
 from engines.vllm.store_process import StoreOnDisk
 from engines.vllm.valve import Valve
@@ -179,7 +179,7 @@ def test_an_engine_of_another_dtype_finds_nothing(
 ):
     prompt = fresh(300)
     save(pair, [prompt])
-    stranger = start_engine(offloading(store.address, preset="tq4"), dtype="float16")
+    stranger = start_engine(offloading(store.address, preset="tq4"), dtype="float16", **BLOCKS)
     (answer,) = stranger.run([prompt], 2)
     assert answer["cached"] == 0
     stranger("settle")
