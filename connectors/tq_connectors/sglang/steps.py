@@ -107,7 +107,8 @@ class Steps:
             batch: Written.
             rows: ``[num_seqs]`` integers, requests of the batch.
             lengths: ``[num_seqs]`` integers, tokens of each, the new one included.
-            out_cache_loc: ``[num_seqs]`` int64 slots of the new tokens.
+            out_cache_loc: ``[num_seqs or fewer]`` int64 slots of the new tokens; those of sequences that fill
+                up a graph may be left out.
         """
         self._fill(batch, rows, lengths, out_cache_loc)
         self._prepare(batch)
@@ -158,7 +159,9 @@ class Steps:
         table.floor_divide_(page_tokens)
         batch.lengths.copy_(lengths)
         # page 0 is where SGLang sends padding, which all tokens of it share
-        batch.slots.copy_(out_cache_loc).masked_fill_(out_cache_loc < page_tokens, -1)
+        written = batch.slots[: len(out_cache_loc)]
+        written.copy_(out_cache_loc).masked_fill_(out_cache_loc < page_tokens, -1)
+        batch.slots[len(out_cache_loc) :].fill_(-1)
 
     def _prepare(self, batch: Batch) -> None:
         if self._sinks is None:

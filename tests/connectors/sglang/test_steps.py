@@ -76,6 +76,9 @@ def test_a_decode_fills_memory_that_stays_and_writes_no_padding() -> None:
     assert memory.seed_pages[:3].tolist() == [2, -1, -1]
     assert memory.query_start[:4].tolist() == [0, 1, 2, 3]
     assert not batch.segments
+    # SGLang leaves the padding of a graph out
+    steps.fill_decode(batch, torch.tensor([0, 2, 0]), torch.tensor([129, 70, 1]), out_cache_loc[:2])
+    assert memory.slots[:3].tolist() == [9 * P, 6 * P + 5, -1]
 
 
 def test_sequences_that_begin_are_given_sinks_and_keep_them() -> None:
