@@ -38,7 +38,7 @@ def key_balance(
     state = load_state(environment)
     if state is None:
         logger.info(
-            "tq-store: pages are made without a codec state; %s names one, which halves the error of keys",
+            "tq-store: pages are made without a codec state; %s names one, with which keys err less",
             STATE_VARIABLE,
         )
         return None

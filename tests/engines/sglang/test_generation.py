@@ -96,3 +96,27 @@ def test_pages_of_128_tokens(tiny_model: str, tmp_path: Path, tokens: list[int])
         assert hit["tokens"] == cold["tokens"]
     finally:
         engine.stop()
+
+
+def test_two_ranks_answer_as_one(tiny_model: str, tmp_path: Path, tokens: list[int]) -> None:
+    """Each holds the pages of its KV head."""
+    prompt = [token % VOCABULARY for token in tokens[:PROMPT]]
+    answers = []
+    for ranks in (1, 2):
+        arguments = {
+            "model_path": tiny_model,
+            "kv_cache_dtype": "tq4",
+            "page_size": None,
+            "attention_backend": None,
+            "chunked_prefill_size": PAGE,
+            "tp_size": ranks,
+        }
+        log = tmp_path / f"log{ranks}"
+        engine = Engine(log, arguments, {"SGLANG_CPU_OMP_THREADS_BIND": "|".join("01"[:ranks])})
+        try:
+            answers += [engine.generate(prompt, 8) for _ in range(2)]
+        finally:
+            engine.stop()
+        assert f"{76 // ranks} bytes a token and layer" in engine.log
+    assert [answer["cached"] for answer in answers] == [0, 256, 0, 256]
+    assert len({tuple(answer["tokens"]) for answer in answers}) == 1
