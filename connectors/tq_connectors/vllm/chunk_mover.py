@@ -1,7 +1,9 @@
-"""ChunkMover: chunks between an engine's device and rows of host memory, one after the other, on a thread.
+"""ChunkMover: chunks between an engine's device and rows of host memory, one after the other.
 
-Two buffers of bounded size take turns: while one is copied over the bus, the codec works on the other. On a
-device with streams both happen on streams of their own, beside the engine's.
+Two buffers of bounded size take turns: while one is copied over the bus, the codec works on the other. A
+device with streams is given all of it at once, on streams of its own beside the engine's: a thread would have
+to win Python's lock from the engine's again for every launch. Where calls return when they are done, a thread
+makes them.
 """
 
 import itertools
@@ -36,6 +38,15 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class _Given:
+    """What a device was given to do: when, how much, and the event at its end."""
+
+    started: float
+    num_bytes: int
+    end: Event
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """A job that is done. One that failed has left its target in a state that nobody may read."""
 
@@ -46,7 +57,7 @@ class Moved:
 
 
 class ChunkMover:
-    """One direction. Jobs run in the order of submission; nothing here blocks but `wait` and `close`.
+    """One direction. Jobs run in the order of submission; nothing here waits but `wait` and `close`.
 
     Args:
         codecs: What a chunk of each group of layers becomes on the device; cells of one size.
@@ -62,8 +73,12 @@ class ChunkMover:
         self._buffers = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2)]
         self._streams = streams_of(device)
         self._free = [self._streams.event(), self._streams.event()]
-        self._jobs: dict[int, Future[Moved]] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"tq-{'save' if is_save else 'load'}")
+        self._jobs: dict[int, Future[_Given]] = {}
+        self._pool = (
+            ThreadPoolExecutor(1, thread_name_prefix=f"tq-{'save' if is_save else 'load'}")
+            if self._streams.calls_take_time
+            else None
+        )
 
     def fence(self) -> Event:
         """All that the engine has given its device to do so far; called on the engine's thread."""
@@ -71,43 +86,55 @@ class ChunkMover:
 
     def submit(self, job_id: int, chunks: Sequence[Chunk], ready: Event) -> None:
         """Move chunks as soon as `ready` has happened."""
-        self._jobs[job_id] = self._pool.submit(self._move, job_id, chunks, ready)
+        if self._pool is not None:
+            self._jobs[job_id] = self._pool.submit(self._move, chunks, ready)
+            return
+        job: Future[_Given] = Future()
+        try:
+            job.set_result(self._move(chunks, ready))
+        except Exception as error:
+            job.set_exception(error)
+        self._jobs[job_id] = job
 
     def take_finished(self) -> list[Moved]:
         """Jobs that are done, each once."""
-        done = [job_id for job_id, job in self._jobs.items() if job.done()]
+        done = [job_id for job_id, job in self._jobs.items() if _is_done(job)]
         return [_result(job_id, self._jobs.pop(job_id)) for job_id in done]
 
     def wait(self, job_ids: Collection[int]) -> None:
         """Wait until these jobs are done; those that are not known are."""
-        wait([self._jobs[job_id] for job_id in job_ids if job_id in self._jobs])
+        jobs = [self._jobs[job_id] for job_id in job_ids if job_id in self._jobs]
+        wait(jobs)
+        for job in jobs:
+            if job.exception() is None:
+                job.result().end.synchronize()
 
     def close(self) -> None:
         """Drop what waits, and wait for what runs. May be called twice."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self.wait([job_id for job_id, job in self._jobs.items() if not job.cancelled()])
 
-    def _move(self, job_id: int, chunks: Sequence[Chunk], ready: Event) -> Moved:
+    def _move(self, chunks: Sequence[Chunk], ready: Event) -> _Given:
         started = time.monotonic()
         with torch.inference_mode():
-            done = self._save(chunks, ready) if self._is_save else self._load(chunks, ready)
-            done.synchronize()
-        num_bytes = len(chunks) * self._cell_bytes
-        return Moved(job_id, True, num_bytes, time.monotonic() - started)
+            end = self._save(chunks, ready) if self._is_save else self._load(chunks, ready)
+        return _Given(started, len(chunks) * self._cell_bytes, end)
 
     def _save(self, chunks: Sequence[Chunk], ready: Event) -> Event:
         def quantize(part: Sequence[Chunk], cells: torch.Tensor) -> None:
             self._codecs[part[0].group].save(self._blocks_of(part), cells)
 
         def copy(part: Sequence[Chunk], cells: torch.Tensor) -> None:
-            for chunk, cell in zip(part, cells, strict=True):
-                chunk.cell.copy_(cell, non_blocking=True)
+            for start, rows in _runs(part):
+                rows.copy_(cells[start : start + len(rows)], non_blocking=True)
 
         return self._pipeline(chunks, ready, self._streams.compute, quantize, self._streams.copy, copy)
 
     def _load(self, chunks: Sequence[Chunk], ready: Event) -> Event:
         def copy(part: Sequence[Chunk], cells: torch.Tensor) -> None:
-            for chunk, cell in zip(part, cells, strict=True):
-                cell.copy_(chunk.cell, non_blocking=True)
+            for start, rows in _runs(part):
+                cells[start : start + len(rows)].copy_(rows, non_blocking=True)
 
         def dequantize(part: Sequence[Chunk], cells: torch.Tensor) -> None:
             self._codecs[part[0].group].load(cells, self._blocks_of(part))
@@ -154,10 +181,25 @@ class ChunkMover:
         return self._streams.to_device(blocks)
 
 
-def _result(job_id: int, job: Future[Moved]) -> Moved:
+def _runs(chunks: Sequence[Chunk]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Cells that lie one after the other in memory, as one: position of the first, ``[n, cell_bytes]``."""
+    start = 0
+    for end in range(1, len(chunks) + 1):
+        last = chunks[end - 1].cell
+        if end == len(chunks) or chunks[end].cell.data_ptr() != last.data_ptr() + last.nbytes:
+            yield start, chunks[start].cell.as_strided((end - start, len(last)), (len(last), 1))
+            start = end
+
+
+def _is_done(job: Future[_Given]) -> bool:
+    return job.done() and (job.exception() is not None or job.result().end.has_happened())
+
+
+def _result(job_id: int, job: Future[_Given]) -> Moved:
     error = job.exception()
     if error is None:
-        return job.result()
+        given = job.result()
+        return Moved(job_id, True, given.num_bytes, time.monotonic() - given.started)
     logger.error("moving chunks between device and host memory failed", exc_info=error)
     return Moved(job_id, False, 0, 0.0)
 

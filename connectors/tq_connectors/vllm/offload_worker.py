@@ -19,7 +19,7 @@ _NO_BLOCK = -1
 
 
 class TQOffloadingWorker(OffloadingWorker):
-    """Moves chunks on threads and streams of its own; saves and loads do not wait for each other.
+    """Moves chunks on streams of its own; saves and loads do not wait for each other.
 
     Args:
         codecs: What a chunk of each group of layers becomes.

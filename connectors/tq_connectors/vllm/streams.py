@@ -15,12 +15,18 @@ class Event(Protocol):
     def wait(self) -> None:
         """Let the current stream go on only then."""
 
+    def has_happened(self) -> bool:
+        """Whether the stream has come so far."""
+
     def synchronize(self) -> None:
         """Let this thread go on only then."""
 
 
 class Streams(Protocol):
     """Two streams: one that computes, and one that copies over the bus."""
+
+    calls_take_time: bool
+    """Whether a call returns when it is done, and not when the device has been given it."""
 
     def compute(self) -> AbstractContextManager[object]:
         """Give what follows to the stream that computes."""
@@ -59,8 +65,13 @@ class _Done:
 
     wait = synchronize = record
 
+    def has_happened(self) -> bool:
+        return True
+
 
 class _NoStreams:
+    calls_take_time = True
+
     def compute(self) -> AbstractContextManager[object]:
         return nullcontext()
 

@@ -148,6 +148,52 @@ def test_a_job_that_fails_says_so_and_nothing_waits_for_it_before(caplog):
     mover.close()
 
 
+class Happens:
+    """Events of a device that comes to their end when it is told, or when somebody waits."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def record(self) -> None:
+        pass
+
+    wait = record
+
+    def has_happened(self) -> bool:
+        return self.is_over
+
+    def synchronize(self) -> None:
+        self.is_over = True
+
+
+class Quick(type(streams_of(torch.device("cpu")))):
+    """A device whose calls return at once."""
+
+    calls_take_time = False
+
+    def event(self) -> Happens:
+        return Happens()
+
+
+def test_a_device_with_streams_is_given_everything_at_once(monkeypatch, caplog):
+    monkeypatch.setattr("tq_connectors.vllm.chunk_mover.streams_of", lambda device: Quick())
+    codec = CopiedChunks(layers(1), blocks_per_chunk=1)
+    cells = torch.zeros(4, codec.cell_bytes, dtype=torch.uint8)
+    mover = ChunkMover([codec], staging_bytes=2 * codec.cell_bytes, is_save=True)
+    chunks = [Chunk(0, cells[number], [block]) for number, block in ((2, 5), (3, 6), (0, 7))]
+    mover.submit(1, chunks, mover.fence())
+    assert torch.equal(cells[[2, 3, 0]], codec._layers[0][[5, 6, 7]])
+    assert not mover.take_finished()
+    mover.wait({1})
+    assert [moved.success for moved in mover.take_finished()] == [True]
+    monkeypatch.delattr(CopiedChunks, "save")
+    mover.submit(2, chunks, mover.fence())
+    mover.wait({2})
+    assert [moved.success for moved in mover.take_finished()] == [False]
+    assert "moving chunks" in caplog.text
+    mover.close()
+
+
 def test_chunks_are_whole_numbers_of_blocks():
     shape = BlockShape(block_tokens=48, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     pages = StridedPages([random_cache(2, shape.num_bytes)], shape, head_major=True)
