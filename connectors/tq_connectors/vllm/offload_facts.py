@@ -3,6 +3,8 @@
 Served: the `OffloadingConfig` of vLLM 0.32 and 0.33.
 """
 
+import logging
+import os
 from pathlib import Path
 
 from vllm.v1.core import kv_cache_utils
@@ -11,6 +13,8 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from tq_connectors.vllm.plan import EngineFacts
 from tq_store.errors import ConfigError
 from tq_store.sizing import read_model
+
+logger = logging.getLogger(__name__)
 
 
 def engine_facts(config: OffloadingConfig) -> EngineFacts:
@@ -49,5 +53,14 @@ def heads_of_model(config: OffloadingConfig) -> tuple[int, int]:
 
 
 def hash_seed() -> bytes:
-    """What the first block's hash is chained to: other algorithms and seeds have another."""
+    """What the first block's hash is chained to: other algorithms and seeds have another.
+
+    Says so where no other process can have the same, and nothing that is saved will be found by one.
+    """
+    seed = kv_cache_utils.get_none_hash_seed()
+    if seed not in (kv_cache_utils.DEFAULT_NONE_HASH_SEED, os.environ.get("PYTHONHASHSEED")):
+        logger.warning(
+            "this engine seeds its hashes at random, so no other finds its pages in the store: start it with "
+            "--prefix-caching-hash-algo sha256_cbor"
+        )
     return bytes(kv_cache_utils.NONE_HASH)

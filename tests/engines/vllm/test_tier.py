@@ -7,17 +7,18 @@ import pytest
 import torch
 from engines.vllm.offload_ranks import BLOCKS_PER_CHUNK, DIM, HEADS, KEYS, Ranks, offloading_config, tokens_of
 from store.running_server import running_server, wait_until
-from vllm.utils.hashing import sha256_cbor
+from vllm.utils.hashing import sha256_cbor, xxhash
 from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.kv_offload.base import LookupResult
 
+from tq_connectors.vllm.offload_facts import hash_seed
 from tq_connectors.vllm.offload_spec import TQOffloadingSpec
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError
 
 
 @pytest.fixture(autouse=True, scope="module")
-def hash_seed() -> None:
+def hashes() -> None:
     """As the engine's core does at its start."""
     init_none_hash(sha256_cbor)
 
@@ -127,6 +128,18 @@ def looked_up(ranks: Ranks, tier: object, chunk: int) -> bool:
     result = tier.lookup(KEYS[chunk], ranks.context)
     ranks.end_step()
     return result is LookupResult.HIT
+
+
+def test_an_engine_that_seeds_its_hashes_at_random_is_told_so(caplog):
+    fixed = hash_seed()
+    assert not caplog.records
+    try:
+        init_none_hash(xxhash)
+        assert hash_seed() != fixed
+        assert "no other finds its pages" in caplog.text
+    finally:
+        init_none_hash(sha256_cbor)
+    assert hash_seed() == fixed
 
 
 @pytest.mark.parametrize(
