@@ -8,6 +8,7 @@ attention over what the pages hold, which is what the kernels cost. It ends with
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from tq_connectors.engine.layouts import DTYPES, PAGE_TOKENS
 from tq_connectors.engine.sink_pool import NUM_SINKS
+from tq_connectors.engine.state import load_state
 from tq_connectors.sglang.backend import TurboQuantBackend
 from tq_connectors.sglang.plugin import register
 from tq_connectors.sglang.pool import TQTokenToKVPool
@@ -178,7 +180,11 @@ class Engine:
         shape = (num_pages, self.page_size, *self.heads[1:])
         held = [torch.empty(shape, dtype=torch.float32, device=self.device) for _ in range(2)]
         slots = torch.arange(num_pages * self.page_size, device=self.device)
-        dequantize_pages(self.pool.pages(layer), table, *held, slots, self.pool.page_layout)
+        state = load_state(os.environ)
+        balance = None if state is None else state.key_balance[layer].to(self.device)
+        dequantize_pages(
+            self.pool.pages(layer), table, *held, slots, self.pool.page_layout, key_balance=balance
+        )
         return [side.flatten(0, 1) for side in held]
 
 

@@ -1,5 +1,6 @@
 """SGLang's classes with ours in them, without a model: attention, and rows that move."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,11 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins import load_plugins
 
-from benchmarks.sglang_attention import LARGEST_ERROR, LAYERS, Engine, check
+from benchmarks.sglang_attention import LARGEST_ERROR, LAYERS, Engine, cases, check
+from tq_connectors.codec import CacheGeometry, namespace_for
+from tq_connectors.codec_state import CodecState, pack_state
+from tq_connectors.engine.layouts import layout_for
+from tq_connectors.engine.state import STATE_VARIABLE
 from tq_connectors.sglang.attention_registration import add_backend
 from tq_connectors.sglang.hooks.arguments import BACKEND
 from tq_connectors.sglang.page_rows import row_bytes
@@ -42,6 +47,24 @@ def test_attention_is_that_over_what_the_pages_hold(dtype_name: str, page_size: 
     for name, error in row["errors"].items():
         assert error["codes"] < LARGEST_ERROR, name
     assert row["errors"]["decode"]["exact"] > 0.05  # it did read codes
+
+
+def test_keys_are_divided_by_the_codec_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = CacheGeometry(num_layers=LAYERS, num_kv_heads=2, head_dim=32, kv_dtype="float32")
+    layout = layout_for("tq4", head_dim=32, num_kv_heads=2)
+    numbers = torch.rand(LAYERS, 2, 32, generator=torch.Generator().manual_seed(4)) * 4 + 0.5
+    state = CodecState(numbers.bfloat16().float())
+    namespace = namespace_for(layout, geometry, model="m", revision="r")
+    file = tmp_path / "state"
+    file.write_bytes(pack_state(state, namespace, geometry))
+    one = engine()
+    one.run(ForwardMode.EXTEND, [(0, 0, 64)])
+    monkeypatch.setenv(STATE_VARIABLE, str(file))
+    other = engine()
+    other.run(ForwardMode.EXTEND, [(0, 0, 64)])
+    assert not torch.equal(one.pool.pages(0), other.pool.pages(0))
+    for name, _, error in cases(other, 160):
+        assert error < LARGEST_ERROR, name
 
 
 def test_pages_move_as_rows_to_other_pages() -> None:
