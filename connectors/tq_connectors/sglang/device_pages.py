@@ -20,7 +20,7 @@ class LayerCodec(PageCodec, Protocol):
         """Fill one of the pool's layers of n pages.
 
         Args:
-            stored: Bytes ``[n, num_bytes]`` uint8 of the pages, on the CPU.
+            stored: Bytes ``[layers, n, layer_bytes]`` uint8 of the pages, on the CPU, of the model's layers.
             layer: Counted from the first in the pool.
             slots: ``[n * page_tokens]`` int64 on the device, page after page.
         """
@@ -93,8 +93,7 @@ class DeviceRows(RowCodec):
     def unpack_layer(self, stored: torch.Tensor, layer: int, slots: torch.Tensor) -> None:
         """See `LayerCodec`."""
         shape = self._pool.shape
-        rows = stored.unflatten(1, (shape.num_layers, -1))[:, layer].contiguous()
-        rows = rows.to(self._pool.device, non_blocking=True).view(shape.dtype)
+        rows = stored[layer].to(self._pool.device, non_blocking=True).view(shape.dtype)
         sides = rows.view(-1, shape.num_kv_heads, 2, shape.page_tokens, shape.head_dim).permute(2, 0, 3, 1, 4)
         for side in range(2):
             self._pool.write(side, layer, slots, sides[side])
@@ -120,10 +119,9 @@ class DevicePacked(PackedCodec):
 
     def unpack_layer(self, stored: torch.Tensor, layer: int, slots: torch.Tensor) -> None:
         """See `LayerCodec`."""
-        indices, by_layer = self._indices(slots), stored.unflatten(1, (self._num_layers, -1))
+        indices = self._indices(slots)
         for own in range(2 * layer, min(2 * layer + 2, self._num_layers)):
-            pages = by_layer[:, own].contiguous().to(self._pool.device, non_blocking=True)
-            self._layer(own)[indices] = pages
+            self._layer(own)[indices] = stored[own].to(self._pool.device, non_blocking=True)
 
     def _layer(self, layer: int) -> torch.Tensor:
         """``[num_pages, page_bytes]`` of one of the model's layers."""
@@ -158,8 +156,8 @@ class DeviceQuantized(QuantizedCodec):
     def unpack_layer(self, stored: torch.Tensor, layer: int, slots: torch.Tensor) -> None:
         """See `LayerCodec`."""
         dtype = self._pool.shape.dtype
-        packed = stored.unflatten(1, (self._num_layers, -1))[:, layer].contiguous()
-        keys, values = self._dequantize(packed.to(self._pool.device, non_blocking=True), wide(dtype))
+        packed = stored[layer].to(self._pool.device, non_blocking=True)
+        keys, values = self._dequantize(packed, wide(dtype))
         if self._balance is not None:
             keys = keys * self._balance[layer]
         for side, tokens in enumerate((keys, values)):

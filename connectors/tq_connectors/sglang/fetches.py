@@ -35,16 +35,24 @@ class Fetches:
     Args:
         store: Where pages are.
         page_bytes: Bytes of a page in the store.
+        num_layers: Layers of a page, which are kept apart, so that a device reads each in one piece.
         budget_bytes: Most bytes of all pages on their way or waiting.
         num_threads: Fetches at once.
         pinned: Whether a device reads the memory.
     """
 
     def __init__(
-        self, store: PageStore, *, page_bytes: int, budget_bytes: int, num_threads: int, pinned: bool
+        self,
+        store: PageStore,
+        *,
+        page_bytes: int,
+        num_layers: int,
+        budget_bytes: int,
+        num_threads: int,
+        pinned: bool,
     ) -> None:
         self._store = store
-        self._page_bytes = page_bytes
+        self._num_layers, self._layer_bytes = num_layers, page_bytes // num_layers
         self._max_pages = budget_bytes // page_bytes
         self._pinned = pinned
         self._changed = threading.Condition()
@@ -66,7 +74,8 @@ class Fetches:
             self._drop(rid)
             self._make_room(found)
             promised = min(found, self._max_pages - self._num_pages)
-            memory = torch.empty(promised, self._page_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            shape = (self._num_layers, promised, self._layer_bytes)
+            memory = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
             fetch = self._fetches[rid] = _Fetch(hashes[:promised], memory)
             self._num_pages += promised
         if promised:
@@ -74,7 +83,7 @@ class Fetches:
         return promised
 
     def take(self, rid: str, hashes: Sequence[str], timeout_s: float) -> torch.Tensor | None:
-        """Bytes ``[n, page_bytes]`` of pages that were promised, or None if one has not come by then.
+        """Bytes ``[layers, n, layer_bytes]`` of n pages that were promised, or None if one is late.
 
         Args:
             rid: The request, whose pages are forgotten.
@@ -91,7 +100,7 @@ class Fetches:
             self._changed.wait_for(lambda: fetch.num_here >= end or fetch.is_over, max(0.0, left_s))
             is_here = fetch.num_here >= end and fetch.hashes[first:end] == list(hashes)
             self._drop(rid)
-        return fetch.memory[first:end] if is_here else None
+        return fetch.memory[:, first:end] if is_here else None
 
     def clear(self) -> None:
         """Forget all pages."""
@@ -106,7 +115,8 @@ class Fetches:
 
     def _run(self, fetch: _Fetch) -> None:
         def take(position: int, stored: memoryview) -> None:
-            fetch.memory[position].numpy()[:] = np.frombuffer(stored, dtype=np.uint8)
+            layers = np.frombuffer(stored, dtype=np.uint8).reshape(self._num_layers, self._layer_bytes)
+            fetch.memory[:, position].numpy()[...] = layers
             with self._changed:
                 fetch.num_here += 1
                 self._changed.notify_all()

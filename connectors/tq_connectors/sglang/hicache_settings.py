@@ -29,6 +29,8 @@ _OF_SGLANG = frozenset(
 """Keys that stand in the same JSON and are read by SGLang itself."""
 _CLIENT_DEFAULTS = {"transfer_timeout": "5s"}
 """A request may wait for its get, which is worth nothing once computing the prompt would have been faster."""
+_LINKER_DEFAULTS = {"lookup_timeout": "200ms"}
+"""SGLang's scheduler makes the linker's lookups, and does nothing else meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +106,18 @@ class PageSettings:
 
 
 def read_settings(
-    written: Mapping[str, Any], environment: Mapping[str, str]
+    written: Mapping[str, Any], environment: Mapping[str, str], *, is_linker: bool = False
 ) -> tuple[PageSettings, ClientConfig]:
     """Ours, and those of the connection, from the JSON object that SGLang hands over.
+
+    Args:
+        written: The JSON object.
+        environment: Usually `os.environ`.
+        is_linker: Whether it is the linker's, which looks up where all requests wait.
 
     Raises:
         ConfigError: A setting is missing, unknown, not understood or not allowed; the message names it.
     """
     ours = {name: value for name, value in written.items() if name not in _OF_SGLANG}
-    return read_engine_settings(PageSettings, ours, environment, client_defaults=_CLIENT_DEFAULTS)
+    defaults = _CLIENT_DEFAULTS | (_LINKER_DEFAULTS if is_linker else {})
+    return read_engine_settings(PageSettings, ours, environment, client_defaults=defaults)

@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -77,7 +78,7 @@ class TQCacheLinker(UnifiedCacheLinker):
         extra_config: Mapping[str, Any] | None = None,
         forward_stream: Any = None,
     ) -> None:
-        settings, connection = read_settings(extra_config or {}, os.environ)
+        settings, connection = read_settings(extra_config or {}, os.environ, is_linker=True)
         pool = params.token_to_kv_pool_allocator.get_kvcache()
         _check_served(pool, params, components)
         self.forward_stream = forward_stream
@@ -97,12 +98,17 @@ class TQCacheLinker(UnifiedCacheLinker):
         makers = (partial(each, self._device) for each in (DeviceRows, DevicePacked, DeviceQuantized))
         self._client = StoreClient(config=connection)
         self._store = open_page_store(
-            self._client, settings, self._device.shape, place, codecs=Codecs(*makers)
+            self._client,
+            replace(settings, device=str(self._device.device)),
+            self._device.shape,
+            place,
+            codecs=Codecs(*makers),
         )
         self._codec = cast(LayerCodec, self._store.codec)
         self._fetches = Fetches(
             self._store,
             page_bytes=self._store.stored_page_bytes,
+            num_layers=self._store.num_layers,
             budget_bytes=settings.fetch_memory_bytes,
             num_threads=_FETCH_THREADS,
             pinned=self._device.device.type == "cuda",
@@ -110,11 +116,13 @@ class TQCacheLinker(UnifiedCacheLinker):
         self._load_wait_s = settings.load_wait_s
         self._max_waiting_pages = settings.fetch_memory_bytes // self._store.stored_page_bytes
         self._waiting_pages = 0
+        self._lock = threading.Lock()
         self.layer_done_counter = LayerWiseLoadCounter(len(pool.k_buffer))
         self._pending: dict[str, _Load] = {}
         self._results: queue.Queue[bool] = queue.Queue()
-        self._loads = _Worker("tq-store-load")
-        self._offloads = _Worker("tq-store-offload")
+        self._loads, self._offloads = (
+            _Worker(f"tq-store-{name}", self._device.device) for name in ("load", "offload")
+        )
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every number of leading pages that can be restored; they are on their way when this returns."""
@@ -156,9 +164,9 @@ class TQCacheLinker(UnifiedCacheLinker):
             return False
         (transfer,) = (each for each in transfers if each.name == PoolName.KV)
         work = _Offload(keys, transfer.device_indices, self.record_offload_ready())
-        is_taken = self._waiting_pages + len(keys) <= self._max_waiting_pages
-        if is_taken:
-            self._waiting_pages += len(keys)
+        with self._lock:
+            is_taken = self._waiting_pages + len(keys) <= self._max_waiting_pages
+            self._waiting_pages += len(keys) if is_taken else 0
         self._offloads.put(lambda: self._results.put(is_taken and self._save(work)))
         return True
 
@@ -217,12 +225,16 @@ class TQCacheLinker(UnifiedCacheLinker):
             self.layer_done_counter.fail(index, error)
 
     def _save(self, work: _Offload) -> bool:
-        for event in work.events:
-            event.synchronize()
-        pages = work.slots.split(self._device.page_tokens)
-        is_saved = self._guarded(lambda: self._store.save(work.hashes, pages.__getitem__), [False])
-        self._waiting_pages -= len(work.hashes)
-        return all(is_saved)
+        def save() -> bool:
+            for event in work.events:
+                event.synchronize()
+            pages = work.slots.split(self._device.page_tokens)
+            return all(self._store.save(work.hashes, pages.__getitem__))
+
+        is_saved = bool(self._guarded(save, False))
+        with self._lock:
+            self._waiting_pages -= len(work.hashes)
+        return is_saved
 
     def _guarded(self, call: Callable[[], Any], miss: Any) -> Any:
         """What the call returns; whatever goes wrong in it is logged, and a miss."""
@@ -236,7 +248,8 @@ class TQCacheLinker(UnifiedCacheLinker):
 class _Worker:
     """A thread that does one thing after the other, on a stream of its own where there are streams."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._device = device
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -252,7 +265,8 @@ class _Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        # a thread begins on the first device; entering a stream moves it to that of the stream
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.cuda.stream(stream):
             while (task := self._tasks.get()) is not None:
                 task()

@@ -176,6 +176,11 @@ class PageStore:
         return self._codec
 
     @property
+    def num_layers(self) -> int:
+        """Layers of the model that this process holds."""
+        return self._names.shard.part.num_layers
+
+    @property
     def stored_page_bytes(self) -> int:
         """Bytes of the pages of this process in the store, without headers."""
         part = self._names.shard.part

@@ -63,9 +63,10 @@ def same_in_host_memory(pool: DevicePool) -> list[torch.Tensor]:
     return [pages.page(place * TOKENS) for place in range(len(PAGES))]
 
 
-def load(codec, packed: torch.Tensor, layers: int, pages: tuple[int, ...]) -> None:
-    for layer in range(layers):
-        codec.unpack_layer(packed, layer, slots_of(pages))
+def load(codec, packed: torch.Tensor, model_layers: int, pages: tuple[int, ...]) -> None:
+    stored = packed.unflatten(1, (model_layers, -1)).transpose(0, 1)
+    for layer in range(LAYERS):
+        codec.unpack_layer(stored, layer, slots_of(pages))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32])
@@ -90,7 +91,7 @@ def test_packed_pages_pass_through(num_layers):
     assert packed.shape == (2, num_layers * LAYOUT.page_bytes)
     page = packed[0].view(num_layers, LAYOUT.page_bytes)
     assert torch.equal(page[1], saved.values[0][3 * TOKENS : 4 * TOKENS].flatten())
-    load(DevicePacked(loaded, LAYOUT, num_layers, part), packed, LAYERS, PAGES)
+    load(DevicePacked(loaded, LAYOUT, num_layers, part), packed, num_layers, PAGES)
     for layer in range(num_layers):
         side, pair = layer % 2, layer // 2
         slots = slots_of(PAGES)

@@ -34,10 +34,21 @@ def store(client: StoreClient) -> PageStore:
     return save(client, pool_of(seed=1))
 
 
+def fetches_of(store: PageStore, max_pages: int) -> Fetches:
+    return Fetches(
+        store,
+        page_bytes=PAGE_BYTES,
+        num_layers=store.num_layers,
+        budget_bytes=max_pages * PAGE_BYTES,
+        num_threads=1,
+        pinned=False,
+    )
+
+
 @pytest.fixture
 def fetches(store: PageStore) -> Iterator[Fetches]:
     assert store.stored_page_bytes == PAGE_BYTES
-    made = Fetches(store, page_bytes=PAGE_BYTES, budget_bytes=4 * PAGE_BYTES, num_threads=1, pinned=False)
+    made = fetches_of(store, 4)
     yield made
     made.close()
 
@@ -46,8 +57,9 @@ def test_pages_that_were_promised_are_here(fetches, store):
     assert fetches.begin("a", HASHES) == 4
     stored = fetches.take("a", HASHES, 10)
     pages = pool_of(seed=1)
-    assert stored.shape == (4, PAGE_BYTES)
-    assert (stored == store.codec.pack([page_at(pages)(place) for place in range(4)])).all()
+    assert stored.shape == (2, 4, PAGE_BYTES // 2)
+    packed = store.codec.pack([page_at(pages)(place) for place in range(4)])
+    assert (stored.transpose(0, 1).flatten(1) == packed).all()
     assert fetches.take("a", HASHES, 10) is None  # taken once
 
 
@@ -55,7 +67,7 @@ def test_a_request_may_take_fewer_pages_than_it_was_promised(fetches):
     """Others have computed the first page meanwhile, or memory on the device was short."""
     assert fetches.begin("a", HASHES) == 4
     assert fetches.begin("a", HASHES[1:]) == 3
-    assert fetches.take("a", HASHES[1:3], 10).shape == (2, PAGE_BYTES)
+    assert fetches.take("a", HASHES[1:3], 10).shape == (2, 2, PAGE_BYTES // 2)
 
 
 def test_the_store_is_asked_once_about_a_request(fetches, client, monkeypatch):
@@ -117,7 +129,7 @@ def test_newer_requests_get_the_memory_of_those_that_did_not_take_theirs(fetches
 
 
 def test_no_more_is_promised_than_there_is_memory_for(store):
-    small = Fetches(store, page_bytes=PAGE_BYTES, budget_bytes=2 * PAGE_BYTES, num_threads=1, pinned=False)
+    small = fetches_of(store, 2)
     assert small.begin("a", HASHES) == 2
     assert small.take("a", HASHES[:2], 10) is not None
     small.close()
@@ -136,6 +148,6 @@ def test_a_fetch_that_was_forgotten_is_not_made(fetches, client, store):
 def test_nobody_asks_a_store_that_is_not_there():
     with StoreClient("127.0.0.1:1") as client:
         store = open_page_store(client, SETTINGS, pool_of().shape, PLACE)
-        fetches = Fetches(store, page_bytes=PAGE_BYTES, budget_bytes=PAGE_BYTES, num_threads=1, pinned=False)
+        fetches = fetches_of(store, 1)
         assert fetches.begin("a", HASHES) == 0
         fetches.close()

@@ -28,6 +28,12 @@ def test_a_transfer_is_given_up_sooner_than_clients_do_by_themselves():
     assert read_settings(WRITTEN, {"TQ_STORE_TRANSFER_TIMEOUT": "7"})[1].transfer_timeout_s == 7
 
 
+def test_the_linkers_lookups_are_given_up_sooner_still():
+    assert read_settings(WRITTEN, {})[1].lookup_timeout_s == 1
+    assert read_settings(WRITTEN, {}, is_linker=True)[1].lookup_timeout_s == 0.2
+    assert read_settings(WRITTEN | {"lookup_timeout": "2s"}, {}, is_linker=True)[1].lookup_timeout_s == 2
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_makes_a_cache_another_one_must_be_written(name):
     with pytest.raises(ConfigError, match=f"{name} is missing"):
