@@ -91,6 +91,8 @@ class Recorder:
                 parts.append(("cold", seq, first, first + length))
                 first += length
         parts += [("chunk", each.seq, each.tokens.start, each.tokens.stop) for each in step.chunks]
+        for each in step.short.chunks if step.short else ():
+            parts.append(("short", each.seq, each.first_token, each.first_token + each.num_new))
         page_tokens = step.group.layout.page_tokens
         for part, seq, first, last in parts:
             length = int(step.lengths[seq])

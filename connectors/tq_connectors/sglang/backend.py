@@ -78,6 +78,7 @@ class TurboQuantBackend(AttentionBackend):
             req_to_token=runner.req_to_token_pool.req_to_token,
             first_layer=partial(pool.pages, pool.first_layer),
             sinks=self._sinks,
+            num_query_heads=self._num_query_heads,
         )
         fresh = flash_attention_3(
             self._num_query_heads, layout.num_kv_heads, layout.head_dim, runner.dtype, self._device

@@ -10,7 +10,6 @@ from tq_connectors.engine.inflate import Inflater
 from tq_connectors.sglang.fresh import FreshAttention
 from tq_connectors.sglang.segments import Kind, Segment
 from tq_connectors.sglang.steps import Batch
-from tq_kernels.decode_attention import decode_workspace
 from tq_kernels.extend_attention import ExtendWorkspace, extend_workspace
 from tq_kernels.extend_plan import WORKSPACE_TOKENS
 from tq_kernels.layout import PageLayout
@@ -70,36 +69,16 @@ class Prefill:
         for segment in batch.segments:
             new = segment.tokens
             tokens = (query[new], keys[new], values[new], out[new])
-            if segment.kind is Kind.SINGLE:
-                self._singles(attention, query[new], pages, batch, segment, out[new])
-            elif segment.kind is Kind.FRESH and self._fresh_attention is not None:
+            if segment.kind is Kind.SHORT:
+                continue
+            if segment.kind is Kind.FRESH and self._fresh_attention is not None:
                 self._fresh(self._fresh_attention, attention, *tokens, batch, segment)
             else:
                 self._one_by_one(attention, *tokens, pages, batch, segment)
+        if batch.short is not None:
+            batch.short.attend(attention, query, pages, out)
         end = batch.segments[-1].tokens.stop if batch.segments else 0
         out[end:].zero_()
-
-    def _singles(
-        self,
-        attention: PagedAttention,
-        query: torch.Tensor,
-        pages: torch.Tensor,
-        batch: Batch,
-        segment: Segment,
-        out: torch.Tensor,
-    ) -> None:
-        rows = segment.rows
-        attention.decode(
-            query,
-            pages,
-            batch.block_table[rows],
-            batch.lengths[rows],
-            sink_rows=batch.sink_rows[rows],
-            workspace=decode_workspace(
-                self._layout, len(query), query.shape[1], batch.block_table.shape[1], self._device
-            ),
-            out=out,
-        )
 
     def _fresh(
         self,

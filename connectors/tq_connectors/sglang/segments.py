@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, groupby, pairwise
 
+from tq_connectors.engine.short_chunks import LONGEST_CHUNK
+
 
 class Kind(Enum):
     """What serves a segment."""
 
     FRESH = "fresh"
     """Sequences without a prefix: attention among their new tokens alone."""
-    SINGLE = "single"
-    """Sequences with one new token each, as decodes mixed into a batch of prefills."""
+    SHORT = "short"
+    """Sequences with a few new tokens after a prefix, decodes that are mixed in among them."""
     RESUMED = "resumed"
     """One sequence whose new tokens follow a compressed prefix."""
 
@@ -75,4 +77,4 @@ def cut_into_segments(prefix_lens: Sequence[int], new_lens: Sequence[int]) -> tu
 def _kind(prefix: int, new: int) -> Kind:
     if not prefix:
         return Kind.FRESH
-    return Kind.SINGLE if new == 1 else Kind.RESUMED
+    return Kind.SHORT if new <= LONGEST_CHUNK else Kind.RESUMED

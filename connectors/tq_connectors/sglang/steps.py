@@ -1,10 +1,12 @@
 """Steps: what attention must know of a batch, from SGLang's tables, made on the device without waiting."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
+from tq_connectors.engine.short_chunks import Chunk, ShortChunks, short_chunks
 from tq_connectors.engine.sink_pool import NUM_SINKS, SinkPool
 from tq_connectors.sglang.segments import Segment, cut_into_segments
 from tq_kernels.layout import PageLayout
@@ -25,6 +27,7 @@ class Batch:
         sink_rows: ``[num_seqs]`` int32, as `PagedAttention.decode` takes them.
         begins: ``[num_seqs]`` bool, of sequences whose first token is in this pass; None if there are none.
         segments: How prefill is cut; none in decode.
+        short: Its short segments, all together.
     """
 
     block_table: torch.Tensor
@@ -36,6 +39,7 @@ class Batch:
     sink_rows: torch.Tensor
     begins: torch.Tensor | None = None
     segments: tuple[Segment, ...] = ()
+    short: ShortChunks | None = None
 
     @property
     def first_pages(self) -> torch.Tensor:
@@ -65,6 +69,7 @@ class Steps:
             `TQTokenToKVPool.pages` does: sinks are believed only while a page is what it was, so what is
             being loaded into it must have come.
         sinks: Raw sinks, bound to so many pages; None without.
+        num_query_heads: Query heads of this rank.
     """
 
     def __init__(
@@ -74,11 +79,13 @@ class Steps:
         req_to_token: torch.Tensor,
         first_layer: Callable[[], torch.Tensor],
         sinks: SinkPool | None,
+        num_query_heads: int,
     ) -> None:
         self._layout = layout
         self._first_slots = req_to_token[:, :: layout.page_tokens]
         self._first_layer = first_layer
         self._sinks = sinks
+        self._num_query_heads = num_query_heads
 
     def empty(self, num_seqs: int, num_tokens: int, max_tokens: int) -> Batch:
         """Memory for a batch whose longest sequence has max_tokens; its queries start one after the other."""
@@ -149,7 +156,20 @@ class Steps:
         torch.cumsum(new_lens, 0, out=batch.query_start[1:])
         self._fill(batch, rows, lengths, out_cache_loc)
         self._prepare(batch)
-        return batch
+        chunks = [
+            Chunk(seq=seq, first_token=first, num_new=new, prefix_len=prefix)
+            for seq, (first, new, prefix) in enumerate(
+                zip(accumulate(new_lens_host, initial=0), new_lens_host, prefix_lens_host, strict=False)
+            )
+        ]
+        short = short_chunks(
+            chunks,
+            batch.block_table,
+            batch.sink_rows,
+            self._layout,
+            num_query_heads=self._num_query_heads,
+        )
+        return replace(batch, short=short)
 
     def _fill(
         self, batch: Batch, rows: torch.Tensor, lengths: torch.Tensor, out_cache_loc: torch.Tensor

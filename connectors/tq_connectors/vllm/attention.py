@@ -132,6 +132,8 @@ class TQAttentionImpl(AttentionImpl[TQMetadata]):
             self._decode(attention, step, step.decode, query, pages, output)
         for prompts in step.cold:
             self._attend_raw(attention, step, prompts, (query, key, value), pages, output)
+        if step.short is not None:
+            step.short.attend(attention, query, pages, output)
         for chunk in step.chunks:
             self._attend_chunk(attention, step, chunk, (query, key, value), pages, output)
         return output

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tq_connectors.engine.inflate import Inflater
 from tq_connectors.engine.layouts import layout_for
+from tq_connectors.engine.short_chunks import Chunk, ShortChunks, short_chunks
 from tq_connectors.engine.workspaces import DecodeWorkspaces
 from tq_connectors.vllm.balance import key_balances
 from tq_connectors.vllm.batch import CachedChunk, ColdPrompts, DecodeRows, decode_rows, prefill_parts
@@ -43,7 +44,8 @@ class TQMetadata(AttentionMetadata):
         decode_workspace: For these.
         cold: Prompts without anything in the cache.
         chunks: Further tokens of sequences that have some there.
-        chunk_workspace: For these.
+        short: Short chunks after a cached prefix, all together.
+        chunk_workspace: For long ones.
         inflater: For those that are long, where vLLM has a dense attention; else None.
     """
 
@@ -57,13 +59,16 @@ class TQMetadata(AttentionMetadata):
     decode_workspace: DecodeWorkspace | None
     cold: list[ColdPrompts]
     chunks: list[CachedChunk]
+    short: ShortChunks | None
     chunk_workspace: ExtendWorkspace
     inflater: Inflater | None
 
     @property
     def is_plain_decode(self) -> bool:
         """Whether every sequence brings one token, which so shares its page with no other of the step."""
-        return self.decode is not None and self.decode.rows == 1 and not self.cold and not self.chunks
+        return (
+            self.decode is not None and self.decode.rows == 1 and not (self.cold or self.chunks or self.short)
+        )
 
 
 class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
@@ -126,6 +131,7 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
             device=device,
         )
         self._chunk_workspace = extend_workspace(layout, min(WORKSPACE_TOKENS, max_tokens), device)
+        self._layout, self._num_query_heads = layout, first.num_heads
         self._inflater = None
         if first.impl.flash is not None:
             self._inflater = Inflater(layout, dtype=model.dtype, device=device, max_tokens=max_tokens)
@@ -155,19 +161,36 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
         # lengths may have to be waited for, and only prefill asks for them
         lengths = _host_lengths(common) if num_prefills else []
         cold, chunks = prefill_parts(starts, lengths, query_start, num_decodes)
+        pages = self._group.prepare(block_table, device_lengths, query_start, num_tokens, opens=bool(cold))
+        named = [
+            Chunk(
+                seq=chunk.seq,
+                first_token=chunk.tokens.start,
+                num_new=chunk.tokens.stop - chunk.tokens.start,
+                prefix_len=chunk.prefix_len,
+            )
+            for chunk in chunks
+        ]
         return TQMetadata(
             group=self._group,
             num_tokens=num_tokens,
             slot_mapping=common.slot_mapping[:num_tokens],
             block_table=block_table,
             lengths=device_lengths,
-            pages=self._group.prepare(block_table, device_lengths, query_start, num_tokens, opens=bool(cold)),
+            pages=pages,
             decode=decode,
             decode_workspace=None
             if decode is None
             else self._decode_workspaces.get(decode.num_seqs, decode.rows),
             cold=cold,
-            chunks=chunks,
+            chunks=[each for each, chunk in zip(chunks, named, strict=True) if not chunk.is_short],
+            short=short_chunks(
+                named,
+                block_table,
+                pages.sink_rows,
+                self._layout,
+                num_query_heads=self._num_query_heads,
+            ),
             chunk_workspace=self._chunk_workspace,
             inflater=self._inflater,
         )

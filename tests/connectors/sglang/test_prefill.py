@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from tq_connectors.engine import inflate
+from tq_connectors.engine import short_chunks as engine_short_chunks
 from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.layouts import layout_for
+from tq_connectors.engine.short_chunks import Chunk, short_chunks
+from tq_connectors.sglang import segments
 from tq_connectors.sglang.prefill import Prefill
 from tq_connectors.sglang.segments import cut_into_segments
 from tq_connectors.sglang.steps import Batch
@@ -78,8 +81,10 @@ def attended(prefill: Prefill, attention: PagedAttention) -> tuple[torch.Tensor,
     tokens = sum(NEW) + 2
     query = torch.randn(tokens, HEADS, DIM, generator=generator)
     keys, values = torch.randn(2, tokens, KV_HEADS, DIM, generator=generator)
-    last = (table[3].long()[:, None] * P + torch.arange(P)).flatten()[70:71]
-    quantize_slots(keys[55:56], values[55:56], last, pages, LAYOUT)
+    for row, first, own in ((2, 35, slice(64, 84)), (3, 55, slice(70, 71))):
+        slots = (table[row].long()[:, None] * P + torch.arange(P)).flatten()[own]
+        new = slice(first, first + len(slots))
+        quantize_slots(keys[new], values[new], slots, pages, LAYOUT)
     lengths = torch.tensor([a + b for a, b in zip(PREFIXES, NEW, strict=True)], dtype=torch.int32)
     nobody = torch.full((tokens,), -1, dtype=torch.int32)
     batch = Batch(
@@ -91,6 +96,16 @@ def attended(prefill: Prefill, attention: PagedAttention) -> tuple[torch.Tensor,
         sink_slots=nobody,
         sink_rows=nobody[:4],
         segments=cut_into_segments(PREFIXES, NEW),
+        short=short_chunks(
+            [
+                Chunk(seq=row, first_token=first, num_new=new, prefix_len=prefix)
+                for row, (first, new, prefix) in enumerate(zip([0, 30, 35, 55], NEW, PREFIXES, strict=True))
+            ],
+            table,
+            nobody[:4],
+            LAYOUT,
+            num_query_heads=HEADS,
+        ),
     )
     out = torch.full_like(query, torch.nan)
     prefill.attend(attention, query, keys, values, pages, batch, out)
@@ -101,6 +116,8 @@ def test_long_chunks_over_a_prefix_are_dense_where_the_engine_has_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inflate, "SMALLEST_CHUNK", 20)
+    for module in (segments, engine_short_chunks):
+        monkeypatch.setattr(module, "LONGEST_CHUNK", 1)
     fresh, attention = FreshAttention(), PagedAttention(layout=LAYOUT, softmax_scale=SCALE)
     dense = Prefill(LAYOUT, max_tokens=256, dtype=torch.float32, device=CPU, fresh=fresh)
     direct = Prefill(LAYOUT, max_tokens=256, dtype=torch.float32, device=CPU, fresh=None)

@@ -4,14 +4,14 @@ from tq_connectors.sglang.segments import Kind, cut_into_segments
 
 
 def test_neighbours_of_one_kind_share_a_segment() -> None:
-    segments = cut_into_segments([0, 0, 64, 128, 70, 9], [100, 3, 5, 64, 1, 1])
-    assert [segment.kind for segment in segments] == [Kind.FRESH, Kind.RESUMED, Kind.RESUMED, Kind.SINGLE]
-    fresh, first, second, singles = segments
+    segments = cut_into_segments([0, 0, 64, 128, 70, 9], [100, 3, 65, 70, 64, 1])
+    assert [segment.kind for segment in segments] == [Kind.FRESH, Kind.RESUMED, Kind.RESUMED, Kind.SHORT]
+    fresh, first, second, short = segments
     assert (fresh.rows, fresh.tokens, fresh.new_lens) == (slice(0, 2), slice(0, 103), (100, 3))
     assert fresh.spans == [(0, 100), (100, 103)]
-    assert (first.rows, first.tokens, first.prefix_lens) == (slice(2, 3), slice(103, 108), (64,))
-    assert (second.rows, second.tokens, second.prefix_lens) == (slice(3, 4), slice(108, 172), (128,))
-    assert (singles.rows, singles.tokens, singles.prefix_lens) == (slice(4, 6), slice(172, 174), (70, 9))
+    assert (first.rows, first.tokens, first.prefix_lens) == (slice(2, 3), slice(103, 168), (64,))
+    assert (second.rows, second.tokens, second.prefix_lens) == (slice(3, 4), slice(168, 238), (128,))
+    assert (short.rows, short.tokens, short.prefix_lens) == (slice(4, 6), slice(238, 303), (70, 9))
 
 
 def test_a_sequence_without_new_tokens_belongs_to_no_segment() -> None:

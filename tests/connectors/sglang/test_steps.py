@@ -30,9 +30,14 @@ def make_steps(*, with_sinks: bool) -> tuple[Steps, torch.Tensor]:
         sinks = SinkPool(LAYOUT, num_layers=1, num_rows=2, dtype=torch.bfloat16, device=CPU)
         sinks.bind(NUM_PAGES)
     req_to_token = slots.flatten(1).to(torch.int32)
-    return Steps(
-        LAYOUT, req_to_token=req_to_token, first_layer=partial(torch.clone, pages), sinks=sinks
-    ), req_to_token
+    steps = Steps(
+        LAYOUT,
+        req_to_token=req_to_token,
+        first_layer=partial(torch.clone, pages),
+        sinks=sinks,
+        num_query_heads=4,
+    )
+    return steps, req_to_token
 
 
 def extend(steps: Steps, req_to_token: torch.Tensor, *spans: tuple[int, int, int]):  # type: ignore[no-untyped-def]
@@ -58,7 +63,7 @@ def test_a_prefill_knows_its_pages_slots_and_centres() -> None:
     assert batch.seed_pages.nonzero().numel() == 72
     assert batch.seed_pages[70] == 3
     assert set(batch.seed_pages.tolist()) == {-1, 3}
-    assert [segment.kind for segment in batch.segments] == [Kind.FRESH, Kind.RESUMED]
+    assert [segment.kind for segment in batch.segments] == [Kind.FRESH, Kind.SHORT]
     assert batch.sink_rows.tolist() == [-1, -1]
     steps.first_layer_written(batch)
 
