@@ -151,7 +151,7 @@ def test_clearing_without_a_store_does_nothing(monkeypatch, caplog):
     extra = {"address": "127.0.0.1:1", "revision": "r", "codec": "none", "lookup_timeout": "100ms"}
     storage = storage_of(host_pool("page_first"), config_of("", extra_config=extra), monkeypatch)
     storage.clear()
-    assert "its pages stay" in caplog.text
+    assert "pages stay in the store" in caplog.text
     storage.close()
     storage.close()
 
