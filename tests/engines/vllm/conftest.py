@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 BLOCK_TOKENS, PAGE_TOKENS, OFFLOADED_TOKENS = 32, 64, 128
 BLOCKS = {"block_size": BLOCK_TOKENS, "num_gpu_blocks_override": 400}
 READER_BLOCKS = 96
-TIMEOUTS = {"connect_timeout": "3s", "lookup_timeout": "5s", "transfer_timeout": "8s"}
+TIMEOUTS = {"connect_timeout": "5s", "lookup_timeout": "10s", "transfer_timeout": "15s"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
