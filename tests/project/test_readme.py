@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from project import readme_engines
 from project.readme_settings import README, parts, table
 
 ROOT = README.parent
@@ -12,6 +13,10 @@ TEXT = README.read_text(encoding="utf-8")
 
 def test_the_table_of_settings_is_the_declared_one():
     assert parts()[1] == table(), "run `python tests/project/readme_settings.py`"
+
+
+def test_the_table_of_engines_is_the_measured_one():
+    assert readme_engines.parts()[1] == readme_engines.table(), "run `python -m tests.project.readme_engines`"
 
 
 def test_the_table_of_presets_is_the_measured_one():
