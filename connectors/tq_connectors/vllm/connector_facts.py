@@ -4,6 +4,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
 
+from tq_connectors.vllm.offload_facts import platform_name
 from tq_connectors.vllm.plan import EngineFacts
 from tq_store.errors import ConfigError
 
@@ -38,6 +39,8 @@ def engine_facts(config: VllmConfig, kv_cache: KVCacheConfig, page_tokens: int) 
         world_size=parallel.world_size,
         token_ranks=parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size,
         layout=config.cache_config.kv_cache_layout,
+        platform=platform_name(),
+        is_replicated=False,
     )
 
 

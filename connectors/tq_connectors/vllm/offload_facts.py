@@ -7,6 +7,7 @@ import logging
 import os
 from pathlib import Path
 
+from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload.config import OffloadingConfig
 
@@ -31,7 +32,15 @@ def engine_facts(config: OffloadingConfig) -> EngineFacts:
         world_size=parallel.world_size,
         token_ranks=parallel.pcp_size * parallel.dcp_size,
         layout=config.kv_cache_layout,
+        platform=platform_name(),
+        is_replicated=config.replicated_layout,
     )
+
+
+def platform_name() -> str:
+    """The engine's kind of device, with its capability where it has one."""
+    capability = current_platform.get_device_capability()
+    return f"{current_platform.device_type} {capability.as_version_str() if capability else ''}".strip()
 
 
 def heads_of_model(config: OffloadingConfig) -> tuple[int, int]:

@@ -42,6 +42,8 @@ class EngineFacts:
         world_size: All ranks.
         token_ranks: Ranks among which the tokens of a sequence are spread.
         layout: Name of the order of layers, blocks, heads and tokens.
+        platform: What computes, on which the engine's own formats depend.
+        is_replicated: Whether all ranks hold the same bytes, of which host memory has one copy.
     """
 
     model: str
@@ -54,6 +56,8 @@ class EngineFacts:
     world_size: int
     token_ranks: int
     layout: str | None
+    platform: str
+    is_replicated: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +112,9 @@ def plan_offload(
     Raises:
         ConfigError: The engine's cache cannot be quantized; the message says why and what to choose.
     """
-    is_packed = facts.dtype in PRESETS and PRESETS[facts.dtype].key.rotated
+    is_packed = _is_packed(facts)
     if not is_packed and (facts.dtype not in _PLAIN_DTYPES or settings.preset == UNCODED):
-        return _raw(facts, settings)
+        return _raw(facts, settings, None)
     num_kv_heads, head_dim = settings.num_kv_heads, settings.head_dim
     if not (num_kv_heads and head_dim):
         num_kv_heads, head_dim = heads_of_model()
@@ -161,14 +165,14 @@ def _packed(
     facts: EngineFacts, settings: StoreSettings, num_kv_heads: int, head_dim: int, state: CodecState | None
 ) -> OffloadPlan:
     if _why_not_uniform(facts):
-        return _raw(facts, settings)
+        return _raw(facts, settings, state)
     num_layers, block_tokens = facts.num_layers[0], facts.block_tokens[0]
     layout = PageLayout(
         spec=preset(facts.dtype), head_dim=head_dim, num_kv_heads=num_kv_heads, page_tokens=block_tokens
     )
     rows = PageRows(layout, num_layers, facts.blocks_per_chunk, facts.tp_size)
     if num_layers * rows.rank_layout.page_bytes != facts.block_bytes:
-        return _raw(facts, settings)  # some layers are left in bf16
+        return _raw_of_some_layers(facts, settings, state)
     return OffloadPlan(
         mode=Mode.PAGES,
         rows=rows,
@@ -178,26 +182,46 @@ def _packed(
     )
 
 
-def _raw(facts: EngineFacts, settings: StoreSettings) -> OffloadPlan:
-    words = f"tp {facts.tp_size} tokens over {facts.token_ranks} layout {facts.layout}"
+def _raw_of_some_layers(facts: EngineFacts, settings: StoreSettings, state: CodecState | None) -> OffloadPlan:
+    if not settings.skip_layers:
+        raise ConfigError(
+            f"some layers of the engine are not in {facts.dtype}, and it does not say which: set skip_layers "
+            "to what --kv-cache-dtype-skip-layers has"
+        )
+    return _raw(facts, settings, state)
+
+
+def _raw(facts: EngineFacts, settings: StoreSettings, state: CodecState | None) -> OffloadPlan:
+    """Blocks as they are; a state only where they are packed."""
+    words = (
+        f"tp {facts.tp_size} tokens over {facts.token_ranks} layout {facts.layout} on {facts.platform} "
+        f"without layers {settings.skip_layers!r}"
+    )
     cell_bytes = facts.block_bytes * facts.blocks_per_chunk
+    num_cells = 1 if facts.is_replicated else facts.world_size
+    fingerprint = preset(facts.dtype).fingerprint.hex() if _is_packed(facts) else UNCODED
     return OffloadPlan(
         mode=Mode.RAW,
-        rows=RawRows(cell_bytes, facts.world_size, words),
+        rows=RawRows(cell_bytes, num_cells, words),
         cell_bytes_per_block=facts.block_bytes,
         namespace=Namespace(
             model=settings.model or facts.model,
             revision=settings.revision,
             kv_dtype=facts.dtype,
-            codec_fingerprint=UNCODED,
+            codec_fingerprint=fingerprint,
+            codec_state="" if state is None else state.digest,
             page_tokens=max(facts.block_tokens),
             num_layers=max(facts.num_layers),
             num_kv_heads=1,
             head_dim=1,
-            salt=f"{facts.world_size} x {cell_bytes} bytes {words} {settings.salt}",
+            salt=f"{num_cells} x {cell_bytes} bytes {words} {settings.salt}",
         ),
         chunk_tokens=max(facts.block_tokens) * facts.blocks_per_chunk,
     )
+
+
+def _is_packed(facts: EngineFacts) -> bool:
+    return facts.dtype in PRESETS and PRESETS[facts.dtype].key.rotated
 
 
 def _why_not_uniform(facts: EngineFacts) -> str | None:
@@ -208,6 +232,8 @@ def _why_not_uniform(facts: EngineFacts) -> str | None:
         return "its ranks are not all tensor-parallel"
     if facts.token_ranks != 1:
         return "the tokens of a sequence are spread over ranks"
+    if facts.is_replicated:
+        return "its ranks all hold the same bytes"
     return None
 
 

@@ -126,7 +126,7 @@ class RawRows:
 
     Args:
         cell_bytes: Bytes of one rank in a row.
-        num_ranks: Ranks in a row.
+        num_ranks: Cells in a row: one a rank, or one of all ranks where they hold the same.
         words: What else tells such rows from others.
     """
 
@@ -142,7 +142,10 @@ class RawRows:
         """Fill a row from a block."""
         found = unpack_object(key, block)
         if found.layout != self._layout or len(found.data) != self.cell_bytes * self.num_ranks:
-            raise IdentityMismatch(f"the block holds {found.layout}, not {self._layout}")
+            raise IdentityMismatch(
+                f"the block holds {len(found.data)} bytes of {found.layout}, "
+                f"not {self.cell_bytes * self.num_ranks} of {self._layout}"
+            )
         row[: len(found.data)] = found.data
 
     @property

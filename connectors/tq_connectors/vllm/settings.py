@@ -50,6 +50,13 @@ class StoreSettings:
             COUNT, "TQStoreConnector: tensor-parallel ranks of the widest engine that shares pages; 0 is ours"
         ),
     )
+    skip_layers: str = field(
+        default="",
+        metadata=about(
+            TEXT,
+            "the offloading connector: layers that --kv-cache-dtype-skip-layers leaves out, as it has them",
+        ),
+    )
     load_threads: int = field(default=2, metadata=about(COUNT, "loads from the store at once"))
     store_threads: int = field(default=1, metadata=about(COUNT, "stores at once"))
     max_pending_tasks: int = field(

@@ -29,6 +29,8 @@ def facts(**changed: object) -> EngineFacts:
         "world_size": 1,
         "token_ranks": 1,
         "layout": "LBHNC",
+        "platform": "cpu",
+        "is_replicated": False,
     }
     return EngineFacts(**(plain | changed))  # type: ignore[arg-type]
 

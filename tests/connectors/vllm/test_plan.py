@@ -8,9 +8,11 @@ from tq_connectors.codec_state import CodecState
 from tq_connectors.vllm.plan import Mode, plan_offload
 from tq_connectors.vllm.rows import PageRows, RawRows
 from tq_connectors.vllm.settings import StoreSettings, read_settings
+from tq_kernels import preset
 from tq_store.errors import ConfigError
 
 SETTINGS = StoreSettings(revision="r")
+SKIPS = StoreSettings(revision="r", skip_layers="0 1")
 PACKED = {"dtype": "tq4", "block_tokens": (64,), "block_bytes": 2 * page_layout(2).page_bytes}
 
 
@@ -45,7 +47,7 @@ def test_a_packed_cache_moves_as_it_is():
     "changed",
     [
         {"dtype": "fp8"},
-        {**PACKED, "block_bytes": 99999},
+        {**PACKED, "block_bytes": 99999, "settings": SKIPS},
         {**PACKED, "world_size": 2},
         {"settings": StoreSettings(revision="r", preset="none")},
     ],
@@ -113,6 +115,50 @@ def test_pages_of_another_state_have_other_names_and_ranks_take_their_heads():
     assert torch.equal(second, torch.full((2, 1, 64), 2.0))
     with pytest.raises(ConfigError, match=r"the codec state is of \[3, 2, 64\]"):
         plan_offload(facts(), SETTINGS, heads(), CodecState(torch.ones(3, 2, 64)))
+
+
+PIPELINE = {**PACKED, "world_size": 2}
+SOME_LAYERS = {**PACKED, "block_bytes": 99999}
+
+
+@pytest.mark.parametrize("changed", [PIPELINE, SOME_LAYERS], ids=["pipeline", "some layers"])
+def test_packed_bytes_of_another_state_or_codec_have_other_names(changed):
+    states = [None, CodecState(torch.ones(2, 2, 64)), CodecState(torch.full((2, 2, 64), 2.0))]
+    planned = [plan_offload(facts(**changed), SKIPS, heads(), state) for state in states]
+    assert {each.mode for each in planned} == {Mode.RAW}
+    assert len({each.names(0, bytes).key(b"h") for each in planned}) == 3
+    assert planned[0].namespace.codec_fingerprint == preset("tq4").fingerprint.hex()
+
+
+def test_bytes_that_are_not_packed_have_no_state():
+    state = CodecState(torch.ones(2, 2, 64))
+    with_state, without = (
+        plan_offload(facts(dtype="fp8"), SETTINGS, heads(), each) for each in (state, None)
+    )
+    assert with_state.namespace == without.namespace
+
+
+def test_bytes_of_other_layers_or_platforms_are_told_apart():
+    others = StoreSettings(revision="r", skip_layers="30 31")
+    planned = [
+        plan(SKIPS, **SOME_LAYERS),
+        plan(others, **SOME_LAYERS),
+        plan(SKIPS, **SOME_LAYERS, platform="cuda 9.0"),
+    ]
+    assert len({each.names(0, bytes).key(b"h") for each in planned}) == 3
+    assert len({each.rows for each in planned}) == 3
+    with pytest.raises(ConfigError, match="set skip_layers to what --kv-cache-dtype-skip-layers has"):
+        plan(**SOME_LAYERS)
+
+
+def test_ranks_that_hold_the_same_bytes_share_a_cell():
+    mla = {"dtype": "fp8", "tp_size": 4, "world_size": 4}
+    planned = plan(**mla, is_replicated=True)
+    assert isinstance(planned.rows, RawRows)
+    assert planned.rows.num_ranks == 1
+    assert planned.names(0, bytes).key(b"h") != plan(**mla).names(0, bytes).key(b"h")
+    with pytest.raises(ConfigError, match="its ranks all hold the same bytes: use preset none"):
+        plan(tp_size=4, world_size=4, is_replicated=True)
 
 
 def test_settings_are_checked():

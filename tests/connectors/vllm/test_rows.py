@@ -87,5 +87,5 @@ def test_raw_rows_come_back_to_the_same_division_only():
     rows.unpack(KEY, block, loaded)
     assert loaded[:2000] == row[:2000]
     for other in (RawRows(500, 4, "tp 2"), RawRows(1000, 2, "tp 1")):
-        with pytest.raises(BlockFormatError):
+        with pytest.raises(BlockFormatError, match="the block holds 2000 bytes of vllm 2 x 1000 bytes, tp 2"):
             other.unpack(KEY, block, memory_of(2048))
