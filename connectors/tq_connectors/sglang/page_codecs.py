@@ -178,10 +178,18 @@ class QuantizedCodec(_PresetCodec):
             return self._pack_tokens(keys, values)
 
     def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
-        """Fill pages from the packed ones."""
+        """Fill pages from the packed ones. None is written after this, whether it returns or raises."""
         packed = self._empty_pages(len(pages))
         for target, data in zip(packed.view(len(pages), -1), stored, strict=True):
             target.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+        try:
+            self._fill(packed, pages)
+        finally:
+            if self._stream is not None:
+                self._stream.synchronize()
+
+    def _fill(self, packed: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages, on a stream where there is one."""
         with torch.cuda.stream(self._stream):
             keys, values = self._dequantize(packed, wide(pages[0].dtype))
             shape = (len(pages), *pages[0].shape[1:])
@@ -191,8 +199,6 @@ class QuantizedCodec(_PresetCodec):
             for side, tokens in enumerate((keys, values)):
                 for page, source in zip(pages, narrowed(tokens, pages[0].dtype), strict=True):
                     _copy_in_memory_order(page[side], source)
-            if self._stream is not None:
-                self._stream.synchronize()
 
     def _pack_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 on the CPU of ``[n, layers, tokens, heads, channels]``."""

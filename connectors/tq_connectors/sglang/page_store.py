@@ -4,7 +4,8 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import torch
 
@@ -86,16 +87,18 @@ class PageStore:
     def load(self, hashes: Sequence[str], page_at: PageAt) -> list[bool]:
         """Fill the leading pages that the store has; True for each that was filled.
 
-        Stops at the first page that is missing, late or not sound; memory of later pages may be written.
+        Stops at the first page that is missing, late or not sound; memory of later pages may be written. None
+        of it is written after this, whether it returns or raises.
         """
-        run = -(-len(hashes) // self._load_threads)
-        parts = [
-            (hashes[start : start + run], lambda place, start=start: page_at(start + place))
-            for start in range(0, len(hashes), run)
-        ]
-        is_filled = [
-            each for done in self._threads.map(self._load, *zip(*parts, strict=True)) for each in done
-        ]
+        run = max(1, -(-len(hashes) // self._load_threads))
+        runs: list[Future[list[bool]]] = []
+        try:
+            for start in range(0, len(hashes), run):
+                pages = partial(_shifted, page_at, start)
+                runs.append(self._threads.submit(self._load, hashes[start : start + run], pages))
+        finally:
+            wait(runs)
+        is_filled = [each for done in runs for each in done.result()]
         first_miss = is_filled.index(False) if False in is_filled else len(hashes)
         return [True] * first_miss + [False] * (len(hashes) - first_miss)
 
@@ -259,3 +262,8 @@ class PageStore:
             is_saved[position] = all(each in (PutOutcome.STORED, PutOutcome.PRESENT) for each in of_page)
         with self._lock:
             self.counters.saved_pages += sum(is_saved[position] for position in positions)
+
+
+def _shifted(page_at: PageAt, start: int, position: int) -> torch.Tensor:
+    """The page at a position of a run."""
+    return page_at(start + position)

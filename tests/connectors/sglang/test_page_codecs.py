@@ -103,6 +103,22 @@ def test_a_device_and_the_host_read_pages_alike():
     assert 0 < (loaded[0].float() - page.float()).square().mean() < 0.012
 
 
+def test_a_stream_is_waited_for_when_pages_cannot_be_filled():
+    class Stream:
+        waits = 0
+
+        def synchronize(self):
+            self.waits += 1
+
+    pages, codec = all_pages(pool_of("page_first", torch.float16, seed=1)), quantized("tq4")
+    packed = codec.pack(pages)
+    codec._empty_pages = lambda num_pages: torch.empty_like(packed).view(3 * num_pages, -1)
+    codec._stream = Stream()
+    with pytest.raises(RuntimeError):
+        codec.unpack(stored(packed), [*pages[:3], pages[3][:, :, :5]])
+    assert codec._stream.waits == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_an_fp8_pool_never_gets_a_number_it_cannot_hold(dtype):
     saved, loaded = pool_of("page_first", dtype), pool_of("page_first", dtype)

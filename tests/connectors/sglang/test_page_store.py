@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+import threading
 import time
 
 import pytest
@@ -104,6 +105,32 @@ def test_a_purge_takes_the_pages_of_its_own_kind_alone(client):
     other = save(client, pages, dataclasses.replace(SETTINGS, salt="tenant"))
     assert store.purge()
     assert (store.count_present(HASHES), other.count_present(HASHES)) == (0, 4)
+
+
+def test_no_pages_are_loaded_of_none(client):
+    store = open_page_store(client, SETTINGS, pool_of().shape, PLACE)
+    assert store.load([], page_at(pool_of())) == []
+    assert store.count_present([]) == 0
+
+
+def test_no_page_is_written_after_a_load_has_failed(client):
+    """SGLang gives the memory of pages to others as soon as the call is over."""
+    store = save(client, pool_of(seed=1))
+    has_failed, written = threading.Event(), []
+
+    def load_of(hashes, page_at):
+        if hashes[0] == HASHES[0]:
+            has_failed.set()
+            raise ValueError("a codec's error")
+        has_failed.wait(10)
+        time.sleep(0.2)  # as a run that is under way takes
+        written.append(hashes)
+        return [True] * len(hashes)
+
+    store._load = load_of
+    with pytest.raises(ValueError, match="a codec's error"):
+        store.load(HASHES, page_at(pool_of()))
+    assert written == [HASHES[2:]]
 
 
 def test_a_dead_store_is_a_miss_at_once(caplog):
