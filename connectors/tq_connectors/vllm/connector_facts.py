@@ -2,7 +2,7 @@
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from tq_connectors.vllm.offload_facts import platform_name
 from tq_connectors.vllm.plan import EngineFacts
@@ -16,8 +16,12 @@ def engine_facts(config: VllmConfig, kv_cache: KVCacheConfig, page_tokens: int) 
         ConfigError: It is no cache of keys and values of full attention, or pages are not whole blocks.
     """
     groups = kv_cache.kv_cache_groups
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, AttentionSpec):
-        raise ConfigError("TQStoreConnector serves models whose layers are all of one kind of attention")
+    if len(groups) != 1 or type(groups[0].kv_cache_spec) is not FullAttentionSpec:
+        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
+        raise ConfigError(
+            f"TQStoreConnector serves models whose layers all have full attention, and this one has {kinds}: "
+            "of others it would read blocks that vLLM has freed; use `TQOffloadingSpec`"
+        )
     spec, layers = groups[0].kv_cache_spec, groups[0].layer_names
     dtype = config.cache_config.cache_dtype
     if dtype == "auto":

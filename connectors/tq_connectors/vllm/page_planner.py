@@ -149,13 +149,17 @@ class PagePlanner:
         return known.has_saved
 
     def moved(self, received: Iterable[str], sent: Iterable[str], failed_blocks: set[int]) -> None:
-        """Loads that have ended, requests that are no longer read, and blocks that were not filled."""
+        """Loads that have ended, requests that are no longer read, and blocks that were not filled.
+
+        Blocks come as soon as one rank has failed, the end of a load when all ranks are done with it.
+        """
+        for known in self._requests.values() if failed_blocks else ():
+            if not failed_blocks.isdisjoint(known.loading_blocks):
+                known.is_refused, known.next_page = True, None
         for request_id in received:
             known = self._requests.get(request_id)
             if known is not None:
                 self._loading.difference_update(known.loading)
-                if not failed_blocks.isdisjoint(known.loading_blocks):
-                    known.is_refused, known.next_page = True, None
                 known.loading, known.loading_blocks = (), frozenset()
         self._held.difference_update(sent)
 

@@ -125,6 +125,17 @@ def test_after_a_failed_load_a_request_loads_no_more_and_is_saved_anew(planner):
     assert [len(save.pages) for save in moves.saves] == [4]
 
 
+def test_a_rank_may_fail_before_the_others_have_ended(planner):
+    request = FakeRequest()
+    matched(planner, request)
+    planner.allocated(request, blocks_of(0), 4 * PAGE)
+    planner.moved([], [], {7})
+    planner.moved(["one"], [], set())
+    assert planner.matched(request, 0) == 0
+    moves = step(planner, request, 300, blocks=blocks_of(0))
+    assert [len(save.pages) for save in moves.saves] == [4]
+
+
 def test_a_failure_elsewhere_refuses_nothing(planner):
     request = FakeRequest()
     matched(planner, request)
