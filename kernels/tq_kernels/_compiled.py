@@ -14,6 +14,7 @@ from tq_kernels._dispatch import is_interpreted
 
 _OPTIONS = frozenset(("num_warps", "num_stages", "maxnreg", "launch_pdl"))
 _LARGEST_INT32 = (1 << 31) - 1
+_IS_AMD = torch.version.hip is not None
 
 _compiled: dict[tuple[Any, ...], tuple[Any, Mapping[str, Any] | None]] = {}
 """Kernels by their calls; each with the mapping whose identity is part of its key, which so stays alive."""
@@ -51,7 +52,9 @@ def launch(
 def _kind(value: Any) -> Any:
     """All that the compiler looks at in an argument that is no constant."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        # AMD's compiler also looks at whether 32 bits reach all of a storage
+        small = _IS_AMD and value.untyped_storage().size() <= _LARGEST_INT32
+        return value.dtype, value.data_ptr() % 16 == 0, small
     if type(value) is int:
         return value == 1, value % 16 == 0, -_LARGEST_INT32 <= value <= _LARGEST_INT32
     return type(value)

@@ -130,8 +130,10 @@ def short_chunks(
             seqs.append(chunk.seq)
             lengths.append(chunk.prefix_len + end)
     device, num_parts, num_tokens = block_table.device, len(seqs), len(tokens)
-    # one copy from the host
-    numbers = torch.tensor(seqs + lengths + tokens + rows_of_tokens + tokens_of_rows).to(device)
+    # one copy from the host, which does not wait for it
+    numbers = torch.tensor(
+        seqs + lengths + tokens + rows_of_tokens + tokens_of_rows, pin_memory=device.type == "cuda"
+    ).to(device, non_blocking=True)
     seq, length, token, row, token_of_row = numbers.split(
         (num_parts, num_parts, num_tokens, num_tokens, num_parts * num_rows)
     )

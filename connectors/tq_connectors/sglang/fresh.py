@@ -27,7 +27,7 @@ def flash_attention_3(
         starts = torch.tensor([0, _PROBED_TOKENS], dtype=torch.int32, device=device)
         flash_attn_varlen_func(query, keys, keys, starts, starts, _PROBED_TOKENS, _PROBED_TOKENS, causal=True)
         torch.cuda.synchronize(device)
-    except (ImportError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # whatever a build of another machine or release raises
         logger.warning("tq-store: prefill without FlashAttention 3: %s", error)
         return None
     attention: FreshAttention = flash_attn_varlen_func

@@ -150,7 +150,8 @@ class Steps:
             seed_pages=memory.seed_pages,
             sink_slots=memory.sink_slots,
             sink_rows=memory.sink_rows,
-            begins=lengths == new_lens if 0 in prefix_lens_host else None,
+            # fewer tokens than a row has would mark it with what others may begin with as well
+            begins=(lengths == new_lens) & (new_lens >= NUM_SINKS) if 0 in prefix_lens_host else None,
             segments=cut_into_segments(prefix_lens_host, new_lens_host),
         )
         torch.cumsum(new_lens, 0, out=batch.query_start[1:])

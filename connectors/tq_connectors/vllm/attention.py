@@ -61,8 +61,8 @@ class TQAttentionImpl(AttentionImpl[TQMetadata]):
         self,
         layout: PageLayout,
         *,
-        sink_keys: torch.Tensor,
-        sink_values: torch.Tensor,
+        sink_keys: torch.Tensor | None,
+        sink_values: torch.Tensor | None,
         key_balance: torch.Tensor | None,
     ) -> PagedAttention:
         """What this layer does with pages, once they are known.

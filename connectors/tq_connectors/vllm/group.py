@@ -46,6 +46,9 @@ class LayerGroup:
 
     Args:
         layers: vLLM's layers by name, in the model's order; their `impl` is ours.
+        known: All layers by name, with those that vLLM adds to a group later.
+        keeps_sinks: Whether first tokens are kept raw: not where a connector may fill pages after a step was
+            prepared.
         layout: Of the pages of each.
         key_balances: For each layer ``[num_kv_heads, head_dim]`` float32 by which keys are divided, or None.
         max_seqs: Most sequences of a step.
@@ -59,6 +62,8 @@ class LayerGroup:
         layers: Mapping[str, Any],
         layout: PageLayout,
         *,
+        known: Mapping[str, Any],
+        keeps_sinks: bool,
         key_balances: Sequence[torch.Tensor | None],
         max_seqs: int,
         max_tokens: int,
@@ -66,6 +71,8 @@ class LayerGroup:
         device: torch.device,
     ) -> None:
         self.layout = layout
+        self._known = known
+        self._keeps_sinks = keeps_sinks
         self._first_name, self._first_layer = next(iter(layers.items()))
         self._pool = SinkPool(
             layout, num_layers=len(layers), num_rows=rows_for(max_seqs), dtype=dtype, device=device
@@ -84,7 +91,12 @@ class LayerGroup:
         self._sink_rows = torch.full((max_seqs,), -1, dtype=torch.int32, device=device)
 
     def attention(self, layer_name: str) -> PagedAttention:
-        """A layer's attention."""
+        """A layer's attention; one that was added later has no raw sinks, and no balance."""
+        if layer_name not in self._attentions:
+            impl = self._known[layer_name].impl
+            self._attentions[layer_name] = impl.on_pages(
+                self.layout, sink_keys=None, sink_values=None, key_balance=None
+            )
         return self._attentions[layer_name]
 
     def prepare(
@@ -95,6 +107,8 @@ class LayerGroup:
         num_tokens: int,
         *,
         opens: bool,
+        num_decodes: int,
+        most_rows: int,
     ) -> PageStep:
         """Before a step: where its pages take their centres from, where its sequences keep first tokens.
 
@@ -104,16 +118,21 @@ class LayerGroup:
             query_start: ``[num_seqs + 1]`` int32 first token of each, then their end.
             num_tokens: Tokens of the step, with those that fill up a graph.
             opens: Whether a sequence begins.
+            num_decodes: Sequences at the head of the batch that bring the tokens of a decode.
+            most_rows: Most tokens of these.
         """
         pages = pages_of(self._first_layer.kv_cache, self.layout)
         table = self._pool.table
         if table is None or len(table.row_of_page) != len(pages):
             table = self._pool.bind(len(pages))
         first_pages, begins = block_table[:, 0], None
+        opens = opens and self._keeps_sinks
         if opens:
             counts = query_start[1:] - query_start[:-1]
-            # vLLM's trial runs stand on the null block, and are nobody
-            begins = (counts > 0) & (lengths == counts) & (first_pages != NULL_BLOCK_ID)
+            # fewer tokens than a row has would mark it with what others may begin with as well; vLLM's trial
+            # runs stand on the null block, and are nobody
+            begins = (counts >= NUM_SINKS) & (lengths == counts) & (first_pages != NULL_BLOCK_ID)
+            begins[:num_decodes] = False
             self._pool.open_rows(first_pages, begins)
         step = PageStep(
             seed_pages=self._seed_pages[:num_tokens],
@@ -135,6 +154,8 @@ class LayerGroup:
             num_sinks=NUM_SINKS,
             clock=self._pool.tick(),
             opens=opens,
+            # a prefix that another sequence computes in this very step is found already
+            most_seeded=most_rows,
         )
         return step
 

@@ -107,6 +107,8 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
         self._group = LayerGroup(
             layers,
             layout,
+            known=known,
+            keeps_sinks=_keeps_sinks(vllm_config),
             key_balances=key_balances(
                 os.environ,
                 layout,
@@ -161,7 +163,15 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
         # lengths may have to be waited for, and only prefill asks for them
         lengths = _host_lengths(common) if num_prefills else []
         cold, chunks = prefill_parts(starts, lengths, query_start, num_decodes)
-        pages = self._group.prepare(block_table, device_lengths, query_start, num_tokens, opens=bool(cold))
+        pages = self._group.prepare(
+            block_table,
+            device_lengths,
+            query_start,
+            num_tokens,
+            opens=bool(cold),
+            num_decodes=num_decodes,
+            most_rows=self.reorder_batch_threshold or 1,
+        )
         named = [
             Chunk(
                 seq=chunk.seq,
@@ -194,6 +204,16 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
             chunk_workspace=self._chunk_workspace,
             inflater=self._inflater,
         )
+
+
+_LOADS_BETWEEN_STEPS = ("TQStoreConnector", "OffloadingConnector")
+"""Connectors that fill pages of sequences before these are in a step."""
+
+
+def _keeps_sinks(config: VllmConfig) -> bool:
+    """Whether pages are what they will be when a step is prepared: raw sinks are believed by their look."""
+    transfer = config.kv_transfer_config
+    return transfer is None or transfer.kv_connector in (None, *_LOADS_BETWEEN_STEPS)
 
 
 def _host_lengths(common: CommonAttentionMetadata) -> list[int]:

@@ -78,6 +78,12 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(given: dict[str, Any],
         arguments.complete_arguments(server_arguments(**given))
 
 
+def test_preparing_a_step_inside_of_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    with pytest.raises(ValueError, match="prepares steps outside of graphs: unset SGLANG_ENABLE"):
+        arguments.complete_arguments(server_arguments())
+
+
 def test_names_of_ours_are_choices_of_the_command_line() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8_e5m2"])

@@ -1,8 +1,12 @@
 """The backend with vLLM's own configuration, specs, pools and metadata, against exact attention."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from vllm.platforms import current_platform
+
+from tq_connectors.vllm import metadata
 
 LOSSY = {"tq4": 0.2, "tq3": 0.4, "k8v4": 0.15, "k3v2": 0.7}
 """Relative error of attention over compressed made-up vectors, at most; a wrong prefix makes it above 1."""
@@ -126,3 +130,12 @@ def test_blocks_of_128_tokens_are_pages_and_larger_ones_are_several(make_model):
         model.step([(story, page_tokens + 5)])
         (out,) = model.step([(story, 1)])
         assert max(errors(model, out, story, 1)) < LOSSY["tq4"]
+
+
+@pytest.mark.parametrize(
+    ("connector", "keeps"),
+    [(None, True), ("TQStoreConnector", True), ("OffloadingConnector", True), ("LMCacheConnectorV1", False)],
+)
+def test_first_tokens_are_kept_where_pages_are_whole_when_a_step_is_prepared(connector, keeps):
+    transfer = None if connector is None else SimpleNamespace(kv_connector=connector)
+    assert metadata._keeps_sinks(SimpleNamespace(kv_transfer_config=transfer)) is keeps

@@ -1,5 +1,6 @@
 """Arguments that a compressed cache implies, and those that it cannot serve."""
 
+import os
 from typing import Any
 
 from tq_connectors.engine.layouts import DTYPES, PAGE_TOKENS
@@ -20,6 +21,7 @@ _REFUSED = {
     "enable_prefill_cp": "a sequence lies on one rank",
 }
 """Arguments that must not be set, and why."""
+_GLUE_GRAPH = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
 _ALONE = ("dcp_size", "attn_cp_size")
 """Arguments that must be 1, as a sequence lies on one rank."""
 
@@ -41,6 +43,9 @@ def complete_arguments(arguments: Any) -> None:
             )
         return
     _refuse(arguments)
+    if os.environ.get(_GLUE_GRAPH, "").lower() in ("1", "true", "yes", "on"):
+        name = f"--kv-cache-dtype {arguments.kv_cache_dtype}"
+        raise ValueError(f"{name} prepares steps outside of graphs: unset {_GLUE_GRAPH}")
     if arguments.page_size is None:
         arguments.page_size = PAGE_TOKENS[0]
     arguments.attention_backend = BACKEND
