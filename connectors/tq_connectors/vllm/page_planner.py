@@ -153,9 +153,9 @@ class PagePlanner:
 
         Blocks come as soon as one rank has failed, the end of a load when all ranks are done with it.
         """
-        for known in self._requests.values() if failed_blocks else ():
-            if not failed_blocks.isdisjoint(known.loading_blocks):
-                known.is_refused, known.next_page = True, None
+        for loading in self._requests.values() if failed_blocks else ():
+            if not failed_blocks.isdisjoint(loading.loading_blocks):
+                loading.is_refused, loading.next_page = True, None
         for request_id in received:
             known = self._requests.get(request_id)
             if known is not None:
