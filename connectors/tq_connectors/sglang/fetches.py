@@ -1,5 +1,6 @@
 """Fetches: pages on their way to requests that wait, in bounded host memory."""
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -10,18 +11,22 @@ import torch
 
 from tq_connectors.sglang.page_store import PageStore
 
+logger = logging.getLogger(__name__)
+
 _MISS_LASTS_S = 1.0
 """How long the store is not asked again about a request for which it had nothing."""
 
 
 class _Fetch:
-    """Pages of one request: how many were promised, their memory, and how many are here."""
+    """Pages of one request: how many were promised, their memory once it runs, and how many are here."""
 
-    def __init__(self, hashes: Sequence[str], memory: torch.Tensor) -> None:
+    def __init__(self, hashes: Sequence[str]) -> None:
         self.hashes = list(hashes)
-        self.memory = memory
+        self.counted_pages = len(hashes)
+        self.memory: torch.Tensor | None = None
         self.begun_s = time.monotonic()
         self.num_here = 0
+        self.is_running = False
         self.is_over = not hashes
         self.is_dropped = False
 
@@ -30,7 +35,7 @@ class Fetches:
     """Pages that are fetched when a request is looked up, so that they are here when it is scheduled.
 
     A page is only promised when there is memory for it. Older requests that have not taken theirs give theirs
-    up for newer ones.
+    up for newer ones, but for those whose pages are arriving: a fetch keeps its memory until it has stopped.
 
     Args:
         store: Where pages are.
@@ -74,9 +79,7 @@ class Fetches:
             self._drop(rid)
             self._make_room(found)
             promised = min(found, self._max_pages - self._num_pages)
-            shape = (self._num_layers, promised, self._layer_bytes)
-            memory = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
-            fetch = self._fetches[rid] = _Fetch(hashes[:promised], memory)
+            fetch = self._fetches[rid] = _Fetch(hashes[:promised])
             self._num_pages += promised
         if promised:
             self._threads.submit(self._run, fetch)
@@ -99,8 +102,12 @@ class Fetches:
             left_s = fetch.begun_s + timeout_s - time.monotonic()
             self._changed.wait_for(lambda: fetch.num_here >= end or fetch.is_over, max(0.0, left_s))
             is_here = fetch.num_here >= end and fetch.hashes[first:end] == list(hashes)
+            memory = fetch.memory
             self._drop(rid)
-        return fetch.memory[:, first:end] if is_here else None
+            if memory is None or not is_here:
+                return None
+            self._release(fetch)  # it is the caller's, whatever is still written to its other pages
+        return memory[:, first:end]
 
     def clear(self) -> None:
         """Forget all pages."""
@@ -114,32 +121,54 @@ class Fetches:
         self._threads.shutdown(cancel_futures=True)
 
     def _run(self, fetch: _Fetch) -> None:
-        def take(position: int, stored: memoryview) -> None:
+        with self._changed:
+            if fetch.is_dropped:
+                return
+            fetch.is_running = True
+        try:
+            self._fill(fetch)
+        except Exception:
+            logger.exception("a fetch failed in us, which is a miss")
+        finally:
+            with self._changed:
+                fetch.is_running, fetch.is_over = False, True
+                if fetch.is_dropped:
+                    fetch.memory = None
+                    self._release(fetch)
+                self._changed.notify_all()
+
+    def _fill(self, fetch: _Fetch) -> None:
+        shape = (self._num_layers, len(fetch.hashes), self._layer_bytes)
+        memory = fetch.memory = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+
+        def take(position: int, stored: memoryview) -> bool:
             layers = np.frombuffer(stored, dtype=np.uint8).reshape(self._num_layers, self._layer_bytes)
-            fetch.memory[:, position].numpy()[...] = layers
+            memory[:, position].numpy()[...] = layers
             with self._changed:
                 fetch.num_here += 1
                 self._changed.notify_all()
+                return not fetch.is_dropped
 
-        try:
-            if not fetch.is_dropped:
-                self._store.fetch(fetch.hashes, take)
-        finally:
-            with self._changed:
-                fetch.is_over = True
-                self._changed.notify_all()
+        self._store.fetch(fetch.hashes, take)
 
     def _make_room(self, num_pages: int) -> None:
-        for rid in list(self._fetches):
+        for rid, fetch in list(self._fetches.items()):
             if self._num_pages + num_pages <= self._max_pages:
                 return
-            self._drop(rid)
+            if not fetch.is_running:
+                self._drop(rid)
 
     def _drop(self, rid: str) -> None:
         fetch = self._fetches.pop(rid, None)
         if fetch is not None:
             fetch.is_dropped = True
-            self._num_pages -= len(fetch.hashes)
+            if not fetch.is_running:
+                self._release(fetch)
+
+    def _release(self, fetch: _Fetch) -> None:
+        """Count its memory no more."""
+        self._num_pages -= fetch.counted_pages
+        fetch.counted_pages = 0
 
 
 def _promised(fetch: _Fetch, hashes: Sequence[str]) -> int | None:

@@ -35,7 +35,7 @@ class PageCounters:
     loaded_pages: int = 0
     loaded_bytes: int = 0
     failed_pages: int = 0
-    """Pages asked for that were not there, late or not sound."""
+    """Pages asked for that were not there, late, not sound or no longer wanted."""
     saved_pages: int = 0
     present_pages: int = 0
     """Pages to save that the store had."""
@@ -106,10 +106,11 @@ class PageStore:
         is_filled = [False] * len(hashes)
         waiting: list[tuple[int, memoryview]] = []
 
-        def take(position: int, stored: memoryview) -> None:
+        def take(position: int, stored: memoryview) -> bool:
             waiting.append((position, stored))
             if len(waiting) == self._pages_at_once:
                 unpack()
+            return True
 
         def unpack() -> None:
             self._codec.unpack([stored for _, stored in waiting], [page_at(place) for place, _ in waiting])
@@ -122,12 +123,12 @@ class PageStore:
             unpack()
         return is_filled
 
-    def fetch(self, hashes: Sequence[str], take: Callable[[int, memoryview], None]) -> int:
+    def fetch(self, hashes: Sequence[str], take: Callable[[int, memoryview], bool]) -> int:
         """Hand over the bytes of the leading pages that the store has, each as soon as it has arrived.
 
         Args:
             hashes: Pages.
-            take: Gets the position and the bytes of a page.
+            take: Gets the position and the bytes of a page; says whether the next one is wanted.
 
         Returns:
             How many pages were handed over; fewer than asked for where one is missing, late or not sound.
@@ -137,8 +138,9 @@ class PageStore:
         def receive() -> None:
             nonlocal taken
             for position, stored in self._get(hashes):
-                take(position, stored)
                 taken += 1
+                if not take(position, stored):
+                    return
 
         self.guard.attempt(receive)
         with self._lock:

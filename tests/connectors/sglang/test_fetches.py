@@ -20,10 +20,11 @@ class Gate:
 
     def __init__(self, client: StoreClient) -> None:
         self._get = client.get
-        self.is_open = threading.Event()
+        self.is_asked, self.is_open = threading.Event(), threading.Event()
         client.get = self.get  # type: ignore[method-assign]
 
     def get(self, keys):
+        self.is_asked.set()
         self.is_open.wait(10)
         yield from self._get(keys)
 
@@ -43,6 +44,11 @@ def fetches_of(store: PageStore, max_pages: int) -> Fetches:
         num_threads=1,
         pinned=False,
     )
+
+
+def wait_until_fetched(fetches: Fetches) -> None:
+    """One thread fetches, so this comes behind all that was begun."""
+    fetches._threads.submit(lambda: None).result(10)
 
 
 @pytest.fixture
@@ -115,12 +121,13 @@ def test_a_fetch_that_failed_promises_nothing(fetches, client, store):
     assert fetches.begin("a", HASHES) == 4
     client.delete(store._names.keys(HASHES[:1], store._names.saved_parts))
     gate.is_open.set()
-    fetches._threads.submit(lambda: None).result(10)  # behind the fetch
+    wait_until_fetched(fetches)
     assert fetches.begin("a", HASHES) == 0
 
 
 def test_newer_requests_get_the_memory_of_those_that_did_not_take_theirs(fetches):
     assert fetches.begin("a", HASHES) == 4
+    wait_until_fetched(fetches)
     assert fetches.begin("b", HASHES[:3]) == 3
     assert fetches.take("a", HASHES, 10) is None
     assert fetches.begin("c", HASHES[:1]) == 1
@@ -139,10 +146,52 @@ def test_a_fetch_that_was_forgotten_is_not_made(fetches, client, store):
     gate = Gate(client)
     assert fetches.begin("a", HASHES[:2]) == 2
     assert fetches.begin("b", HASHES[:2]) == 2
+    gate.is_asked.wait(10)
     fetches.clear()
     gate.is_open.set()
-    fetches._threads.submit(lambda: None).result(10)
-    assert store.counters.loaded_pages == 2  # those of a, which was under way
+    wait_until_fetched(fetches)
+    assert store.counters.loaded_pages == 1  # of a, which was under way
+
+
+def test_a_fetch_keeps_its_memory_until_it_has_stopped(fetches, client):
+    gate = Gate(client)
+    assert fetches.begin("a", HASHES[:3]) == 3
+    gate.is_asked.wait(10)
+    assert fetches.begin("b", HASHES) == 1  # a's pages are arriving, so it is not given up either
+    assert fetches.begin("c", HASHES) == 1
+    fetches.clear()
+    assert fetches.begin("d", HASHES) == 1
+    gate.is_open.set()
+    wait_until_fetched(fetches)
+    assert fetches.begin("e", HASHES) == 4
+
+
+def test_a_fetch_takes_no_memory_before_its_turn(fetches, client):
+    gate = Gate(client)
+    assert fetches.begin("a", HASHES[:2]) == 2
+    assert fetches.begin("b", HASHES[:2]) == 2
+    gate.is_asked.wait(10)
+    assert [each.memory is None for each in fetches._fetches.values()] == [False, True]
+    gate.is_open.set()
+    for rid in ("a", "b"):
+        assert fetches.take(rid, HASHES[:2], 10) is not None
+
+
+def test_memory_that_was_taken_is_counted_no_more(fetches):
+    for rid in ("a", "b"):
+        assert fetches.begin(rid, HASHES) == 4
+        assert fetches.take(rid, HASHES[:1], 10) is not None
+
+
+def test_whatever_fails_in_a_fetch_is_a_miss(fetches, store, monkeypatch, caplog):
+    def fail(hashes, take):
+        raise ValueError("not one of the store's")
+
+    monkeypatch.setattr(store, "fetch", fail)
+    assert fetches.begin("a", HASHES) == 4
+    assert fetches.take("a", HASHES, 10) is None
+    assert "a fetch failed in us" in caplog.text
+    assert fetches.begin("b", HASHES) == 4
 
 
 def test_nobody_asks_a_store_that_is_not_there():
