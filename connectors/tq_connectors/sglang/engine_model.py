@@ -3,9 +3,11 @@
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.utils import get_pp_indices
+from sglang.srt.mem_cache import utils as hashes
 from sglang.srt.runtime_context import get_server_args
 
 from tq_connectors.codec import CacheGeometry
+from tq_connectors.sglang.page_hashes import check_page_hashes
 from tq_connectors.sglang.page_setup import Place
 
 _FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -20,8 +22,12 @@ def read_place(model: str, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size:
         tp_size: How many these are.
         pp_rank: Its pipeline stage.
         pp_size: How many stages there are.
+
+    Raises:
+        ConfigError: The process serves LoRA adapters, which this release's hashes of pages leave out.
     """
     arguments = get_server_args()
+    check_page_hashes(arguments, hashes)
     config = ModelConfig.from_server_args(arguments)
     num_layers = config.num_attention_layers
     geometry = CacheGeometry(

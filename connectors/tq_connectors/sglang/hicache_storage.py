@@ -77,7 +77,8 @@ class TQHiCacheStorage(HiCacheStorage):
         """Take SGLang's host pool.
 
         Raises:
-            ConfigError: A pool whose pages the codec in the settings cannot pack; the engine does not start.
+            ConfigError: A pool whose pages the codec in the settings cannot pack, or LoRA adapters that
+                SGLang's hashes leave out; the engine does not start.
         """
         super().register_mem_pool_host(mem_pool_host)
         place = read_place(

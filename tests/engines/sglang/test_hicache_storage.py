@@ -1,19 +1,25 @@
 """The storage backend in this process, on SGLang's own host pools: what an engine seldom asks of it."""
 
+from array import array
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from connectors.sglang.host_pool import HostMemory
 from engines.sglang.host_pools import DIM, HEADS, LAYERS, PAGE_TOKENS, host_pool
+from sglang.srt.mem_cache import utils
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from store.running_server import running_server
 
 from tq_connectors.codec import CacheGeometry
 from tq_connectors.sglang import hicache_storage
 from tq_connectors.sglang.hicache_storage import TQHiCacheStorage
 from tq_connectors.sglang.host_pages import read_host_pool
+from tq_connectors.sglang.page_hashes import check_page_hashes
 from tq_connectors.sglang.page_setup import Place
 from tq_store.errors import ConfigError
 
@@ -173,3 +179,17 @@ def test_caches_besides_keys_and_values_are_refused(storage):
     storage.register_mem_host_pool_v2(storage.mem_pool_host, PoolName.KV)
     with pytest.raises(ConfigError, match="a cache of mamba besides"):
         storage.register_mem_host_pool_v2(storage.mem_pool_host, PoolName.MAMBA)
+
+
+def test_adapters_are_served_where_sglang_hashes_them():
+    """0.5.17 does not, and 0.5.23 does."""
+    tokens = array("q", range(PAGE_TOKENS))
+    is_told_apart = page_hashes(RadixKey(tokens, "adapter")) != page_hashes(RadixKey(tokens, "another"))
+    arguments = SimpleNamespace(enable_lora=True)
+    with nullcontext() if is_told_apart else pytest.raises(ConfigError, match="no LoRA adapters"):
+        check_page_hashes(arguments, utils)
+
+
+def page_hashes(key: RadixKey) -> list[str]:
+    """Of a request that begins with the key, as SGLang's cache makes them."""
+    return utils.compute_node_hash_values(SimpleNamespace(key=key, parent=None), PAGE_TOKENS)
