@@ -1,7 +1,5 @@
 """Whole pages made and read on a device that holds neither: tokens go there, or pages do, in one launch."""
 
-from functools import lru_cache
-
 import torch
 
 from tq_kernels import PageLayout
@@ -16,7 +14,7 @@ def quantize_on(
     dtype = keys.dtype if keys.dtype.itemsize > 1 else torch.bfloat16  # which holds every fp8 exactly
     num_tokens = keys.shape[0]
     pages = torch.empty(num_tokens // layout.page_tokens, layout.page_bytes, dtype=torch.uint8, device=device)
-    slots = _every_slot(num_tokens, device)
+    slots = torch.arange(num_tokens, device=device)
     quantize_slots(keys.to(device, dtype), values.to(device, dtype), slots, pages, layout)
     return pages
 
@@ -28,12 +26,6 @@ def dequantize_on(
     shape = (pages.shape[0], layout.page_tokens, layout.num_kv_heads, layout.head_dim)
     keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     order = torch.arange(pages.shape[0], dtype=torch.int32, device=device)
-    slots = _every_slot(pages.shape[0] * layout.page_tokens, device)
+    slots = torch.arange(pages.shape[0] * layout.page_tokens, device=device)
     dequantize_pages(pages.to(device), order, keys, values, slots, layout)
     return keys.flatten(0, 1), values.flatten(0, 1)
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a constant first used in inference mode must serve outside it too
-def _every_slot(num_tokens: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(num_tokens, device=device)
