@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 _MISS_LASTS_S = 1.0
 """How long the store is not asked again about a request for which it had nothing."""
+_REST_S = 1.0
+"""How long the store is asked about no request once pages were late, as all requests wait for those."""
 
 
 class _Fetch:
@@ -63,17 +65,24 @@ class Fetches:
         self._changed = threading.Condition()
         self._fetches: dict[str, _Fetch] = {}
         self._num_pages = 0
+        self._rests_until_s = 0.0
+        self._is_late = False
+        self.late_fetches = 0
+        """Requests whose pages were on their way when they were wanted, and not here."""
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tq-store-fetch")
 
     def begin(self, rid: str, hashes: Sequence[str]) -> int:
         """How many of these pages a request will find; they are on their way when this returns.
 
-        Asks the store, and waits for its answer, the first time that a request is looked up.
+        Asks the store, and waits for its answer, the first time that a request is looked up. For a while
+        after pages were late it is not asked, and promises nothing.
         """
         with self._changed:
             known = self._fetches.get(rid)
             if known is not None and (promised := _promised(known, hashes)) is not None:
                 return promised
+            if time.monotonic() < self._rests_until_s:
+                return 0
         found = self._store.count_present(hashes)
         with self._changed:
             self._drop(rid)
@@ -102,8 +111,9 @@ class Fetches:
             left_s = fetch.begun_s + timeout_s - time.monotonic()
             self._changed.wait_for(lambda: fetch.num_here >= end or fetch.is_over, max(0.0, left_s))
             is_here = fetch.num_here >= end and fetch.hashes[first:end] == list(hashes)
-            memory = fetch.memory
+            memory, is_late = fetch.memory, fetch.num_here < end and not fetch.is_over
             self._drop(rid)
+            self._note(is_late)
             if memory is None or not is_here:
                 return None
             self._release(fetch)  # it is the caller's, whatever is still written to its other pages
@@ -150,6 +160,14 @@ class Fetches:
                 return not fetch.is_dropped
 
         self._store.fetch(fetch.hashes, take)
+
+    def _note(self, is_late: bool) -> None:
+        was_late, self._is_late = self._is_late, is_late
+        if is_late:
+            self.late_fetches += 1
+            self._rests_until_s = time.monotonic() + _REST_S
+            if not was_late:
+                logger.warning("pages from the store are late, so requests go on without; see load_wait")
 
     def _make_room(self, num_pages: int) -> None:
         for rid, fetch in list(self._fetches.items()):

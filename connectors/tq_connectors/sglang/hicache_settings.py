@@ -63,7 +63,10 @@ class PageSettings:
         metadata=about(SIZE, "host memory for pages on their way; for the linker, which has no other"),
     )
     load_wait_s: float = field(
-        default=1.0, metadata=about(DURATION, "longest that a request waits for its pages; for the linker")
+        default=0.1,
+        metadata=about(
+            DURATION, "longest that SGLang's scheduler waits for a request's pages; for the linker"
+        ),
     )
     load_threads: int = field(
         default=2, metadata=about(COUNT, "runs of pages of one prompt that are loaded at once; for HiCache")

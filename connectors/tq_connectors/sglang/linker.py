@@ -27,6 +27,7 @@ from tq_connectors.sglang.engine_model import read_place
 from tq_connectors.sglang.fetches import Fetches
 from tq_connectors.sglang.hicache_settings import read_settings
 from tq_connectors.sglang.page_setup import Codecs, open_page_store
+from tq_connectors.sglang.worker import Worker
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError
 
@@ -121,7 +122,7 @@ class TQCacheLinker(UnifiedCacheLinker):
         self._pending: dict[str, _Load] = {}
         self._results: queue.Queue[bool] = queue.Queue()
         self._loads, self._offloads = (
-            _Worker(f"tq-store-{name}", self._device.device) for name in ("load", "offload")
+            Worker(f"tq-store-{name}", self._device.device) for name in ("load", "offload")
         )
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
@@ -200,7 +201,7 @@ class TQCacheLinker(UnifiedCacheLinker):
     @property
     def counters(self) -> dict[str, int]:
         """What was moved and what went wrong since the start."""
-        return self._store.count_everything()
+        return {**self._store.count_everything(), "late_fetches": self._fetches.late_fetches}
 
     def _all_ranks(self, is_so: bool) -> bool:
         """Whether it is so on every rank: all of them load, or none."""
@@ -243,35 +244,6 @@ class TQCacheLinker(UnifiedCacheLinker):
         except Exception:
             logger.exception("a call to the store failed in us, which is a miss")
             return miss
-
-
-class _Worker:
-    """A thread that does one thing after the other, on a stream of its own where there are streams."""
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        self._device = device
-        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, task: Callable[[], None]) -> None:
-        self._tasks.put(task)
-
-    def join(self) -> None:
-        self._tasks.join()
-
-    def close(self) -> None:
-        self._tasks.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        # a thread begins on the first device; entering a stream moves it to that of the stream
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        with torch.cuda.stream(stream):
-            while (task := self._tasks.get()) is not None:
-                task()
-                self._tasks.task_done()
-        self._tasks.task_done()
 
 
 def _keys_of(transfers: list[PoolTransfer]) -> list[str]:

@@ -107,6 +107,26 @@ def test_pages_that_are_late_are_a_miss_and_cost_no_more_than_the_wait(fetches, 
     gate.is_open.set()
 
 
+def test_once_pages_were_late_no_request_waits_for_a_while(fetches, client, monkeypatch, caplog):
+    gate, asked = Gate(client), []
+    lookup = client.lookup
+    monkeypatch.setattr(client, "lookup", lambda keys: asked.append(keys) or lookup(keys))
+    assert fetches.begin("a", HASHES[:2]) == 2
+    assert fetches.begin("b", HASHES[:2]) == 2
+    for rid in ("a", "b"):
+        assert fetches.take(rid, HASHES[:2], 0) is None
+    assert fetches.begin("c", HASHES) == 0
+    assert (len(asked), fetches.late_fetches) == (2, 2)
+    assert caplog.text.count("pages from the store are late") == 1
+    gate.is_open.set()
+    wait_until_fetched(fetches)
+    assert fetches.begin("c", HASHES) == 0  # what is late has come, and so would the next
+    fetches._rests_until_s = time.monotonic()
+    assert fetches.begin("c", HASHES) == 4
+    assert fetches.take("c", HASHES, 10) is not None
+    assert fetches.late_fetches == 2
+
+
 def test_a_page_that_is_gone_is_a_miss(fetches, client, store):
     gate = Gate(client)
     assert fetches.begin("a", HASHES) == 4

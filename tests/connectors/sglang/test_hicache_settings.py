@@ -34,6 +34,10 @@ def test_the_linkers_lookups_are_given_up_sooner_still():
     assert read_settings(WRITTEN | {"lookup_timeout": "2s"}, {}, is_linker=True)[1].lookup_timeout_s == 2
 
 
+def test_the_scheduler_waits_for_pages_no_longer_than_for_a_few_steps():
+    assert read_settings(WRITTEN, {}, is_linker=True)[0].load_wait_s == 0.1
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_makes_a_cache_another_one_must_be_written(name):
     with pytest.raises(ConfigError, match=f"{name} is missing"):
