@@ -9,7 +9,7 @@ import torch
 
 from tq_connectors.codec import CacheGeometry, namespace_for
 from tq_connectors.codec_state import CodecState, agree_on_state
-from tq_connectors.engine.state import balance_of_layer, load_state
+from tq_connectors.engine.state import STATE_VARIABLE, balance_of_layer, load_state
 from tq_connectors.parts import Division, Shard, shard_of
 from tq_connectors.sglang.hicache_settings import UNCODED, PageSettings
 from tq_connectors.sglang.page_codecs import PackedCodec, PageCodec, QuantizedCodec, RowCodec
@@ -107,7 +107,7 @@ def open_page_store(
         if shape.is_packed:
             codec = codecs.packed(layout, geometry.num_layers, shard.part)
         else:
-            state = state or _fetch_state(client, layout, settings, geometry, place.model)
+            state = state or _fetch_state(client, layout, settings, geometry, place)
             codec = codecs.quantized(
                 layout,
                 geometry.num_layers,
@@ -207,14 +207,24 @@ def _balance(state: CodecState | None, shard: Shard, geometry: CacheGeometry) ->
 
 
 def _fetch_state(
-    client: StoreClient, layout: PageLayout, settings: PageSettings, geometry: CacheGeometry, model: str
+    client: StoreClient, layout: PageLayout, settings: PageSettings, geometry: CacheGeometry, place: Place
 ) -> CodecState | None:
-    """The model's state, if the store has one."""
-    namespace = namespace_for(layout, geometry, model=model, revision=settings.revision, salt=settings.salt)
+    """The model's state, if the store has one. Each rank asks by itself."""
+    namespace = namespace_for(
+        layout, geometry, model=place.model, revision=settings.revision, salt=settings.salt
+    )
     try:
         state = agree_on_state(client, namespace, geometry, lambda: None)
     except (RpcError, BlockFormatError) as error:
-        logger.warning("no codec state from the store, pages are made without: %s", error)
+        logger.warning(
+            "rank %d of %d: no codec state from the store, pages are made without; where another rank or "
+            "replica got one, nothing that they share is found on any rank. Restart when the store answers, "
+            "or name a file in %s: %s",
+            place.tp_rank,
+            place.tp_size,
+            STATE_VARIABLE,
+            error,
+        )
         return None
     logger.info("pages are made %s a codec state", "without" if state is None else "with")
     return state

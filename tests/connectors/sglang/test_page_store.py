@@ -249,9 +249,12 @@ def test_pages_are_made_with_the_state_in_a_file(client, tmp_path):
 def test_without_a_store_pages_are_made_without_a_state(caplog):
     config = ClientConfig(address="127.0.0.1:1", lookup_timeout_s=0.2, transfer_timeout_s=0.3)
     with StoreClient(config=config) as client:
-        store = open_page_store(client, dataclasses.replace(SETTINGS, codec="tq4"), pool_of().shape, PLACE)
+        place = dataclasses.replace(PLACE, tp_rank=1, tp_size=2)
+        settings = dataclasses.replace(SETTINGS, codec="tq4")
+        store = open_page_store(client, settings, pool_of(heads=1).shape, place)
     assert store._names.namespace.codec_state == ""
-    assert "no codec state from the store" in caplog.text
+    assert "rank 1 of 2: no codec state from the store" in caplog.text
+    assert "nothing that they share is found on any rank" in caplog.text
 
 
 @pytest.mark.parametrize(
