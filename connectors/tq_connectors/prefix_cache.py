@@ -5,12 +5,15 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from tq_connectors.codec import CacheGeometry, block_info, namespace_for, pack_pages, unpack_pages
 from tq_connectors.codec_state import CodecState, agree_on_state
 from tq_connectors.parts import Division, Shard
 from tq_connectors.reshard import join_pages, slice_pages
 from tq_connectors.save_queue import SaveQueue
+from tq_connectors.store_guard import StoreGuard
 from tq_kernels.layout import PageLayout
 from tq_store.block import Buffer
 from tq_store.client import StoreClient
@@ -20,6 +23,7 @@ from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, Part, block_keys
 logger = logging.getLogger(__name__)
 
 DEFAULT_SAVE_QUEUE_BYTES = 256 << 20
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(slots=True)
@@ -47,6 +51,7 @@ class PrefixCache:
         save_queue_bytes: Most bytes of blocks waiting to be saved; more are dropped.
         division: How blocks divide the model, the same for all who share them; None for one block a page.
         shard: What this rank holds; None for all layers and heads.
+        guard: Leaves a store alone for a while that fails; None to ask it every time.
 
     Raises:
         ConfigError: The model has no name or no revision, its pages are too large for a block, or division or
@@ -65,6 +70,7 @@ class PrefixCache:
         save_queue_bytes: int = DEFAULT_SAVE_QUEUE_BYTES,
         division: Division | None = None,
         shard: Shard | None = None,
+        guard: StoreGuard | None = None,
     ) -> None:
         self._division = division or Division.undivided(geometry)
         self._shard = shard or Shard(geometry.whole)
@@ -83,6 +89,7 @@ class PrefixCache:
         self._layout = layout
         self._geometry = geometry
         self.namespace = namespace_for(layout, geometry, model=model, revision=revision, salt=salt)
+        self._guard = guard
         self._outage = False
         self.saves = SaveQueue(client, budget_bytes=save_queue_bytes)
         self.counters = LoadCounters()
@@ -121,7 +128,7 @@ class PrefixCache:
     def lookup(self, keys: Sequence[BlockKey]) -> int:
         """Number of leading pages that the store has with all their parts; 0 while it cannot be asked."""
         try:
-            num_pages = self._lookup(keys)
+            num_pages = self._attempt(partial(self._lookup, keys)) or 0
         except RpcError as error:
             self._warn_once(f"the store does not answer, prefixes are recomputed: {error}")
             return 0
@@ -136,8 +143,9 @@ class PrefixCache:
         """
         promised, loaded = 0, 0
         try:
-            promised = self._lookup(keys)
-            for pages in self._get(keys[:promised]):
+            promised = self._attempt(partial(self._lookup, keys)) or 0
+            found = self._get(keys[:promised])
+            while (pages := self._attempt(partial(next, found, None))) is not None:
                 loaded += 1
                 self.counters.loaded_pages += 1
                 yield pages
@@ -158,6 +166,9 @@ class PrefixCache:
             block = pack_pages(layout, num_layers, key, piece, part)
             is_queued = self.saves.offer(self._division.key(key, part), block) and is_queued
         return is_queued
+
+    def _attempt(self, call: Callable[[], _Answer]) -> _Answer | None:
+        return call() if self._guard is None else self._guard.attempt(call)
 
     def _lookup(self, keys: Sequence[BlockKey]) -> int:
         """A page that lacks a part is not there, whichever ranks hold that part."""

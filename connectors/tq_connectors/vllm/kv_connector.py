@@ -72,14 +72,14 @@ class TQStoreConnector(KVConnectorBase_V1):
             raise ConfigError(
                 'TQStoreConnector needs "kv_load_failure_policy": "recompute": a miss is no error'
             )
-        self._settings, connection = read_settings(transfer.kv_connector_extra_config, os.environ)
+        self._settings, self._connection = read_settings(transfer.kv_connector_extra_config, os.environ)
         self._config, self._cache_config = vllm_config, kv_cache_config
         self._facts = engine_facts(vllm_config, kv_cache_config, self._settings.page_tokens)
         self._plan = plan_offload(
             self._facts, self._settings, partial(heads_of_model, vllm_config), load_state(os.environ)
         )
         self._rank = vllm_config.parallel_config.rank if role == KVConnectorRole.WORKER else 0
-        self._client = StoreClient(config=connection)
+        self._client = StoreClient(config=self._connection)
         self._cache = rank_cache(
             self._client, self._plan, rank=self._rank, most_ranks=self._settings.most_ranks
         )
@@ -96,6 +96,7 @@ class TQStoreConnector(KVConnectorBase_V1):
                 block_tokens=self._facts.block_tokens[0],
                 hash_tokens=hash_tokens,
                 shares_blocks=bool(vllm_config.cache_config.enable_prefix_caching),
+                lookup_timeout_s=self._connection.lookup_timeout_s,
             )
 
     @property
@@ -134,6 +135,7 @@ class TQStoreConnector(KVConnectorBase_V1):
             codec,
             staging_bytes=self._settings.staging_bytes,
             host_bytes=self._settings.host_bytes,
+            load_timeout_s=self._connection.transfer_timeout_s,
         )
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -21,20 +22,30 @@ logger = logging.getLogger(__name__)
 class PageMover:
     """Loads and saves on a thread each, and never raises into the engine.
 
-    A page that is missing, late or not sound is reported as blocks that were not filled. While more pages
-    wait to be saved than the host memory has room for, others are dropped: a lost save is a future miss.
+    A page that is missing, late or not sound is reported as blocks that were not filled. At most twice as
+    many pages wait to be saved as the host memory has room for, others are dropped: a lost save is a future
+    miss. Once it is closed nothing is filled, and nothing saved.
 
     Args:
         cache: This rank's view of the store.
         codec: What a page becomes on the device.
         staging_bytes: Most device memory of each of four buffers, but at least one page.
         host_bytes: Host memory for pages on their way, each way; at least one page.
+        load_timeout_s: Longest from the start of a load to its last request to the store.
 
     Raises:
         ConfigError: A page of the engine's null block cannot be moved.
     """
 
-    def __init__(self, cache: PrefixCache, codec: ChunkCodec, *, staging_bytes: int, host_bytes: int) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        codec: ChunkCodec,
+        *,
+        staging_bytes: int,
+        host_bytes: int,
+        load_timeout_s: float,
+    ) -> None:
         self._cache = cache
         self._saver = ChunkMover([codec], staging_bytes=staging_bytes, is_save=True)
         self._loader = ChunkMover([codec], staging_bytes=staging_bytes, is_save=False)
@@ -43,6 +54,7 @@ class PageMover:
         self._save_cells, self._load_cells = (
             torch.empty(pages, codec.cell_bytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(2)
         )
+        self._load_timeout_s = load_timeout_s
         self._numbers = itertools.count()
         self._pool = {
             name: ThreadPoolExecutor(1, thread_name_prefix=f"tq-{name}-pages") for name in ("save", "load")
@@ -63,18 +75,27 @@ class PageMover:
     def start(self, moves: StepMoves) -> None:
         """Begin the loads of a step."""
         for request in moves.loads:
-            self._pool["load"].submit(self._load, request, self._loader.fence())
+            late_at = time.monotonic() + self._load_timeout_s
+            try:
+                self._pool["load"].submit(self._load, request, self._loader.fence(), late_at)
+            except RuntimeError:  # closed
+                self._ended(request, 0)
 
     def save(self, moves: StepMoves) -> None:
         """Begin the saves of a step whose work the device has been given."""
         for request in moves.saves:
             with self._changed:
-                is_dropped = self._waiting_pages > len(self._save_cells)
-                self._waiting_pages += 0 if is_dropped else len(request.pages)
-            if is_dropped:
-                self.dropped_pages += len(request.pages)
+                room = max(0, 2 * len(self._save_cells) - self._waiting_pages)
+                pages = request.pages[:room]
+                self._waiting_pages += len(pages)
+            self.dropped_pages += len(request.pages) - len(pages)
+            if not pages:
                 continue
-            job = self._pool["save"].submit(self._save, request, self._saver.fence())
+            try:
+                job = self._pool["save"].submit(self._save, pages, self._saver.fence())
+            except RuntimeError:  # closed
+                self.dropped_pages += len(pages)
+                continue
             self._saving.setdefault(request.request_id, []).append(job)
         self._held.update(moves.held)
 
@@ -103,16 +124,21 @@ class PageMover:
         self._loader.close()
         self._cache.close()
 
-    def _load(self, request: RequestMoves, ready: Event) -> None:
+    def _load(self, request: RequestMoves, ready: Event, late_at: float) -> None:
         loaded = 0
         try:
             for pages in _parts(request.pages, len(self._load_cells)):
+                if time.monotonic() >= late_at:
+                    break
                 count = self._load_some(pages, ready)
                 loaded += count
                 if count < len(pages):
                     break
         except Exception:  # whatever it is, the request must not wait for ever
             logger.exception("loading pages failed, they are computed")
+        self._ended(request, loaded)
+
+    def _ended(self, request: RequestMoves, loaded: int) -> None:
         blocks = {block for page in request.pages[loaded:] for block in page.blocks if block >= 0}
         with self._changed:
             self._failed_blocks |= blocks
@@ -127,9 +153,9 @@ class PageMover:
         chunks = [Chunk(0, cells[number], page.blocks) for number, page in enumerate(pages[:count])]
         return count if self._moved(self._loader, chunks, ready) else 0
 
-    def _save(self, request: RequestMoves, ready: Event) -> None:
+    def _save(self, wanted: Sequence[PageMove], ready: Event) -> None:
         try:
-            for pages in _parts(request.pages, len(self._save_cells)):
+            for pages in _parts(wanted, len(self._save_cells)):
                 cells = self._save_cells
                 chunks = [Chunk(0, cells[number], page.blocks) for number, page in enumerate(pages)]
                 if not self._moved(self._saver, chunks, ready):
@@ -140,7 +166,7 @@ class PageMover:
             logger.exception("saving pages failed")
         finally:
             with self._changed:
-                self._waiting_pages -= len(request.pages)
+                self._waiting_pages -= len(wanted)
 
     def _moved(self, mover: ChunkMover, chunks: Sequence[Chunk], ready: Event) -> bool:
         number = next(self._numbers)

@@ -1,11 +1,15 @@
 """PagePlanner: the scheduler's half of our connector. Decides which pages move, and moves none."""
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from tq_connectors.vllm.page_moves import EngineRequest, PageMove, RequestMoves, StepMoves
 from tq_store.keys import BlockKey
+
+logger = logging.getLogger(__name__)
 
 _NO_BLOCK = -1
 _LOOKUP_THREADS = 4
@@ -19,6 +23,7 @@ class _Request:
         blocks: Its blocks, in token order.
         num_computed: Tokens that the engine had when it was last asked for.
         found: The number of leading pages that the store has, as soon as it has said so.
+        late_at: When it is too late to say so, by the planner's clock.
         loading: Keys that are being loaded for it.
         loading_blocks: Where they go.
         next_page: First page that is not saved yet; None before the request runs.
@@ -29,6 +34,7 @@ class _Request:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     found: "Future[int] | None" = None
+    late_at: float = 0.0
     loading: tuple[BlockKey, ...] = ()
     loading_blocks: frozenset[int] = frozenset()
     next_page: int | None = None
@@ -51,13 +57,15 @@ class PagePlanner:
     """Pages of requests, by the engine's hashes of their tokens. Nothing here waits for the store.
 
     Args:
-        lookup: Number of leading pages that the store has; runs on threads of ours, never raises.
+        lookup: Number of leading pages that the store has; runs on threads of ours.
         key_of: Key of a page, from the engine's hash of all tokens up to its end.
         page_tokens: Tokens in a page.
         block_tokens: Tokens in a block of the engine.
         hash_tokens: Tokens between two hashes of the engine.
         shares_blocks: Whether what was loaded for one request is there for the next, which then waits for it
             and does not load it again.
+        lookup_timeout_s: Longest that a request waits for a lookup, its turn included; then nothing is there.
+        clock: Seconds that only grow.
     """
 
     def __init__(
@@ -69,12 +77,15 @@ class PagePlanner:
         block_tokens: int,
         hash_tokens: int,
         shares_blocks: bool,
+        lookup_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup, self._key_of = lookup, key_of
         self._page_tokens, self._block_tokens = page_tokens, block_tokens
         self._hashes_per_page = page_tokens // hash_tokens
         self._blocks_per_page = page_tokens // block_tokens
         self._shares_blocks = shares_blocks
+        self._lookup_timeout_s, self._clock = lookup_timeout_s, clock
         self._requests: dict[str, _Request] = {}
         self._loading: set[BlockKey] = set()
         self._held: set[str] = set()
@@ -95,10 +106,14 @@ class PagePlanner:
             return 0
         keys = self._keys(request, 0, last)
         if known.found is None:
-            known.found = self._pool.submit(self._lookup, keys)
+            known.found, known.late_at = self._ask(keys), self._clock() + self._lookup_timeout_s
         if not known.found.done():
-            return None
-        first, found = num_computed // self._page_tokens, min(known.found.result(), last)
+            if self._clock() < known.late_at:
+                return None
+            known.found.cancel()
+            return 0
+        answer = 0 if known.found.cancelled() or known.found.exception() else known.found.result()
+        first, found = num_computed // self._page_tokens, min(answer, last)
         if self._shares_blocks and not self._loading.isdisjoint(keys[first:found]):
             return None
         return max(0, found * self._page_tokens - num_computed)
@@ -166,6 +181,21 @@ class PagePlanner:
     def close(self) -> None:
         """Wait for lookups that run. May be called twice."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ask(self, keys: Sequence[BlockKey]) -> Future[int]:
+        try:
+            return self._pool.submit(self._count, keys)
+        except RuntimeError:  # closed
+            nothing: Future[int] = Future()
+            nothing.set_result(0)
+            return nothing
+
+    def _count(self, keys: Sequence[BlockKey]) -> int:
+        try:
+            return self._lookup(keys)
+        except Exception:
+            logger.exception("a lookup failed, the prefix is computed")
+            return 0
 
     def _save(self, request: EngineRequest, known: _Request, num_final: int) -> None:
         assert known.next_page is not None

@@ -3,6 +3,7 @@
 from tq_connectors.codec import CacheGeometry
 from tq_connectors.parts import Division, shard_of
 from tq_connectors.prefix_cache import PrefixCache
+from tq_connectors.store_guard import StoreGuard
 from tq_connectors.vllm.plan import OffloadPlan
 from tq_connectors.vllm.rows import PageRows
 from tq_store.client import StoreClient
@@ -10,7 +11,7 @@ from tq_store.errors import ConfigError
 
 
 def rank_cache(client: StoreClient, plan: OffloadPlan, *, rank: int, most_ranks: int) -> PrefixCache:
-    """A rank's view of pages in the store.
+    """A rank's view of pages in the store, which is left alone while it fails.
 
     Args:
         client: Connection to the store; owned by the caller.
@@ -41,4 +42,5 @@ def rank_cache(client: StoreClient, plan: OffloadPlan, *, rank: int, most_ranks:
         revision=namespace.revision,
         division=Division.for_ranks(geometry, tp_sizes=[most_ranks or rows.tp_size]),
         shard=shard_of(geometry, tp_rank=rank, tp_size=rows.tp_size),
+        guard=StoreGuard(),
     )

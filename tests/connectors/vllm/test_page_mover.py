@@ -1,6 +1,7 @@
 """Pages from an engine's blocks to a real server and back, and what happens when that fails."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tq_connectors.vllm.settings import StoreSettings
 from tq_connectors.vllm.store_pages import rank_cache
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
-from tq_store.errors import ConfigError
+from tq_store.errors import ConfigError, RpcTimeout
 from tq_store.keys import BlockKey
 
 LAYOUT = page_layout(2)
@@ -45,7 +46,14 @@ def moves_of(request_id: str, pages: dict[int, int], *, saves: bool = False, hel
 class Rank:
     """One rank's device: blocks of two layers of packed pages."""
 
-    def __init__(self, client: StoreClient, rank: int = 0, tp_size: int = 1, host_pages: int = 2) -> None:
+    def __init__(
+        self,
+        client: StoreClient,
+        rank: int = 0,
+        tp_size: int = 1,
+        host_pages: int = 2,
+        load_timeout_s: float = 30.0,
+    ) -> None:
         planned = plan(tp_size)
         size = planned.rows.rank_layout.page_bytes
         generator = torch.Generator().manual_seed(rank + 1)
@@ -56,7 +64,11 @@ class Rank:
         codec = CopiedChunks(self.layers, blocks_per_chunk=1)
         self.cache = rank_cache(client, planned, rank=rank, most_ranks=2)
         self.mover = PageMover(
-            self.cache, codec, staging_bytes=codec.cell_bytes, host_bytes=host_pages * codec.cell_bytes
+            self.cache,
+            codec,
+            staging_bytes=codec.cell_bytes,
+            host_bytes=host_pages * codec.cell_bytes,
+            load_timeout_s=load_timeout_s,
         )
 
     def finished(self, is_there):
@@ -143,6 +155,82 @@ def test_what_waits_for_too_long_is_dropped_and_nothing_is_held_for_it(client, m
     assert rank.mover.take_finished()[0] == {"b"}
     may_go.set()
     rank.mover.wait_for_saves()
+    rank.mover.close()
+
+
+def test_of_a_request_that_is_too_large_the_first_pages_are_saved(client):
+    rank = Rank(client, host_pages=1)
+    rank.mover.save(moves_of("w", {1: 3, 2: 4, 3: 5, 4: 6}, saves=True))
+    assert rank.mover.dropped_pages == 2
+    rank.mover.wait_for_saves()
+    assert rank.cache.saves.flush(10)
+    assert rank.cache.lookup([key(number) for number in range(1, 5)]) == 2
+    rank.mover.close()
+
+
+def test_a_load_whose_turn_comes_late_asks_for_nothing(client, monkeypatch):
+    rank = Rank(client, load_timeout_s=0.1)
+    may_go, asked = threading.Event(), []
+
+    def load(keys):
+        asked.append(keys)
+        assert may_go.wait(10)
+        return iter(())
+
+    monkeypatch.setattr(rank.cache, "load", load)
+    late_at = time.monotonic() + 0.2
+    rank.mover.start(moves_of("a", {1: 9}))
+    rank.mover.start(moves_of("b", {2: 8}))
+    wait_until(lambda: time.monotonic() > late_at)
+    may_go.set()
+    received, failed = set(), set()
+
+    def have_ended(found) -> bool:
+        received.update(found[1])
+        failed.update(found[2])
+        return received == {"a", "b"}
+
+    rank.finished(have_ended)
+    assert failed == {8, 9}
+    assert asked == [[key(1)]]
+    rank.mover.close()
+
+
+def test_after_the_end_loads_fill_nothing_and_saves_are_dropped(client):
+    rank = Rank(client)
+    rank.mover.close()
+    rank.mover.start(moves_of("r", {1: 9}))
+    rank.mover.save(moves_of("w", {1: 3}, saves=True, held=True))
+    assert rank.mover.take_finished() == ({"w"}, {"r"}, {9})
+    assert rank.mover.dropped_pages == 1
+
+
+def test_a_store_that_fails_is_left_alone_and_found_again(client, monkeypatch):
+    rank = Rank(client)
+    rank.mover.save(moves_of("w", {1: 3}, saves=True))
+    rank.mover.wait_for_saves()
+    assert rank.cache.saves.flush(10)
+    asked = []
+
+    def broken(keys):
+        asked.append(keys)
+        raise RpcTimeout("too late")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(client, "lookup", broken)
+        assert [rank.cache.lookup([key(1)]) for _ in range(5)] == [0] * 5
+        assert list(rank.cache.load([key(1)])) == []
+    assert len(asked) == 1
+    wait_until(lambda: rank.cache.lookup([key(1)]) == 1)
+    assert len(list(rank.cache.load([key(1)]))) == 1
+
+    def lost(keys):
+        raise RpcTimeout("lost on the way")
+        yield
+
+    monkeypatch.setattr(client, "get", lost)
+    assert list(rank.cache.load([key(1)])) == []
+    assert rank.cache.lookup([key(1)]) == 0
     rank.mover.close()
 
 

@@ -1,6 +1,7 @@
 """Which pages are loaded and saved, when the engine does what engines do."""
 
 import threading
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 import pytest
@@ -39,13 +40,25 @@ class Store:
         return min(self.has, len(keys))
 
 
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 @pytest.fixture
 def store():
     return Store()
 
 
 @pytest.fixture
-def planner(store):
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def planner(store, clock):
     made = PagePlanner(
         store.lookup,
         lambda block_hash: BlockKey(block_hash),
@@ -53,6 +66,8 @@ def planner(store):
         block_tokens=BLOCK,
         hash_tokens=BLOCK,
         shares_blocks=True,
+        lookup_timeout_s=1.0,
+        clock=clock,
     )
     yield made
     made.close()
@@ -62,7 +77,7 @@ def matched(planner, request, num_computed: int = 0) -> int:
     """What is said once the store has answered."""
     found = planner.matched(request, num_computed)
     while found is None and not planner._requests[request.request_id].found.done():
-        planner._requests[request.request_id].found.result(10)
+        wait([planner._requests[request.request_id].found], 10)
     return planner.matched(request, num_computed)
 
 
@@ -82,6 +97,31 @@ def test_a_lookup_is_not_waited_for_and_asked_once(planner, store):
     store.may_answer.set()
     assert matched(planner, request) == 4 * PAGE
     assert store.asked == 1
+
+
+def test_a_lookup_that_comes_late_has_found_nothing(planner, store, clock):
+    store.may_answer.clear()
+    asked = [
+        FakeRequest(str(number)) for number in range(6)
+    ]  # more than ask at once: some wait for their turn
+    assert [planner.matched(request, 0) for request in asked] == [None] * 6
+    clock.now_s = 0.9
+    assert planner.matched(asked[0], 0) is None
+    clock.now_s = 1.0
+    assert [planner.matched(request, 0) for request in asked] == [0] * 6
+    assert planner.matched(asked[5], 0) == 0
+    store.may_answer.set()
+
+
+def test_a_lookup_that_breaks_has_found_nothing(planner, store, caplog):
+    store.has = "many"
+    assert matched(planner, FakeRequest()) == 0
+    assert "a lookup failed" in caplog.text
+
+
+def test_after_the_end_nothing_is_found(planner):
+    planner.close()
+    assert planner.matched(FakeRequest(), 0) == 0
 
 
 def test_what_is_found_is_loaded_into_the_blocks_it_belongs_to(planner):
