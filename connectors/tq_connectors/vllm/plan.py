@@ -164,14 +164,17 @@ def _quantized(
 def _packed(
     facts: EngineFacts, settings: StoreSettings, num_kv_heads: int, head_dim: int, state: CodecState | None
 ) -> OffloadPlan:
-    if _why_not_uniform(facts):
+    is_uniform = not _why_not_uniform(facts)
+    if not is_uniform and len(facts.num_layers) != 1:
         return _raw(facts, settings, state)
     num_layers, block_tokens = facts.num_layers[0], facts.block_tokens[0]
     layout = PageLayout(
         spec=preset(facts.dtype), head_dim=head_dim, num_kv_heads=num_kv_heads, page_tokens=block_tokens
     )
     rows = PageRows(layout, num_layers, facts.blocks_per_chunk, facts.tp_size)
-    if num_layers * rows.rank_layout.page_bytes != facts.block_bytes:
+    if not is_uniform and facts.block_bytes % rows.rank_layout.page_bytes == 0:
+        return _raw(facts, settings, state)
+    if not is_uniform or num_layers * rows.rank_layout.page_bytes != facts.block_bytes:
         return _raw_of_some_layers(facts, settings, state)
     return OffloadPlan(
         mode=Mode.PAGES,

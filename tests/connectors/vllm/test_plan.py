@@ -49,9 +49,10 @@ def test_a_packed_cache_moves_as_it_is():
         {"dtype": "fp8"},
         {**PACKED, "block_bytes": 99999, "settings": SKIPS},
         {**PACKED, "world_size": 2},
+        {**PACKED, "num_layers": (2, 1), "block_tokens": (64, 64)},
         {"settings": StoreSettings(revision="r", preset="none")},
     ],
-    ids=["fp8", "some layers in bf16", "pipeline", "preset none"],
+    ids=["fp8", "some layers in bf16", "pipeline", "groups", "preset none"],
 )
 def test_all_else_is_moved_as_bytes(changed):
     planned = plan(**changed)
@@ -147,8 +148,9 @@ def test_bytes_of_other_layers_or_platforms_are_told_apart():
     ]
     assert len({each.names(0, bytes).key(b"h") for each in planned}) == 3
     assert len({each.rows for each in planned}) == 3
-    with pytest.raises(ConfigError, match="set skip_layers to what --kv-cache-dtype-skip-layers has"):
-        plan(**SOME_LAYERS)
+    for changed in (SOME_LAYERS, SOME_LAYERS | PIPELINE | {"block_bytes": 99999}):
+        with pytest.raises(ConfigError, match="set skip_layers to what --kv-cache-dtype-skip-layers has"):
+            plan(**changed)
 
 
 def test_ranks_that_hold_the_same_bytes_share_a_cell():
