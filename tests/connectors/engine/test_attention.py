@@ -1,5 +1,7 @@
 """A layer's pages serve an engine's steps: prompts in chunks, prefixes found again, tokens one by one."""
 
+import statistics
+
 import pytest
 import torch
 
@@ -154,7 +156,9 @@ def test_steps_of_every_kind_attend_to_what_was_written(with_sinks: bool, balanc
         for seq, part, out in zip(active, parts, outs, strict=True):
             done[seq] = part.stop
             errors.append(_error(out, query[seq][part], keys[seq][: part.stop], values[seq][: part.stop]))
-    assert max(errors) < 0.25  # a few tokens' values, which their mean nearly cancels
+    # a query that the first key answers alone costs most; a wrong page or seed costs more than 1
+    assert max(errors) < 0.5
+    assert statistics.median(errors) < 0.2
     assert errors[0] < 1e-5  # a chunk without a prefix is raw
 
 
