@@ -1,11 +1,12 @@
 """The codec state that an engine starts with: a file that `tq-store calibrate --save` wrote, or none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from tq_connectors.codec_state import CodecState, read_state
+from tq_kernels.layout import PageLayout
 from tq_store.errors import BlockFormatError, ConfigError
 
 STATE_VARIABLE = "TQ_CONNECTORS_STATE"
@@ -60,3 +61,40 @@ def balance_of_layer(
             f"this model has {num_layers}, {asked} or more and {head_dim}"
         )
     return state.key_balance[layer, first_kv_head : first_kv_head + num_kv_heads].clone()
+
+
+def balances_of_layers(
+    state: CodecState,
+    layout: PageLayout,
+    layers: Sequence[int],
+    *,
+    num_model_layers: int,
+    total_kv_heads: int,
+    tp_rank: int,
+    tp_size: int,
+) -> list[torch.Tensor]:
+    """What a rank divides the keys of its layers by: ``[num_kv_heads, head_dim]`` float32 each, on the CPU.
+
+    Args:
+        state: Of the whole model.
+        layout: Of the pages: the KV heads of this rank.
+        layers: Counted from 0 over the whole model.
+        num_model_layers: Attention layers of the whole model.
+        total_kv_heads: KV heads of the whole model.
+        tp_rank: Of this process among those that divide the heads.
+        tp_size: How many they are; heads are repeated where there are fewer.
+
+    Raises:
+        ConfigError: The state is of another model.
+    """
+    return [
+        balance_of_layer(
+            state,
+            layer,
+            num_layers=num_model_layers,
+            first_kv_head=tp_rank * total_kv_heads // tp_size,
+            num_kv_heads=layout.num_kv_heads,
+            head_dim=layout.head_dim,
+        )
+        for layer in layers
+    ]

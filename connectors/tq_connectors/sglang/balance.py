@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tq_connectors.engine.state import STATE_VARIABLE, balance_of_layer, load_state
+from tq_connectors.engine.state import STATE_VARIABLE, balances_of_layers, load_state
 from tq_kernels.layout import PageLayout
 
 logger = logging.getLogger(__name__)
@@ -43,15 +43,13 @@ def key_balance(
         )
         return None
     return torch.stack(
-        [
-            balance_of_layer(
-                state,
-                layer,
-                num_layers=num_model_layers,
-                first_kv_head=tp_rank * total_kv_heads // tp_size,
-                num_kv_heads=layout.num_kv_heads,
-                head_dim=layout.head_dim,
-            )
-            for layer in layers
-        ]
+        balances_of_layers(
+            state,
+            layout,
+            layers,
+            num_model_layers=num_model_layers,
+            total_kv_heads=total_kv_heads,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+        )
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tq_connectors.engine.state import STATE_VARIABLE, balance_of_layer, load_state
+from tq_connectors.engine.state import STATE_VARIABLE, balances_of_layers, load_state
 from tq_kernels.layout import PageLayout
 
 logger = logging.getLogger("vllm.tq_connectors")
@@ -42,16 +42,15 @@ def key_balances(
             STATE_VARIABLE,
         )
         return [None] * len(layers)
-    return [
-        balance_of_layer(
-            state,
-            layer,
-            num_layers=num_model_layers,
-            first_kv_head=tp_rank * total_kv_heads // tp_size,
-            num_kv_heads=layout.num_kv_heads,
-            head_dim=layout.head_dim,
-        )
-        if layer < num_model_layers
-        else None
-        for layer in layers
-    ]
+    own = [layer for layer in layers if layer < num_model_layers]
+    balances = balances_of_layers(
+        state,
+        layout,
+        own,
+        num_model_layers=num_model_layers,
+        total_kv_heads=total_kv_heads,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+    )
+    by_layer = dict(zip(own, balances, strict=True))
+    return [by_layer.get(layer) for layer in layers]
