@@ -11,24 +11,7 @@ from typing import Any
 import engines.sglang.cpu
 import engines.sglang.cpu_host_pools  # noqa: F401  both are imported first in every process of the engine
 import sglang
-
-ARGUMENTS = {
-    "device": "cpu",
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "grammar_backend": "none",
-    "skip_tokenizer_init": True,
-    "disable_cuda_graph": True,
-    "disable_overlap_schedule": True,
-    "skip_server_warmup": True,
-    "max_total_tokens": 2048,
-    "max_running_requests": 4,
-    "random_seed": 1,
-    "dtype": "float32",
-    "page_size": 16,
-    "log_level": "info",
-    "enable_cache_report": True,
-}
+from engines.sglang.engine_worker import ARGUMENTS
 
 
 def generate(engine: Any, tokens: list[int], num_new: int) -> dict[str, Any]:
