@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import circumstances
+from benchmarks.llama_shape import model_config
 from benchmarks.plugins import plugin_path
 
 ROOT = Path(__file__).parents[1]
@@ -32,27 +33,6 @@ CASES = ("auto/fa3", "fp8_e4m3/fa3", "tq4", "tq3", "auto/triton", "k8v4", "k4v2"
 SHAPES = ("1x1024", "32x4096", "32x16384", "8x32768")
 MIXES = (32, 64)
 _SHORT, _LONG = 17, 81
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 32000,
-    "max_position_embeddings": 65536,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
 ENVIRONMENT = {
     "SGL_KERNEL_NORM": "1",
     "SGLANG_IS_FLASHINFER_AVAILABLE": "false",
@@ -166,7 +146,7 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
     longest = max([length for _, length in shapes] + [8192 + 512] * bool(parsed.mixes))
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
-        model.joinpath("config.json").write_text(json.dumps(MODEL | {"num_hidden_layers": parsed.layers}))
+        model.joinpath("config.json").write_text(json.dumps(model_config(parsed.layers)))
         start = time.perf_counter()
         engine = sglang.Engine(**engine_arguments(case, model, longest + 1024, parsed.engine))
         print(f"{case}: started in {time.perf_counter() - start:.0f} s", flush=True)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import sglang_gpu
+from benchmarks.llama_shape import model_config
 from benchmarks.sglang_gpu import RESULTS, Row, engine_arguments, prompts
 
 CASES = ("auto/fa3:none", "auto/fa3:tq4", "tq4:tq4")
@@ -122,9 +123,7 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
     }
     with tempfile.TemporaryDirectory() as folder, StoreClient(parsed.address) as client:
         model = Path(folder)
-        model.joinpath("config.json").write_text(
-            json.dumps(sglang_gpu.MODEL | {"num_hidden_layers": parsed.layers})
-        )
+        model.joinpath("config.json").write_text(json.dumps(model_config(parsed.layers)))
         arguments = engine_arguments(engine_case, model, parsed.context + 1024, more | parsed.engine)
         engine = sglang.Engine(**arguments)
         for length in (parsed.context, parsed.context):  # kernels are compiled on the way
@@ -132,7 +131,8 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
         flush(engine)
         client.purge(None)
         medians, pages = measure(engine, client, parsed.context, parsed.prompts)
-        heads, head_dim = sglang_gpu.MODEL["num_key_value_heads"], sglang_gpu.MODEL["head_dim"]
+        shape = model_config(parsed.layers)
+        heads, head_dim = shape["num_key_value_heads"], shape["head_dim"]
         for path, milliseconds in medians.items():
             row = {
                 "kv_cache_dtype": dtype,

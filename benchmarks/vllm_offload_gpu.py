@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import circumstances
+from benchmarks.llama_shape import model_config
+from benchmarks.plugins import plugin_path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
@@ -52,31 +54,6 @@ _ENVIRONMENT = {
     "VLLM_USE_DEEP_GEMM": "0",
     "HF_HUB_OFFLINE": "1",
 }
-
-
-def model_config(layers: int) -> dict[str, Any]:
-    """Llama-3.1-8B with fewer layers."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 32000,
-        "max_position_embeddings": 65536,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
 
 
 def transfer_config(case: str, address: str | None, host_bytes: int) -> dict[str, Any] | None:
@@ -248,7 +225,7 @@ def serving(case: str, host_gib: int) -> Iterator[str | None]:
     command = [sys.executable, "-m", "tq_store", "serve", "--listen", "127.0.0.1:0", "--metrics-port", "0"]
     command += ["--memory-budget", f"{host_gib}GiB"]
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPATH": f"{_as_if_installed(Path(folder))}:{':'.join(sys.path)}"}
+        environment = os.environ | {"PYTHONPATH": plugin_path(Path(folder))}
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603
         line = server.stdout.readline() if server.stdout else ""
     try:
@@ -264,14 +241,6 @@ def serving(case: str, host_gib: int) -> Iterator[str | None]:
     finally:
         server.kill()
         server.wait()
-
-
-def _as_if_installed(folder: Path) -> Path:
-    """A place that says which version a tree is that was only put on the path."""
-    about = folder / "tq_store-0.dist-info"
-    about.mkdir()
-    about.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: tq-store\nVersion: 0\n")
-    return folder
 
 
 def main() -> None:
