@@ -12,11 +12,13 @@ eight layers:
 - ``store-bf16@10``, ``store-tq4@10``: the same through a link of so many Gbit/s.
 
 Each writes two rows: decode of a batch while its prompts and answers are saved (`tpot_ms`, `prefill_tok_s`),
-and the time to first token of one long prompt whose prefix is found (`ttft_ms`). vLLM and the packages of
-`tq-store[server]` must be importable.
+and the time to first token of one long prompt whose prefix is found (`ttft_ms`). Of every decode step the
+median over repeats counts, so that a pause of the machine is not taken for a save, and a save, which has the
+same step each time, is. vLLM and the packages of `tq-store[server]` must be importable.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -121,8 +123,8 @@ class Engine:
         cache = self._engine.vllm_config.cache_config
         return int(cache.num_gpu_blocks) * int(cache.block_size)
 
-    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> tuple[float, float, list[Any]]:
-        """Seconds until every prompt has its first token, seconds from there to the end, and the answers."""
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> tuple[float, list[float], list[Any]]:
+        """Seconds until every prompt has its first token, seconds of every step from there, and answers."""
         limits = self._sampling(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
         started = time.perf_counter()
         waiting = set()
@@ -130,16 +132,17 @@ class Engine:
             self._number += 1
             waiting.add(str(self._number))
             self._engine.add_request(str(self._number), {"prompt_token_ids": prompt}, limits)
-        first, answers = 0.0, []
+        ends: list[float] = []
+        answers = []
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if output.outputs[0].token_ids:
                     waiting.discard(output.request_id.partition("-")[0])
                 if output.finished:
                     answers.append(output)
-            if not waiting and not first:
-                first = time.perf_counter()
-        return first - started, time.perf_counter() - first, answers
+            if not waiting:
+                ends.append(time.perf_counter())
+        return ends[0] - started, [end - begin for begin, end in itertools.pairwise(ends)], answers
 
     def settle(self) -> None:
         """Give the engine steps until what is to be saved is saved."""
@@ -168,19 +171,21 @@ def measure(
         "device": _device(),
         "commit": options.commit,
     }
-    tpots, prefills = [], []
+    steps, prefills = [], []
     for turn in range(options.repeats):
         prompts = prompts_of(options.batch, options.batch_context, turn)
-        to_first, to_end, _ = engine.run(prompts, options.steps + 1)
-        tpots.append(to_end / options.steps * 1e3)
+        to_first, seconds, _ = engine.run(prompts, options.steps + 1)
+        steps.append(seconds)
         prefills.append(options.batch * options.batch_context / to_first)
     yield about | {
         "batch": options.batch,
         "context": options.batch_context,
-        "tpot_ms": round(statistics.median(tpots), 3),
+        "tpot_ms": round(statistics.mean(map(statistics.median, zip(*steps, strict=False))) * 1e3, 3),
         "prefill_tok_s": round(statistics.median(prefills)),
         "ttft_ms": None,
     }
+    means = [round(statistics.mean(seconds) * 1e3, 3) for seconds in steps]
+    print(f"{case}: ms a token of each repeat, pauses included: {means}", flush=True)
     (prompt,) = prompts_of(1, options.context, 1000)
     prompt += [7] * 32  # something is always left to compute
     _, _, (cold,) = engine.run([prompt], 16)
@@ -254,9 +259,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batch-context", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=256, help="decode steps of the batch")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--host-gib", type=int, default=16, help="host memory of the engine, and of the server"
+        "--host-gib", type=int, default=10, help="host memory of the engine, and of the server"
     )
     parser.add_argument("--gpu-memory", type=float, default=0.85, help="share of the device; 0 for a CPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)

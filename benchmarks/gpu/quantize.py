@@ -8,7 +8,8 @@ from benchmarks.gpu.timing import Call
 from benchmarks.registry import Case
 from tq_kernels import PageLayout, reference
 from tq_kernels._page_shape import page_shape
-from tq_kernels.quantize import plan_quantize, quantize_slots
+from tq_kernels.quantize import quantize_slots
+from tq_kernels.quantize_plan import plan_quantize
 
 _POISON = 0xA5
 _APPEND_LAYERS = 32

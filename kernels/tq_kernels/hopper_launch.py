@@ -17,8 +17,8 @@ from tq_kernels.device.hopper_append import append_tokens
 from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
 from tq_kernels.layout import WORD_FORMATS, PageLayout
+from tq_kernels.reference import likeness_without_gain, value_gain
 from tq_kernels.rotation import rotation_signs
-from tq_kernels.spec import Code
 
 _COLUMNS_AT_ONCE = 4
 _SPLITS_AT_ONCE = 8
@@ -185,10 +185,20 @@ def launch_merge(
     )
 
 
-def side_constants(code: Code) -> tuple[object, ...]:
-    """What `append_tokens` must know of a Lloyd-Max code; levels are in quarters."""
-    levels = tuple(int(4 * level) for level in LEVELS[code])
-    return int(code), WORD_FORMATS[code].groups, TARGETS[code], BOUNDARIES[code], levels
+def append_constants(layout: PageLayout) -> dict[str, object]:
+    """What `append_tokens` must know of the Lloyd-Max codes of keys and values; levels are in quarters."""
+    sides = [
+        (
+            int(code),
+            WORD_FORMATS[code].groups,
+            TARGETS[code],
+            BOUNDARIES[code],
+            tuple(int(4 * level) for level in LEVELS[code]),
+            likeness_without_gain(code, layout.head_dim),
+        )
+        for code in (layout.spec.key, layout.spec.value)
+    ]
+    return {"KEY": sides[0], "VALUE": sides[1], "VALUE_GAIN": value_gain(layout.spec.value)}
 
 
 def launch_append(
@@ -225,8 +235,7 @@ def launch_append(
         sink_token_stride=0 if sink_keys is None else sink_keys.stride(0),
         sink_head_stride=0 if sink_keys is None else sink_keys.stride(1),
         SHAPE=page_shape(layout),
-        KEY=side_constants(layout.spec.key),
-        VALUE=side_constants(layout.spec.value),
+        **append_constants(layout),
         num_warps=1,
         launch_pdl=True,
     )

@@ -19,7 +19,7 @@ from tq_kernels._page_shape import page_shape
 from tq_kernels.device.hopper_append import append_tokens
 from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
-from tq_kernels.hopper_launch import side_constants
+from tq_kernels.hopper_launch import append_constants
 
 SPLITS = [("tq4", 128, 128, 1, 4), ("tq3", 64, 64, 1, 7), ("tq2", 128, 64, 1, 4), ("k8v4", 64, 128, 4, 4)]
 APPENDS = [("tq4", 128), ("tq3", 64), ("k3v2", 256)]
@@ -85,8 +85,7 @@ def _columns(head_dim: int) -> list[dict[str, object]]:
 def _append(name: str, head_dim: int) -> dict[str, object]:
     """A token into its page, with everything optional switched on."""
     layout = PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=2, page_tokens=64)
-    sides = {"KEY": side_constants(layout.spec.key), "VALUE": side_constants(layout.spec.value)}
-    fixed = {"SHAPE": page_shape(layout), **sides}
+    fixed = {"SHAPE": page_shape(layout), **append_constants(layout)}
     return _report(f"append {name} {head_dim}", append_tokens, fixed, POINTERS, num_warps=1)
 
 

@@ -6,11 +6,8 @@ import torch
 
 from tq_connectors.vllm.engine_pages import EnginePages, token_slots
 from tq_kernels.layout import PageLayout
-from tq_kernels.quantize import quantize_slots
+from tq_kernels.quantize import quantize_layers
 from tq_store.errors import ConfigError
-
-_SEARCHED_TOKENS = 640
-"""Tokens of a launch in which `quantize_slots` searches the best cell size; fewer are filled up to these."""
 
 
 class ChunkCodec(Protocol):
@@ -77,10 +74,8 @@ class QuantizedChunks:
         self._page_indices = numbers.int()
         offsets = torch.arange(layout.page_tokens, device=self.device)
         self._slots = (numbers[:, None] * layout.page_tokens + offsets).flatten()
-        rows = max(most_chunks * self._chunk_tokens, _SEARCHED_TOKENS)
-        self._rows = torch.empty(
-            rows, layout.num_kv_heads, 2 * layout.head_dim, dtype=pages.shape.dtype, device=self.device
-        )
+        rows = (pages.num_layers, most_chunks * self._chunk_tokens, layout.num_kv_heads, 2 * layout.head_dim)
+        self._rows = torch.empty(rows, dtype=pages.shape.dtype, device=self.device)
 
     @property
     def cell_bytes(self) -> int:
@@ -98,34 +93,38 @@ class QuantizedChunks:
         return self._pages.device
 
     def save(self, blocks: torch.Tensor, cells: torch.Tensor) -> None:
-        """Quantize blocks into cells, a layer at a time."""
+        """Quantize blocks into cells, all layers in one launch."""
         num_tokens = len(cells) * self._chunk_tokens
         blocks = blocks.clamp(min=0)
-        num_rows = max(num_tokens, _SEARCHED_TOKENS)
-        slots = torch.full((num_rows,), -1, device=self.device)
-        slots[:num_tokens] = self._slots[:num_tokens]
-        rows = self._rows[:num_rows]
-        gathered = rows[:num_tokens].view(len(blocks), self._pages.shape.block_tokens, *rows.shape[1:])
-        keys, values = rows.split(self._layout.head_dim, dim=-1)
+        rows = self._rows[:, :num_tokens]
         for layer in range(self._pages.num_layers):
-            self._pages.gather(layer, blocks, gathered)
-            pages = self._pages_of(layer, cells)
-            quantize_slots(keys, values, slots, pages, self._layout, key_balance=self._balance_of(layer))
+            of_layer = rows[layer].view(len(blocks), self._pages.shape.block_tokens, *rows.shape[2:])
+            self._pages.gather(layer, blocks, of_layer)
+        keys, values = rows.split(self._layout.head_dim, dim=-1)
+        quantize_layers(
+            keys,
+            values,
+            self._slots[:num_tokens],
+            self._pages_by_layer(cells),
+            self._layout,
+            key_balance=self._balance,
+        )
 
     def load(self, cells: torch.Tensor, blocks: torch.Tensor) -> None:
         """Dequantize cells into blocks, a layer at a time."""
         indices = self._page_indices[: len(cells) * self._pages_per_chunk]
         slots = token_slots(blocks, self._pages.shape.block_tokens)
+        by_layer = self._pages_by_layer(cells)
         for layer in range(self._pages.num_layers):
-            pages = self._pages_of(layer, cells)
-            self._pages.restore(layer, pages, indices, slots, self._layout, self._balance_of(layer))
+            balance = None if self._balance is None else self._balance[layer]
+            self._pages.restore(layer, by_layer[layer], indices, slots, self._layout, balance)
 
-    def _pages_of(self, layer: int, cells: torch.Tensor) -> torch.Tensor:
-        """Pages of all cells from this layer's first on, so that slots and indices serve every layer."""
-        return cells.view(-1, self._layout.page_bytes)[layer * self._pages_per_chunk :]
-
-    def _balance_of(self, layer: int) -> torch.Tensor | None:
-        return None if self._balance is None else self._balance[layer]
+    def _pages_by_layer(self, cells: torch.Tensor) -> torch.Tensor:
+        """Pages of all cells from each layer's first on, so that slots and indices serve every layer."""
+        page_bytes, apart = self._layout.page_bytes, self._pages_per_chunk
+        num_pages = len(cells) * self._cell_pages - (self._pages.num_layers - 1) * apart
+        size = (self._pages.num_layers, num_pages, page_bytes)
+        return cells.as_strided(size, (apart * page_bytes, page_bytes, 1))
 
 
 class CopiedChunks:

@@ -9,7 +9,7 @@ makes them.
 import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,11 +39,24 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """What a device was given to do: when, how much, and the event at its end."""
+    """What a device was given to do: when, and the event at its end."""
 
     started: float
-    num_bytes: int
     end: Event
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job, and what it was given to the device with."""
+
+    given: Future[_Given]
+    num_bytes: int
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has come to its end, whichever."""
+        given = self.given
+        return given.done() and (given.exception() is not None or given.result().end.has_happened())
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +86,7 @@ class ChunkMover:
         self._buffers = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2)]
         self._streams = streams_of(device)
         self._free = [self._streams.event(), self._streams.event()]
-        self._jobs: dict[int, Future[_Given]] = {}
+        self._jobs: dict[int, _Job] = {}
         self._pool = (
             ThreadPoolExecutor(1, thread_name_prefix=f"tq-{'save' if is_save else 'load'}")
             if self._streams.calls_take_time
@@ -84,42 +97,44 @@ class ChunkMover:
         """All that the engine has given its device to do so far; called on the engine's thread."""
         return self._streams.engine_event()
 
-    def submit(self, job_id: int, chunks: Sequence[Chunk], ready: Event) -> None:
-        """Move chunks as soon as `ready` has happened."""
+    def submit(self, jobs: Mapping[int, Sequence[Chunk]], ready: Event) -> None:
+        """Move the chunks of jobs as soon as `ready` has happened; together they are done, or fail."""
+        chunks = [chunk for of_job in jobs.values() for chunk in of_job]
         if self._pool is not None:
-            self._jobs[job_id] = self._pool.submit(self._move, chunks, ready)
-            return
-        job: Future[_Given] = Future()
-        try:
-            job.set_result(self._move(chunks, ready))
-        except Exception as error:
-            job.set_exception(error)
-        self._jobs[job_id] = job
+            given = self._pool.submit(self._move, chunks, ready)
+        else:
+            given = Future()
+            try:
+                given.set_result(self._move(chunks, ready))
+            except Exception as error:
+                given.set_exception(error)
+        for job_id, of_job in jobs.items():
+            self._jobs[job_id] = _Job(given, len(of_job) * self._cell_bytes)
 
     def take_finished(self) -> list[Moved]:
         """Jobs that are done, each once."""
-        done = [job_id for job_id, job in self._jobs.items() if _is_done(job)]
+        done = [job_id for job_id, job in self._jobs.items() if job.is_done]
         return [_result(job_id, self._jobs.pop(job_id)) for job_id in done]
 
     def wait(self, job_ids: Collection[int]) -> None:
         """Wait until these jobs are done; those that are not known are."""
-        jobs = [self._jobs[job_id] for job_id in job_ids if job_id in self._jobs]
-        wait(jobs)
-        for job in jobs:
-            if job.exception() is None:
-                job.result().end.synchronize()
+        all_given = [self._jobs[job_id].given for job_id in job_ids if job_id in self._jobs]
+        wait(all_given)
+        for given in all_given:
+            if given.exception() is None:
+                given.result().end.synchronize()
 
     def close(self) -> None:
         """Drop what waits, and wait for what runs. May be called twice."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        self.wait([job_id for job_id, job in self._jobs.items() if not job.cancelled()])
+        self.wait([job_id for job_id, job in self._jobs.items() if not job.given.cancelled()])
 
     def _move(self, chunks: Sequence[Chunk], ready: Event) -> _Given:
         started = time.monotonic()
         with torch.inference_mode():
             end = self._save(chunks, ready) if self._is_save else self._load(chunks, ready)
-        return _Given(started, len(chunks) * self._cell_bytes, end)
+        return _Given(started, end)
 
     def _save(self, chunks: Sequence[Chunk], ready: Event) -> Event:
         def quantize(part: Sequence[Chunk], cells: torch.Tensor) -> None:
@@ -191,15 +206,10 @@ def _runs(chunks: Sequence[Chunk]) -> Iterator[tuple[int, torch.Tensor]]:
             start = end
 
 
-def _is_done(job: Future[_Given]) -> bool:
-    return job.done() and (job.exception() is not None or job.result().end.has_happened())
-
-
-def _result(job_id: int, job: Future[_Given]) -> Moved:
-    error = job.exception()
+def _result(job_id: int, job: _Job) -> Moved:
+    error = job.given.exception()
     if error is None:
-        given = job.result()
-        return Moved(job_id, True, given.num_bytes, time.monotonic() - given.started)
+        return Moved(job_id, True, job.num_bytes, time.monotonic() - job.given.result().started)
     logger.error("moving chunks between device and host memory failed", exc_info=error)
     return Moved(job_id, False, 0, 0.0)
 

@@ -41,22 +41,29 @@ class TQOffloadingWorker(OffloadingWorker):
         self._blocks_per_chunk = codecs[0].blocks_per_chunk
         self._saves = ChunkMover(codecs, staging_bytes=staging_bytes, is_save=True)
         self._loads = ChunkMover(codecs, staging_bytes=staging_bytes, is_save=False)
+        self._held: dict[int, list[Chunk]] = {}
         self._try_out(len(codecs))
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
-        """Save blocks once the engine's device has done what it was given so far."""
-        self._saves.submit(job_id, list(self._chunks(src_spec, dst_spec)), self._saves.fence())
+        """Save blocks once the engine's device has done what it was given so far.
+
+        The device is given the saves of a step together, and after the engine's own work of that step, which
+        so does not wait for them.
+        """
+        self._held[job_id] = list(self._chunks(src_spec, dst_spec))
+        self._ready = self._saves.fence()
         return True
 
     def submit_load(
         self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
     ) -> bool:
         """Load blocks once the engine's device has done what it was given so far."""
-        self._loads.submit(job_id, list(self._chunks(dst_spec, src_spec)), self._loads.fence())
+        self._loads.submit({job_id: list(self._chunks(dst_spec, src_spec))}, self._loads.fence())
         return True
 
     def get_finished(self) -> list[TransferResult]:
-        """Jobs that are done, each once."""
+        """Jobs that are done, each once; vLLM asks at the end of every step."""
+        self._let_go()
         return [
             TransferResult(moved.job_id, moved.success, moved.num_bytes, moved.seconds)
             for mover in (self._saves, self._loads)
@@ -65,15 +72,22 @@ class TQOffloadingWorker(OffloadingWorker):
 
     def wait(self, job_ids: set[int]) -> None:
         """Wait until these jobs are done."""
+        self._let_go()
         self._saves.wait(job_ids)
         self._loads.wait(job_ids)
 
     def shutdown(self) -> None:
         """Wait for what runs, and release the memory."""
+        self._held.clear()
         self._saves.close()
         self._loads.close()
         self._cells = None
         self._region.cleanup()
+
+    def _let_go(self) -> None:
+        if self._held:
+            self._saves.submit(self._held, self._ready)
+            self._held = {}
 
     def _try_out(self, num_groups: int) -> None:
         """Move a chunk of the engine's null block both ways: kernels are compiled now, or the start fails."""
@@ -83,7 +97,7 @@ class TQOffloadingWorker(OffloadingWorker):
         null_blocks = [0] * self._blocks_per_chunk
         chunks = [Chunk(group, self._cells[0], null_blocks) for group in range(num_groups)]
         for mover in (self._saves, self._loads):
-            mover.submit(0, chunks, mover.fence())
+            mover.submit({0: chunks}, mover.fence())
             mover.wait({0})
             if not all(moved.success for moved in mover.take_finished()):
                 raise ConfigError("this engine's blocks cannot be moved; the log says why")

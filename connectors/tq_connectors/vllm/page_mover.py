@@ -170,7 +170,7 @@ class PageMover:
 
     def _moved(self, mover: ChunkMover, chunks: Sequence[Chunk], ready: Event) -> bool:
         number = next(self._numbers)
-        mover.submit(number, chunks, ready)
+        mover.submit({number: chunks}, ready)
         mover.wait({number})
         return all(moved.success for moved in mover.take_finished())
 

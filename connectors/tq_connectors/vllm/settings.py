@@ -38,7 +38,11 @@ class StoreSettings:
         default=0, metadata=about(COUNT, "channels of a head; 0 reads them from the model's config.json")
     )
     staging_bytes: int = field(
-        default=64 << 20, metadata=about(SIZE, "device memory of each of four buffers for pages on their way")
+        default=32 << 20,
+        metadata=about(
+            SIZE,
+            "device memory of each of four buffers for pages on their way; their tokens take more besides",
+        ),
     )
     host_bytes: int = field(
         default=256 << 20,

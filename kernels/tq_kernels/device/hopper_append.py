@@ -54,8 +54,14 @@ def _indices(size, EDGES: gl.constexpr, LEVELS: gl.constexpr):
 
 
 @gluon.jit
-def _encoded(y, D: gl.constexpr, TARGET: gl.constexpr, EDGES: gl.constexpr, LEVELS: gl.constexpr):
-    """Signs, indices and scale of a vector that is head_dim times too long: the best of all sets of edges."""
+def _encoded(y, D: gl.constexpr, SIDE: gl.constexpr, GAIN: gl.constexpr):
+    """Signs, indices and scale of a vector that is head_dim times too long: the best of all sets of edges.
+
+    Its scale is GAIN times as large where the vector is less like its levels than SIDE says.
+    """
+    TARGET: gl.constexpr = pick(SIDE, 2)
+    EDGES: gl.constexpr = pick(SIDE, 3)
+    LEVELS: gl.constexpr = pick(SIDE, 4)
     norm = _root(gl.sum(y * y, axis=0))
     z = y * (_inverse(gl.maximum(norm, 1e-30 * D)) * (TARGET * D**0.5))
     bits = z.to(gl.int32, bitcast=True)
@@ -63,19 +69,20 @@ def _encoded(y, D: gl.constexpr, TARGET: gl.constexpr, EDGES: gl.constexpr, LEVE
     halves = (gl.minimum(size, 127.5) * 2 + 8388608.0).to(gl.int32, bitcast=True) & 0xFF
     index, level = _indices(size, pick(EDGES, 0), LEVELS)
     squares = gl.sum(level * level, axis=0)
-    if count(EDGES) > 1:
+    product = gl.sum(level * halves, axis=0).to(gl.float32)
+    best = _quotient(product * product, squares.to(gl.float32))
+    for i in gl.static_range(1, count(EDGES)):
+        other, level = _indices(size, pick(EDGES, i), LEVELS)
+        other_squares = gl.sum(level * level, axis=0)
         product = gl.sum(level * halves, axis=0).to(gl.float32)
-        best = _quotient(product * product, squares.to(gl.float32))
-        for i in gl.static_range(1, count(EDGES)):
-            other, level = _indices(size, pick(EDGES, i), LEVELS)
-            other_squares = gl.sum(level * level, axis=0)
-            product = gl.sum(level * halves, axis=0).to(gl.float32)
-            likeness = _quotient(product * product, other_squares.to(gl.float32))
-            index = gl.where(likeness > best, other, index)
-            squares = gl.where(likeness > best, other_squares, squares)
-            best = gl.maximum(likeness, best)
+        likeness = _quotient(product * product, other_squares.to(gl.float32))
+        index = gl.where(likeness > best, other, index)
+        squares = gl.where(likeness > best, other_squares, squares)
+        best = gl.maximum(likeness, best)
     length = _root(squares.to(gl.float32)) * 0.25
     scale = _quotient(norm * (1.0 / D), gl.maximum(length, 1e-30))
+    if GAIN != 1.0:
+        scale = gl.where(best < pick(SIDE, 5), scale * GAIN, scale)
     return (bits >> 31) & 1, index, _float16(scale)
 
 
@@ -166,10 +173,11 @@ def append_tokens(
     SHAPE: gl.constexpr,
     KEY: gl.constexpr,
     VALUE: gl.constexpr,
+    VALUE_GAIN: gl.constexpr,
 ):
     """Grid (KV heads, tokens, keys and values), so that neither side waits for the other.
 
-    KEY and VALUE are (code, groups, target, sets of edges, levels in quarters).
+    KEY and VALUE are (code, groups, target, sets of edges, levels in quarters, likeness without gain).
     """
     D: gl.constexpr = SHAPE.head_dim
     P: gl.constexpr = SHAPE.page_tokens
@@ -207,7 +215,7 @@ def append_tokens(
                     o_tail = SHAPE.used_bytes // 4 + gl.arange(0, SHAPE.tail_tile, layout=L_TAIL)
                     p_tail = p_section.to(gl.pointer_type(gl.int32)) + o_tail
                     gl.store(p_tail, o_tail * 0, mask=o_tail < SHAPE.section_bytes // 4)
-            sign, index, scale = _encoded(y, D, pick(KEY, 2), pick(KEY, 3), pick(KEY, 4))
+            sign, index, scale = _encoded(y, D, KEY, 1.0)
             _store_key(p_section, sign, index, offset, o_d, pick(KEY, 0), pick(KEY, 1), SHAPE)
             gl.store((p_section + SHAPE.key_scales).to(gl.pointer_type(gl.float16)) + offset, scale)
     else:
@@ -218,6 +226,6 @@ def append_tokens(
                 gl.store(p_kept, raw.to(p_sink_values.dtype.element_ty))
         if slot >= 0:
             y = _rotated(raw.to(gl.float32), p_signs, o_d, D, L_ROW)
-            sign, index, scale = _encoded(y, D, pick(VALUE, 2), pick(VALUE, 3), pick(VALUE, 4))
+            sign, index, scale = _encoded(y, D, VALUE, VALUE_GAIN)
             _store_value(p_section, sign, index, offset, o_d, pick(VALUE, 0), pick(VALUE, 1), SHAPE)
             gl.store((p_section + SHAPE.value_scales).to(gl.pointer_type(gl.float16)) + offset, scale)

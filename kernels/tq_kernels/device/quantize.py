@@ -244,25 +244,30 @@ def quantize_runs(
     p_sink_keys,
     p_sink_values,
     num_tokens,
+    num_heads,
+    key_layer_stride,
     key_token_stride,
     key_head_stride,
+    value_layer_stride,
     value_token_stride,
     value_head_stride,
+    page_layer_stride,
     page_stride,
     sink_token_stride,
     sink_head_stride,
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Write all runs whose leaders stand in the program's windows, for one KV head."""
+    """Write all runs whose leaders stand in the program's windows, for one KV head of one layer."""
     P: tl.constexpr = SHAPE.page_tokens
     WINDOW: tl.constexpr = MODE.window
-    i_head = tl.program_id(0).to(tl.int64)
-    p_keys += i_head * key_head_stride
-    p_values += i_head * value_head_stride
-    p_pages += i_head * SHAPE.section_bytes
+    i_head = (tl.program_id(0) % num_heads).to(tl.int64)
+    i_layer = (tl.program_id(0) // num_heads).to(tl.int64)
+    p_keys += i_layer * key_layer_stride + i_head * key_head_stride
+    p_values += i_layer * value_layer_stride + i_head * value_head_stride
+    p_pages += i_layer * page_layer_stride + i_head * SHAPE.section_bytes
     if MODE.balanced:
-        p_balance += i_head * SHAPE.head_dim
+        p_balance += tl.program_id(0).to(tl.int64) * SHAPE.head_dim
     b_rotation = 0.0
     if SHAPE.key_code <= 8 or SHAPE.value_code <= 8:
         o_side = tl.arange(0, SHAPE.tile_dim)

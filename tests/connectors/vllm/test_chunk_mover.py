@@ -54,7 +54,7 @@ def codec_of(pages, **options: object) -> QuantizedChunks:
 def run(codec, chunks: list[Chunk], *, is_save: bool, cells_at_once: int = 2) -> None:
     staging_bytes = cells_at_once * codec.cell_bytes
     mover = ChunkMover([codec], staging_bytes=staging_bytes, is_save=is_save)
-    mover.submit(7, chunks, mover.fence())
+    mover.submit({7: chunks}, mover.fence())
     mover.wait({7, 99})
     (moved,) = mover.take_finished()
     assert (moved.job_id, moved.success) == (7, True)
@@ -111,9 +111,8 @@ def test_chunks_of_groups_go_through_their_own_codecs():
     codecs = [CopiedChunks(layers(1), blocks_per_chunk=1), CopiedChunks(layers(1), blocks_per_chunk=1)]
     cells = torch.zeros(3, codecs[0].cell_bytes, dtype=torch.uint8)
     mover = ChunkMover(codecs, staging_bytes=1, is_save=True)
-    mover.submit(
-        1, [Chunk(0, cells[0], [1]), Chunk(1, cells[1], [1]), Chunk(1, cells[2], [2])], mover.fence()
-    )
+    chunks = [Chunk(0, cells[0], [1]), Chunk(1, cells[1], [1]), Chunk(1, cells[2], [2])]
+    mover.submit({1: chunks}, mover.fence())
     mover.wait({1})
     mover.close()
     first, second = (codec._layers[0] for codec in codecs)
@@ -138,7 +137,7 @@ class Stuck:
 def test_a_job_that_fails_says_so_and_nothing_waits_for_it_before(caplog):
     codec = Stuck()
     mover = ChunkMover([codec], staging_bytes=1, is_save=True)
-    mover.submit(1, [Chunk(0, torch.zeros(16, dtype=torch.uint8), [0])], mover.fence())
+    mover.submit({1: [Chunk(0, torch.zeros(16, dtype=torch.uint8), [0])]}, mover.fence())
     assert not mover.take_finished()
     codec.may_go.set()
     mover.wait({1})
@@ -181,13 +180,15 @@ def test_a_device_with_streams_is_given_everything_at_once(monkeypatch, caplog):
     cells = torch.zeros(4, codec.cell_bytes, dtype=torch.uint8)
     mover = ChunkMover([codec], staging_bytes=2 * codec.cell_bytes, is_save=True)
     chunks = [Chunk(0, cells[number], [block]) for number, block in ((2, 5), (3, 6), (0, 7))]
-    mover.submit(1, chunks, mover.fence())
+    mover.submit({1: chunks[:2], 4: chunks[2:]}, mover.fence())
     assert torch.equal(cells[[2, 3, 0]], codec._layers[0][[5, 6, 7]])
     assert not mover.take_finished()
-    mover.wait({1})
-    assert [moved.success for moved in mover.take_finished()] == [True]
+    mover.wait({4})
+    moved = mover.take_finished()
+    assert [(each.job_id, each.num_bytes // codec.cell_bytes) for each in moved] == [(1, 2), (4, 1)]
+    assert all(each.success for each in moved)
     monkeypatch.delattr(CopiedChunks, "save")
-    mover.submit(2, chunks, mover.fence())
+    mover.submit({2: chunks}, mover.fence())
     mover.wait({2})
     assert [moved.success for moved in mover.take_finished()] == [False]
     assert "moving chunks" in caplog.text

@@ -1,0 +1,128 @@
+"""The launch of the quantize kernel, and the constants it reads."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from tq_kernels._compiled import launch
+from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted
+from tq_kernels._page_shape import page_shape
+from tq_kernels.device.quantize import quantize_runs
+from tq_kernels.layout import PageLayout
+from tq_kernels.quantize_plan import LaunchPlan
+from tq_kernels.reference import rotation_of
+from tq_kernels.spec import Rotation
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """Compile-time facts of a launch; parts are those in which a float32 vector meets the rotation."""
+
+    rows: int
+    window: int
+    windows: int
+    seeded: bool
+    balanced: bool
+    search: bool
+    key_parts: int
+    value_parts: int
+    ptx: bool
+
+
+def launch_quantize(
+    plan: LaunchPlan,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    seed_pages: torch.Tensor | None,
+    key_balance: torch.Tensor | None,
+    sinks: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+) -> None:
+    """Write tokens of one layer, as `quantize.quantize_slots` has them, or of several: `quantize_layers`."""
+    num_layers, layers_apart = 1, [0, 0, 0]
+    if keys.dim() == 4:
+        num_layers, layers_apart = keys.shape[0], [side.stride(0) for side in (keys, values, pages)]
+    ptx = has_nvidia_assembly(pages.device)
+    key_parts, value_parts, rotation_dtype = _parts(keys.dtype, key_balance is not None)
+    mode = Mode(
+        rows=plan.rows,
+        window=plan.window,
+        windows=plan.windows,
+        seeded=seed_pages is not None,
+        balanced=key_balance is not None,
+        search=plan.search,
+        key_parts=key_parts,
+        value_parts=value_parts,
+        ptx=ptx,
+    )
+    launch(
+        quantize_runs,
+        (num_layers * layout.num_kv_heads, plan.programs),
+        p_keys=keys,
+        p_values=values,
+        p_slots=slot_mapping,
+        p_seeds=seed_pages,
+        p_balance=key_balance,
+        p_rotation=_rotation_tile(layout, pages.device, rotation_dtype),
+        p_pages=pages,
+        p_sink_slots=sinks[0],
+        p_sink_keys=sinks[1],
+        p_sink_values=sinks[2],
+        num_tokens=keys.shape[-3],
+        num_heads=layout.num_kv_heads,
+        key_layer_stride=layers_apart[0],
+        key_token_stride=keys.stride(-3),
+        key_head_stride=keys.stride(-2),
+        value_layer_stride=layers_apart[1],
+        value_token_stride=values.stride(-3),
+        value_head_stride=values.stride(-2),
+        page_layer_stride=layers_apart[2],
+        page_stride=pages.stride(-2),
+        sink_token_stride=0 if sinks[1] is None else sinks[1].stride(0),
+        sink_head_stride=0 if sinks[1] is None else sinks[1].stride(1),
+        SHAPE=page_shape(layout),
+        MODE=mode,
+        num_warps=plan.num_warps,
+        num_stages=1,
+        **({"maxnreg": plan.max_registers} if ptx else {}),
+    )
+
+
+def _parts(dtype: torch.dtype, balanced: bool) -> tuple[int, int, torch.dtype]:
+    """Parts of keys, parts of values, and the dtype of the parts and the rotation.
+
+    A bfloat16 holds 8 bits and the range of float32: 3 parts are a float32, 2 are a float16 or a quotient of
+    half-precision numbers within 2^-17.
+    """
+    if is_interpreted():
+        return 0, 0, torch.float32
+    if dtype is torch.float32:
+        return 3, 3, torch.bfloat16
+    if balanced:
+        return 2, 1 if dtype is torch.bfloat16 else 2, torch.bfloat16
+    return 1, 1, dtype
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _rotation_tile(layout: PageLayout, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+    """The integer matrix (d R)^T, ``[tile_dim, tile_dim]``, columns in the order of the kernel's tiles.
+
+    Rows and columns beyond head_dim are zero. Its integers are at most head_dim in size, which bfloat16 holds
+    exactly up to 256. None for a codec that does not rotate.
+    """
+    if layout.spec.rotation is Rotation.NONE:
+        return None
+    shape = page_shape(layout)
+    integers = (rotation_of(layout, torch.device("cpu")) * layout.head_dim).round().T
+    column = torch.arange(shape.tile_dim)
+    quads = layout.head_dim // (4 * shape.key_groups)
+    word = column // 2 % 4 * (shape.tile_dim // (16 * shape.key_groups)) + column // (16 * shape.key_groups)
+    quad = column // 16 % shape.key_groups * quads + word
+    channel = 4 * quad + column // 8 % 2 * 2 + column % 2
+    tile = torch.zeros(shape.tile_dim, shape.tile_dim)
+    tile[: layout.head_dim, word < quads] = integers[:, channel[word < quads]]
+    return tile.to(device, dtype)
