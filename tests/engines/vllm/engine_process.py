@@ -13,8 +13,13 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core is in this process and can be stepped
 
 from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.v1.request import RequestStatus
+
+from tq_connectors.vllm.kv_connector import TQStoreConnector
 
 LONGEST_S = 120.0
+PAUSE_S = 0.001
 
 
 class SteppedEngine:
@@ -38,19 +43,21 @@ class SteppedEngine:
         self._core = self._engine.engine_core.engine_core
         self._number = 0
         self._preempted = 0
+        self._is_idle = False
         schedule = self._core.scheduler.schedule
 
         def counted(*arguments: Any, **options: Any) -> Any:
             output = schedule(*arguments, **options)
             self._preempted += len(output.preempted_req_ids or ())
+            self._is_idle = not output.total_num_scheduled_tokens
             return output
 
         self._core.scheduler.schedule = counted
 
     def run(
-        self, prompts: list[list[int]], max_tokens: int, logprobs: int = 0, abort_after: int = 0
+        self, prompts: list[list[int]], max_tokens: int, logprobs: int = 0, abort_when: str = ""
     ) -> dict[str, Any]:
-        """Answer prompts, all at once; or give them up after some steps."""
+        """Answer prompts, all at once; or give them up when one of them has come so far."""
         limits = SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,
@@ -68,9 +75,7 @@ class SteppedEngine:
         first: dict[str, float] = {}
         steps = 0
         while self._engine.has_unfinished_requests():
-            if time.monotonic() - started > LONGEST_S:
-                raise TimeoutError("the engine does not come to an end")
-            for output in self._engine.step():
+            for output in self._step(started):
                 (answer,) = output.outputs
                 if answer.token_ids:
                     first.setdefault(output.request_id, time.monotonic() - started)
@@ -85,15 +90,17 @@ class SteppedEngine:
                         ],
                     }
             steps += 1
-            if abort_after and steps == abort_after:
+            if abort_when and self._has_come_to(abort_when, first):
                 self._engine.abort_request(order)
         return {"answers": [answers.get(name) for name in order], "steps": steps}
 
     def settle(self) -> dict[str, Any]:
         """Step until nothing is on its way to the store."""
-        for _ in range(3):
-            self.run([[1, 2, 3]], 3)
-            time.sleep(0.3)
+        started = time.monotonic()
+        while self._core.scheduler.has_requests():
+            self._step(started)
+        if has_kv_transfer_group() and isinstance(connector := get_kv_transfer_group(), TQStoreConnector):
+            assert connector._worker._cache.saves.flush(LONGEST_S)
         return {}
 
     def reset(self, connector: bool) -> dict[str, Any]:
@@ -111,6 +118,25 @@ class SteppedEngine:
             "free_blocks": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
             "requests": len(scheduler.requests),
         }
+
+    def _step(self, started: float) -> list[Any]:
+        """As vLLM's own loop does it: where nothing is computed, threads of connectors get their turn."""
+        if time.monotonic() - started > LONGEST_S:
+            raise TimeoutError("the engine does not come to an end")
+        outputs = self._engine.step()
+        if self._is_idle:
+            time.sleep(PAUSE_S)
+        return outputs
+
+    def _has_come_to(self, stage: str, first: dict[str, float]) -> bool:
+        scheduler = self._core.scheduler
+        waits = {request.status for request in scheduler.requests.values()}
+        return {
+            "asked": True,
+            "fetching": scheduler.connector.has_pending_push_work(),
+            "loading": RequestStatus.WAITING_FOR_REMOTE_KVS in waits,
+            "answering": bool(first),
+        }[stage]
 
 
 def main() -> None:

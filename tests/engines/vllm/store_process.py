@@ -40,8 +40,8 @@ class StoreOnDisk:
         return self._process.metric(name)
 
     def files(self) -> set[Path]:
-        """Files of blocks."""
-        return {path for path in self._folder.rglob("*") if path.is_file()}
+        """Files of blocks that are whole."""
+        return {path for path in (self._folder / "blocks").rglob("*") if path.is_file()}
 
     def damage(self, files: set[Path]) -> int:
         """Flip a bit in the middle of files; how many."""
