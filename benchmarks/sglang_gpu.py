@@ -5,8 +5,8 @@ lines. A case is a dtype and an attention backend, as in `fp8_e4m3/fa3`; ours ha
 Shapes are batch x context: the prompts are prefilled once (`ttft_ms` is of that pass: all prompts, one token
 each), found again as prefixes, and decoded for 16 and for 80 tokens, whose difference is 64 steps
 (`tpot_ms`). The mix is a stream of requests, so many at a time: `decode_tok_s` is then of all answers over
-the whole time, `ttft_ms` and `tpot_ms` are medians over requests; a quarter of it goes before, unmeasured. SGLang must find our plugin, which is
-arranged for a tree that is not installed as well.
+the whole time, `ttft_ms` and `tpot_ms` are medians over requests; a quarter of it goes before,
+unmeasured. SGLang must find our plugin, which is arranged for a tree that is not installed as well.
 """
 
 import argparse

@@ -92,6 +92,11 @@ class ShortChunks:
         out[self.tokens] = attended.flatten(0, 1)[self.rows_of_tokens]
 
 
+def most_rows_of(num_new: int) -> int:
+    """Rows of a part where chunks have up to so many tokens: a power of two, as each number is a kernel."""
+    return min(MAX_ROWS, 1 << (num_new - 1).bit_length())
+
+
 def short_chunks(
     chunks: Sequence[Chunk],
     block_table: torch.Tensor,
@@ -112,7 +117,7 @@ def short_chunks(
     chosen = [chunk for chunk in chunks if chunk.is_short]
     if not chosen:
         return None
-    num_rows = min(MAX_ROWS, max(chunk.num_new for chunk in chosen))
+    num_rows = most_rows_of(max(chunk.num_new for chunk in chosen))
     seqs: list[int] = []
     lengths: list[int] = []
     tokens: list[int] = []

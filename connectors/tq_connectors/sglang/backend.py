@@ -86,6 +86,9 @@ class TurboQuantBackend(AttentionBackend):
         self._prefill = Prefill(
             layout, max_tokens=self._max_tokens, dtype=runner.dtype, device=self._device, fresh=fresh
         )
+        if self._device.type == "cuda":
+            first = self._on_pages(0, softmax_scale=layout.head_dim**-0.5)
+            self._prefill.compile_kernels(first, self._num_query_heads, runner.dtype)
         self._layers: dict[int, PagedAttention] = {}
         self._graphs: Batch | None = None
         self._workspaces: DecodeWorkspaces | None = None
@@ -240,16 +243,22 @@ class TurboQuantBackend(AttentionBackend):
     def _make_attention(self, layer: Any) -> PagedAttention:
         if layer.is_cross_attention or str(layer.attn_type.value) != "decoder":
             raise NotImplementedError("the attention backend turboquant serves causal attention alone")
-        number = layer.layer_id - self._pool.first_layer
-        return PagedAttention(
-            layout=self._pool.page_layout,
+        return self._on_pages(
+            layer.layer_id - self._pool.first_layer,
             softmax_scale=layer.scaling,
             # SGLang counts the positions before a query, we count its own as well
             sliding_window=layer.sliding_window_size + 1 if layer.sliding_window_size > -1 else None,
             softcap=layer.logit_cap or None,
+        )
+
+    def _on_pages(self, number: int, **options: Any) -> PagedAttention:
+        """The attention of one of this process's layers."""
+        return PagedAttention(
+            layout=self._pool.page_layout,
             key_balance=None if self._balance is None else self._balance[number],
             sink_keys=self._sinks.keys[number],
             sink_values=self._sinks.values[number],
+            **options,
         )
 
     def _by_heads(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.inflate import Inflater
+from tq_connectors.engine.warm_up import compile_kernels
 from tq_connectors.sglang.fresh import FreshAttention
 from tq_connectors.sglang.segments import Kind, Segment
 from tq_connectors.sglang.steps import Batch
@@ -44,6 +45,19 @@ class Prefill:
         self._inflater = None
         if fresh is not None:
             self._inflater = Inflater(layout, dtype=dtype, device=device, max_tokens=max_tokens)
+
+    def compile_kernels(self, attention: PagedAttention, num_query_heads: int, dtype: torch.dtype) -> None:
+        """Compile what passes of a layer launch, before one of them has to wait for it."""
+        fresh = self._fresh_attention
+        compile_kernels(
+            attention,
+            num_query_heads=num_query_heads,
+            dtype=dtype,
+            device=self._device,
+            inflater=self._inflater,
+            dense=None if fresh is None else partial(_dense, fresh, attention),
+            workspace=self._room(),
+        )
 
     def attend(
         self,
@@ -107,9 +121,7 @@ class Prefill:
         batch: Batch,
         segment: Segment,
     ) -> None:
-        if self._workspace is None:
-            tokens = min(WORKSPACE_TOKENS, self._max_tokens)
-            self._workspace = extend_workspace(self._layout, tokens, self._device)
+        workspace = self._room()
         for place, (start, end) in enumerate(segment.spans):
             row, prefix_len = segment.rows.start + place, segment.prefix_lens[place]
             new = (query[start:end], keys[start:end], values[start:end])
@@ -120,7 +132,13 @@ class Prefill:
                 dense = partial(_dense, fresh, attention)
                 inflater.attend(attention, dense, *new, *cached, sink_row=sink_row, out=out[start:end])
                 continue
-            attention.extend(*new, *cached, sink_row=sink_row, workspace=self._workspace, out=out[start:end])
+            attention.extend(*new, *cached, sink_row=sink_row, workspace=workspace, out=out[start:end])
+
+    def _room(self) -> ExtendWorkspace:
+        if self._workspace is None:
+            tokens = min(WORKSPACE_TOKENS, self._max_tokens)
+            self._workspace = extend_workspace(self._layout, tokens, self._device)
+        return self._workspace
 
 
 def _options(attention: PagedAttention, *, causal: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from tq_connectors.engine.inflate import Inflater
 from tq_connectors.engine.layouts import layout_for
 from tq_connectors.engine.short_chunks import Chunk, ShortChunks, short_chunks
+from tq_connectors.engine.warm_up import compile_kernels
 from tq_connectors.engine.workspaces import DecodeWorkspaces
 from tq_connectors.vllm.balance import key_balances
 from tq_connectors.vllm.batch import CachedChunk, ColdPrompts, DecodeRows, decode_rows, prefill_parts
@@ -137,6 +138,16 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
         self._inflater = None
         if first.impl.flash is not None:
             self._inflater = Inflater(layout, dtype=model.dtype, device=device, max_tokens=max_tokens)
+        if device.type == "cuda":
+            compile_kernels(
+                self._group.attention(layer_names[0]),
+                num_query_heads=first.num_heads,
+                dtype=model.dtype,
+                device=device,
+                inflater=self._inflater,
+                dense=None if first.impl.flash is None else first.impl.flash.dense,
+                workspace=self._chunk_workspace,
+            )
 
     def build(
         self,

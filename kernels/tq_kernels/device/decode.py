@@ -52,7 +52,9 @@ def token_factors(key_scales, value_scales, mask, KEY: tl.constexpr, VALUE: tl.c
     return factor, tl.where(mask, term, -float("inf")), in_sums, as_operand
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride", "num_columns", "padded_columns", "num_splits", "num_sinks", "window"]
+)
 def attend_split(
     p_query,
     p_pages,

@@ -12,7 +12,17 @@ from tq_kernels.device.decode import HEADROOM, capped, token_factors
 from tq_kernels.device.unpack import element, elements_of, levels_of, load_tile, tile_slots, unit_of
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "prefix_len",
+        "first_position",
+        "num_columns",
+        "padded_columns",
+        "num_splits",
+        "num_sinks",
+        "window",
+    ]
+)
 def attend_prefix(
     p_query,
     p_pages,
@@ -117,7 +127,9 @@ def attend_prefix(
     tl.store(p_out + row[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["prefix_len", "first_position", "num_tokens", "num_columns", "num_sinks", "window"]
+)
 def attend_raw(
     p_query,
     p_keys,

@@ -88,7 +88,7 @@ def prepare_columns(
             gl.store(p_positions + i_seq, gl.load(p_lengths + i_seq) - 1)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_splits", "lse_seq_stride", "lse_row_stride", "window"])
 def merge_columns(
     p_partial,
     p_partial_lse,

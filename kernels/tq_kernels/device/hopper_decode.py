@@ -34,7 +34,7 @@ from tq_kernels.device.hopper_operands import (
 )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_stride", "num_splits", "num_sinks", "window"])
 def attend_split(
     p_query,
     p_pages,

@@ -16,7 +16,19 @@ def _sink_values(p_sink_values, o_sink, o_n, m_s, m_n, m_seen, b_weight):
     return tl.sum(b_values * b_weight[:, :, None], axis=1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_columns",
+        "num_splits",
+        "partial_lse_pair_stride",
+        "partial_lse_split_stride",
+        "lse_seq_stride",
+        "lse_row_stride",
+        "lse_pair_stride",
+        "num_sinks",
+        "window",
+    ]
+)
 def merge_splits(
     p_partial,
     p_partial_lse,

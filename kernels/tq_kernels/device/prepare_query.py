@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_columns", "padded_columns"])
 def prepare_query(
     p_query,
     p_balance,
