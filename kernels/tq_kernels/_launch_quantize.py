@@ -17,7 +17,11 @@ from tq_kernels.spec import Rotation
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """Compile-time facts of a launch; parts are those in which a float32 vector meets the rotation."""
+    """Compile-time facts of a launch.
+
+    Parts are those in which a float32 vector meets the rotation; cache_tokens are those of a page of the
+    cache that vectors are read from, 0 where they lie one after the other.
+    """
 
     rows: int
     window: int
@@ -25,6 +29,7 @@ class Mode:
     seeded: bool
     balanced: bool
     search: bool
+    cache_tokens: int
     key_parts: int
     value_parts: int
     ptx: bool
@@ -40,11 +45,17 @@ def launch_quantize(
     seed_pages: torch.Tensor | None,
     key_balance: torch.Tensor | None,
     sinks: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    layers: tuple[torch.Tensor, torch.Tensor] | None = None,
+    source_slots: torch.Tensor | None = None,
 ) -> None:
-    """Write tokens of one layer, as `quantize.quantize_slots` has them, or of several: `quantize_layers`."""
-    num_layers, layers_apart = 1, [0, 0, 0]
-    if keys.dim() == 4:
-        num_layers, layers_apart = keys.shape[0], [side.stride(0) for side in (keys, values, pages)]
+    """Write tokens of one layer or, out of their caches, of several.
+
+    Args as in `quantize.quantize_slots`, but for:
+        layers: ``[num_layers]`` int64 elements from `keys` and from `values`, which are the caches of the
+            first layer, to those of each; pages and balance then have a first dimension of layers.
+        source_slots: ``[num_tokens]`` int64 of tokens in the caches; comes with `layers`.
+    """
+    in_cache = layers is not None
     ptx = has_nvidia_assembly(pages.device)
     key_parts, value_parts, rotation_dtype = _parts(keys.dtype, key_balance is not None)
     mode = Mode(
@@ -56,14 +67,18 @@ def launch_quantize(
         search=plan.search,
         key_parts=key_parts,
         value_parts=value_parts,
+        cache_tokens=keys.shape[1] if in_cache else 0,
         ptx=ptx,
     )
     launch(
         quantize_runs,
-        (num_layers * layout.num_kv_heads, plan.programs),
+        (layout.num_kv_heads, plan.programs, 1 if layers is None else len(layers[0])),
         p_keys=keys,
         p_values=values,
         p_slots=slot_mapping,
+        p_sources=slot_mapping if source_slots is None else source_slots,
+        p_key_layers=None if layers is None else layers[0],
+        p_value_layers=None if layers is None else layers[1],
         p_seeds=seed_pages,
         p_balance=key_balance,
         p_rotation=_rotation_tile(layout, pages.device, rotation_dtype),
@@ -71,15 +86,14 @@ def launch_quantize(
         p_sink_slots=sinks[0],
         p_sink_keys=sinks[1],
         p_sink_values=sinks[2],
-        num_tokens=keys.shape[-3],
-        num_heads=layout.num_kv_heads,
-        key_layer_stride=layers_apart[0],
+        num_tokens=len(slot_mapping),
+        key_page_stride=keys.stride(0) if in_cache else 0,
         key_token_stride=keys.stride(-3),
         key_head_stride=keys.stride(-2),
-        value_layer_stride=layers_apart[1],
+        value_page_stride=values.stride(0) if in_cache else 0,
         value_token_stride=values.stride(-3),
         value_head_stride=values.stride(-2),
-        page_layer_stride=layers_apart[2],
+        page_layer_stride=pages.stride(0) if in_cache else 0,
         page_stride=pages.stride(-2),
         sink_token_stride=0 if sinks[1] is None else sinks[1].stride(0),
         sink_head_stride=0 if sinks[1] is None else sinks[1].stride(1),

@@ -5,59 +5,14 @@ levels; or, for readers that work in the rotated domain, the same without Rᵀ, 
 runs at the speed of memory. `kernels/README.md` derives it; `reference_slots.py` is the same in PyTorch.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 
 from tq_kernels import reference_slots
-from tq_kernels._compiled import launch
-from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted, takes_kernel
+from tq_kernels._dispatch import takes_kernel
 from tq_kernels._guards import FLOATS, check_pages, check_tensor
-from tq_kernels._page_shape import PageShape, page_shape
+from tq_kernels._page_shape import page_shape
+from tq_kernels.dequantize_plan import plan_dequantize
 from tq_kernels.layout import PageLayout
-from tq_kernels.reference import rotation_of
-
-_PAGES_OF_A_PRODUCT = 4
-"""Pages that a program rotates back, so that it reads the rotation once for several pages."""
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchPlan:
-    """How a launch cuts its pages up.
-
-    Args:
-        variant: ``"copy"`` where nothing is rotated back, ``"product"`` where a matrix product does it.
-        programs: Programs a KV head and side.
-        pages: Pages a program works on, one after the other.
-        num_warps: Warps a program.
-    """
-
-    variant: str
-    programs: int
-    pages: int
-    num_warps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """Compile-time facts of a launch; cache_tokens is 0 for a cache of one page, whatever its size."""
-
-    pages: int
-    cache_tokens: int
-    rotate_keys: bool
-    rotate_values: bool
-    balanced: bool
-    ptx: bool
-
-
-def plan_dequantize(num_pages: int, shape: PageShape, *, rotated: bool) -> LaunchPlan:
-    """The plan for a number of pages; it depends on nothing else that a launch brings."""
-    num_warps = 8 if shape.page_tokens * shape.tile_dim > 8192 else 4
-    if rotated or not (shape.key_rotated or shape.value_rotated):
-        return LaunchPlan("copy", num_pages, 1, num_warps)
-    pages = _PAGES_OF_A_PRODUCT
-    return LaunchPlan("product", -(-num_pages // pages), pages, num_warps)
 
 
 def dequantize_pages(
@@ -118,69 +73,9 @@ def dequantize_pages(
             rotated=rotated,
         )
         return
+    from tq_kernels._launch_dequantize import launch_dequantize  # Triton is imported where it is used
+
     plan = plan_dequantize(count, shape, rotated=rotated)
-    _launch(plan, pages, page_indices, key_cache, value_cache, slot_mapping, layout, key_balance, rotated)
-
-
-def _launch(
-    plan: LaunchPlan,
-    pages: torch.Tensor,
-    page_indices: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    layout: PageLayout,
-    key_balance: torch.Tensor | None,
-    rotated: bool,
-) -> None:
-    from tq_kernels.device.dequantize import dequantize_sides
-
-    shape = page_shape(layout)
-    mode = Mode(
-        pages=plan.pages,
-        cache_tokens=key_cache.shape[1] if key_cache.shape[0] > 1 else 0,
-        rotate_keys=shape.key_rotated and not rotated,
-        rotate_values=shape.value_rotated and not rotated,
-        balanced=key_balance is not None and not rotated,
-        ptx=has_nvidia_assembly(pages.device),
+    launch_dequantize(
+        plan, pages, page_indices, key_cache, value_cache, slot_mapping, layout, key_balance, rotated
     )
-    launch(
-        dequantize_sides,
-        (plan.programs * layout.num_kv_heads, 2),
-        p_pages=pages,
-        p_indices=page_indices,
-        p_key_cache=key_cache,
-        p_value_cache=value_cache,
-        p_slots=slot_mapping,
-        p_balance=key_balance,
-        p_key_rotation=_rotation_tile(layout, pages.device, shape.key_groups) if mode.rotate_keys else None,
-        p_value_rotation=_rotation_tile(layout, pages.device, 1) if mode.rotate_values else None,
-        num_pages=page_indices.shape[0],
-        num_heads=layout.num_kv_heads,
-        page_stride=pages.stride(0),
-        key_page_stride=key_cache.stride(0),
-        key_token_stride=key_cache.stride(1),
-        key_head_stride=key_cache.stride(2),
-        value_page_stride=value_cache.stride(0),
-        value_token_stride=value_cache.stride(1),
-        value_head_stride=value_cache.stride(2),
-        SHAPE=shape,
-        MODE=mode,
-        num_warps=plan.num_warps,
-        num_stages=1,
-    )
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _rotation_tile(layout: PageLayout, device: torch.device, groups: int) -> torch.Tensor:
-    """The integer matrix d R, ``[tile_dim, tile_dim]``, rows in the order (channel of a group, group).
-
-    Rows and columns beyond head_dim are zero. float16 has its integers exactly.
-    """
-    tile_dim, head_dim = page_shape(layout).tile_dim, layout.head_dim
-    row = torch.arange(head_dim)
-    channel = row % groups * (head_dim // groups) + row // groups
-    tile = torch.zeros(tile_dim, tile_dim)
-    tile[:head_dim, :head_dim] = (rotation_of(layout, torch.device("cpu")) * head_dim).round()[channel]
-    return tile.to(device, torch.float32 if is_interpreted() else torch.float16)

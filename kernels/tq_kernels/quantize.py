@@ -126,67 +126,6 @@ def quantize_slots(
     launch_quantize(plan, keys, values, slot_mapping, pages, layout, seed_pages, key_balance, sinks)
 
 
-def quantize_layers(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    pages: torch.Tensor,
-    layout: PageLayout,
-    *,
-    key_balance: torch.Tensor | None = None,
-) -> None:
-    """Write the same tokens of many layers into packed pages, in one launch.
-
-    To give a device a launch takes longer than the launch of a short chunk, so that a save of one layer after
-    the other would hold up an engine. Every layer is what `quantize_slots` makes of many tokens.
-
-    Args:
-        keys: ``[num_layers, num_tokens, num_kv_heads, head_dim]``, as in `quantize_slots`.
-        values: The same shape and dtype.
-        slot_mapping: ``[num_tokens]`` int64 or int32, for every layer the same.
-        pages: ``[num_layers, num_pages, page_bytes]`` uint8; layers may overlap where no slot names a page.
-        layout: Page geometry and codec; page_tokens a power of two up to 128.
-        key_balance: ``[num_layers, num_kv_heads, head_dim]`` float32.
-
-    Raises:
-        ValueError: An argument of another shape, dtype or device, or a size that kernels do not serve.
-    """
-    num_layers, num_tokens = keys.shape[:2]
-    if pages.dim() != 3 or pages.shape[0] != num_layers or pages.stride(0) % 16:
-        raise ValueError(
-            f"pages must be [{num_layers}, num_pages, {layout.page_bytes}] uint8, layers a multiple of 16 "
-            f"bytes apart, not {list(pages.shape)} with strides {pages.stride()}"
-        )
-    if not num_tokens or not num_layers:
-        return
-    check_pages(pages[0], layout)
-    shape_of_tokens = (num_layers, num_tokens, layout.num_kv_heads, layout.head_dim)
-    check_tensor("keys", keys, shape_of_tokens, FLOATS, pages.device)
-    check_tensor("values", values, shape_of_tokens, (keys.dtype,), pages.device)
-    check_tensor("slot_mapping", slot_mapping, (num_tokens,), (torch.int64, torch.int32), pages.device)
-    _check_strides(keys, values, layout)
-    if key_balance is not None:
-        balance_shape = (num_layers, layout.num_kv_heads, layout.head_dim)
-        check_tensor(
-            "key_balance", key_balance, balance_shape, (torch.float32,), pages.device, contiguous_dims=3
-        )
-    shape = page_shape(layout)
-    wide = keys.dtype is torch.float32 or key_balance is not None
-    plan = plan_quantize(num_tokens, shape, wide=wide, whole=True)
-    if not takes_kernel(pages.device):
-        for layer in range(num_layers):
-            balance = None if key_balance is None else key_balance[layer]
-            reference_slots.quantize_slots(
-                keys[layer], values[layer], slot_mapping, pages[layer], layout, key_balance=balance
-            )
-        return
-    from tq_kernels._launch_quantize import launch_quantize
-
-    launch_quantize(
-        plan, keys, values, slot_mapping, pages, layout, None, key_balance, sinks=(None, None, None)
-    )
-
-
 def _check_strides(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> None:
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.stride(-3) * layout.page_tokens >= 1 << 31:

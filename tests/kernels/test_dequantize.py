@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from tq_kernels import PRESETS, CodecSpec, PageLayout, dequantize, reference, reference_slots
+from tq_kernels import PRESETS, CodecSpec, PageLayout, _launch_dequantize, reference, reference_slots
 from tq_kernels._page_shape import page_shape
-from tq_kernels.dequantize import dequantize_pages, plan_dequantize
+from tq_kernels.dequantize import dequantize_pages
+from tq_kernels.dequantize_plan import plan_dequantize
 from tq_kernels.reference import plane_view
 from tq_kernels.spec import Code
 
@@ -254,7 +255,7 @@ def test_a_cpu_without_the_interpreter_takes_the_reference(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     calls = []
-    monkeypatch.setattr(dequantize, "_launch", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(_launch_dequantize, "launch_dequantize", lambda *arguments: calls.append(arguments))
     _check(layout_of("tq4"), CPU, generator, variant="copy", rotated=True, dtype=torch.bfloat16)
 
     assert not calls

@@ -18,7 +18,7 @@ from tq_kernels import (
 )
 from tq_kernels._page_shape import page_shape
 from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS, VALUE_GAINS, midpoints
-from tq_kernels.quantize import hopper_appends, quantize_layers, quantize_slots
+from tq_kernels.quantize import hopper_appends, quantize_slots
 from tq_kernels.quantize_plan import LaunchPlan, plan_quantize
 from tq_kernels.reference import plane_view, read_key_center, read_side, rotation_of
 from tq_kernels.spec import Code
@@ -524,7 +524,7 @@ def _launched_plan(
     """The plan with which many tokens to skip are launched."""
     plans: list[LaunchPlan] = []
     patch.setattr(quantize, "takes_kernel", lambda _: True)
-    patch.setattr(quantize, "_launch", lambda plan, *_: plans.append(plan))
+    patch.setattr(_launch_quantize, "launch_quantize", lambda plan, *_: plans.append(plan))
     shape = (layout.num_kv_heads, layout.head_dim)
     tokens = torch.zeros(SMALLEST_PAGES_LAUNCH, *shape, dtype=dtype, device=device)
     slots = torch.full((SMALLEST_PAGES_LAUNCH,), -1, device=device)
@@ -722,62 +722,3 @@ def test_sizes_that_kernels_do_not_serve_are_refused(
     pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
     with pytest.raises(ValueError, match=message):
         quantize_slots(tokens, tokens, torch.zeros(1, dtype=torch.int64), pages, layout)
-
-
-LAYERS, CELL_PAGES = 3, 2
-
-
-def _layers_of(pages: torch.Tensor) -> torch.Tensor:
-    """Pages of cells, in each of which every layer has its own one after the other, by layer."""
-    row = pages.stride(0)
-    size = (LAYERS, len(pages) - (LAYERS - 1) * CELL_PAGES, pages.shape[1])
-    return pages.as_strided(size, (CELL_PAGES * row, row, 1), pages.storage_offset())
-
-
-@pytest.mark.parametrize("is_balanced", [False, True])
-@pytest.mark.parametrize("name", ["tq4", "k3v2", "k8v4"])
-def test_layers_of_a_short_chunk_are_written_in_one_launch_as_long_ones_are(
-    name: str, is_balanced: bool, generator: torch.Generator, device: torch.device
-) -> None:
-    layout = layout_of(name)
-    p = layout.page_tokens
-    cell = LAYERS * CELL_PAGES
-    slots = [*range(2 * p), -1, *range(cell * p, (cell + 1) * p), *range((cell + 1) * p, (cell + 1) * p + 3)]
-    exact = [exact_tokens(layout, slots, 2 * cell, generator) for _ in range(LAYERS)]
-    keys, values = (torch.stack([getattr(each, side) for each in exact]) for side in ("keys", "values"))
-    balance = torch.tensor([1.0, 2.0, 0.5]).repeat_interleave(layout.num_kv_heads * layout.head_dim)
-    balance = balance.view(LAYERS, layout.num_kv_heads, layout.head_dim)
-    if is_balanced:
-        keys *= balance[:, None]
-    result = guarded(exact[0].pages, device)
-    quantize_layers(
-        keys.to(device),
-        values.to(device),
-        torch.tensor(slots, device=device),
-        _layers_of(result.pages),
-        layout,
-        key_balance=balance.to(device) if is_balanced else None,
-    )
-
-    expected = exact[0].pages.clone()
-    for layer, pages in enumerate(_layers_of(expected)):
-        given = (exact[layer].keys, exact[layer].values, torch.tensor(slots))
-        reference_slots.quantize_slots(*given, pages, layout)
-    _assert_same(result, expected, layout)
-
-
-def test_layers_that_do_not_fit_are_refused(device: torch.device) -> None:
-    layout = layout_of("tq4")
-    tokens = torch.zeros(2, 16, 2, 64, device=device)
-    slots = torch.arange(16, device=device)
-    pages = torch.zeros(2, 1, layout.page_bytes, dtype=torch.uint8, device=device)
-    for wrong in (pages[:1], pages[0], torch.zeros(2, layout.page_bytes + 8).byte()[:, None, 8:]):
-        with pytest.raises(ValueError, match="layers a multiple of 16"):
-            quantize_layers(tokens, tokens, slots, wrong, layout)
-    with pytest.raises(ValueError, match="key_balance"):
-        quantize_layers(tokens, tokens, slots, pages, layout, key_balance=torch.ones(2, 64, device=device))
-    wide = torch.empty(64, device=device).as_strided((2, 1, 2, 64), (0, 1 << 28, 0, 1))
-    with pytest.raises(ValueError, match="too large for 32-bit"):
-        quantize_layers(wide, wide, slots[:1], pages, layout)
-    quantize_layers(tokens[:, :0], tokens[:, :0], slots[:0], pages, layout)
-    assert not pages.any()

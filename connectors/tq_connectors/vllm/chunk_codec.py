@@ -6,7 +6,6 @@ import torch
 
 from tq_connectors.vllm.engine_pages import EnginePages, token_slots
 from tq_kernels.layout import PageLayout
-from tq_kernels.quantize import quantize_layers
 from tq_store.errors import ConfigError
 
 
@@ -74,8 +73,6 @@ class QuantizedChunks:
         self._page_indices = numbers.int()
         offsets = torch.arange(layout.page_tokens, device=self.device)
         self._slots = (numbers[:, None] * layout.page_tokens + offsets).flatten()
-        rows = (pages.num_layers, most_chunks * self._chunk_tokens, layout.num_kv_heads, 2 * layout.head_dim)
-        self._rows = torch.empty(rows, dtype=pages.shape.dtype, device=self.device)
 
     @property
     def cell_bytes(self) -> int:
@@ -93,31 +90,16 @@ class QuantizedChunks:
         return self._pages.device
 
     def save(self, blocks: torch.Tensor, cells: torch.Tensor) -> None:
-        """Quantize blocks into cells, all layers in one launch."""
-        num_tokens = len(cells) * self._chunk_tokens
-        blocks = blocks.clamp(min=0)
-        rows = self._rows[:, :num_tokens]
-        for layer in range(self._pages.num_layers):
-            of_layer = rows[layer].view(len(blocks), self._pages.shape.block_tokens, *rows.shape[2:])
-            self._pages.gather(layer, blocks, of_layer)
-        keys, values = rows.split(self._layout.head_dim, dim=-1)
-        quantize_layers(
-            keys,
-            values,
-            self._slots[:num_tokens],
-            self._pages_by_layer(cells),
-            self._layout,
-            key_balance=self._balance,
-        )
+        """Quantize blocks into cells."""
+        slots = token_slots(blocks.clamp(min=0), self._pages.shape.block_tokens)
+        pages, page_slots = self._pages_by_layer(cells), self._slots[: len(slots)]
+        self._pages.save(slots, pages, page_slots, self._layout, self._balance)
 
     def load(self, cells: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Dequantize cells into blocks, a layer at a time."""
+        """Dequantize cells into blocks."""
         indices = self._page_indices[: len(cells) * self._pages_per_chunk]
         slots = token_slots(blocks, self._pages.shape.block_tokens)
-        by_layer = self._pages_by_layer(cells)
-        for layer in range(self._pages.num_layers):
-            balance = None if self._balance is None else self._balance[layer]
-            self._pages.restore(layer, by_layer[layer], indices, slots, self._layout, balance)
+        self._pages.load(self._pages_by_layer(cells), indices, slots, self._layout, self._balance)
 
     def _pages_by_layer(self, cells: torch.Tensor) -> torch.Tensor:
         """Pages of all cells from each layer's first on, so that slots and indices serve every layer."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tq_kernels.dequantize import dequantize_pages
+from tq_kernels.cache_layers import cache_layers, dequantize_layers, quantize_layers
 from tq_kernels.layout import PageLayout
 
 
@@ -26,7 +26,10 @@ class BlockShape:
 
 
 class EnginePages(ABC):
-    """Blocks of one group of an engine's layers, read and written by their numbers.
+    """Blocks of one group of an engine's layers, read and written by the slots of their tokens.
+
+    A slot is block * block_tokens + offset. Pages of all layers are ``[num_layers, num_pages, page_bytes]``
+    uint8; a balance is ``[num_layers, num_kv_heads, head_dim]`` float32, or None.
 
     Args:
         layers: Views of each layer, a block a row, as a subclass needs them.
@@ -47,35 +50,42 @@ class EnginePages(ABC):
         return self._layers[0].device
 
     @abstractmethod
-    def gather(self, layer: int, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        """Keys and values of blocks.
+    def save(
+        self,
+        slots: torch.Tensor,
+        pages: torch.Tensor,
+        page_slots: torch.Tensor,
+        layout: PageLayout,
+        key_balance: torch.Tensor | None,
+    ) -> None:
+        """Pack tokens of all layers.
 
         Args:
-            layer: Which of the group's layers.
-            blocks: ``[n]`` int64.
-            out: ``[n, block_tokens, num_kv_heads, 2 * head_dim]``: keys, then values of each head.
+            slots: ``[num_tokens]`` int64 of whole blocks.
+            pages: Written.
+            page_slots: ``[num_tokens]`` int64 page * page_tokens + offset of each token in every layer.
+            layout: Of the pages.
+            key_balance: With which to make them.
         """
 
     @abstractmethod
-    def restore(
+    def load(
         self,
-        layer: int,
         pages: torch.Tensor,
         page_indices: torch.Tensor,
         slots: torch.Tensor,
         layout: PageLayout,
         key_balance: torch.Tensor | None,
     ) -> None:
-        """Fill blocks with what packed pages stand for.
+        """Fill blocks of all layers with what packed pages stand for.
 
         Args:
-            layer: Which of the group's layers.
-            pages: ``[num_pages, page_bytes]`` uint8.
-            page_indices: ``[m]`` int32: the pages of these blocks, in token order.
-            slots: ``[m * page_tokens]`` int64 of whole blocks, block * block_tokens + offset: where each
-                token of these pages goes, or -1 to leave it out.
+            pages: Of these blocks, and others.
+            page_indices: ``[m]`` int32: the pages of these blocks in every layer, in token order.
+            slots: ``[m * page_tokens]`` int64 of whole blocks: where each token of these pages goes, or -1 to
+                leave it out.
             layout: Of the pages.
-            key_balance: ``[num_kv_heads, head_dim]`` float32 that the pages were made with, if any.
+            key_balance: With which they were made.
         """
 
 
@@ -94,23 +104,30 @@ class StridedPages(EnginePages):
         order = (heads, tokens, width) if head_major else (tokens, heads, width)
         views = [layer.view(shape.dtype).unflatten(1, order) for layer in layers]
         super().__init__([view.transpose(1, 2) if head_major else view for view in views], shape)
+        sides = [view.split(shape.head_dim, dim=-1) for view in self._layers]
+        self._cache = cache_layers([keys for keys, _ in sides], [values for _, values in sides])
 
-    def gather(self, layer: int, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        """Keys and values of blocks."""
-        torch.index_select(self._layers[layer], 0, blocks, out=out)
-
-    def restore(
+    def save(
         self,
-        layer: int,
+        slots: torch.Tensor,
+        pages: torch.Tensor,
+        page_slots: torch.Tensor,
+        layout: PageLayout,
+        key_balance: torch.Tensor | None,
+    ) -> None:
+        """Pack tokens of all layers, in one launch."""
+        quantize_layers(self._cache, slots, page_slots, pages, layout, key_balance=key_balance)
+
+    def load(
+        self,
         pages: torch.Tensor,
         page_indices: torch.Tensor,
         slots: torch.Tensor,
         layout: PageLayout,
         key_balance: torch.Tensor | None,
     ) -> None:
-        """Fill blocks with what packed pages stand for, in one launch."""
-        keys, values = self._layers[layer].split(self.shape.head_dim, dim=-1)
-        dequantize_pages(pages, page_indices, keys, values, slots, layout, key_balance=key_balance)
+        """Fill blocks of all layers, in one launch."""
+        dequantize_layers(pages, page_indices, self._cache, slots, layout, key_balance=key_balance)
 
 
 class PermutedPages(EnginePages):
@@ -135,34 +152,54 @@ class PermutedPages(EnginePages):
         self._orders = (key_order, value_order)
         self._places = tuple(order.argsort() for order in self._orders)
 
-    def gather(self, layer: int, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        """Keys and values of blocks."""
-        raw, head_dim = self._layers[layer][blocks], self.shape.head_dim
-        for side, places in enumerate(self._places):
-            numbers = raw[:, :, side, places].unflatten(2, (self.shape.block_tokens, head_dim))
-            out[..., side * head_dim : (side + 1) * head_dim] = numbers.transpose(1, 2)
-
-    def restore(
+    def save(
         self,
-        layer: int,
+        slots: torch.Tensor,
+        pages: torch.Tensor,
+        page_slots: torch.Tensor,
+        layout: PageLayout,
+        key_balance: torch.Tensor | None,
+    ) -> None:
+        """Pack tokens of all layers, by way of plain rows."""
+        tokens, head_dim = self.shape.block_tokens, self.shape.head_dim
+        raw = [layer[slots[::tokens] // tokens] for layer in self._layers]
+        sides = [
+            [
+                of_layer[:, :, side, places].unflatten(2, (tokens, head_dim)).transpose(1, 2).contiguous()
+                for of_layer in raw
+            ]
+            for side, places in enumerate(self._places)
+        ]
+        every_row = torch.arange(len(slots), device=self.device)
+        rows = cache_layers(*sides)
+        quantize_layers(rows, every_row, page_slots, pages, layout, key_balance=key_balance)
+
+    def load(
+        self,
         pages: torch.Tensor,
         page_indices: torch.Tensor,
         slots: torch.Tensor,
         layout: PageLayout,
         key_balance: torch.Tensor | None,
     ) -> None:
-        """Fill blocks with what packed pages stand for, by way of plain rows."""
+        """Fill blocks of all layers, by way of plain rows."""
         tokens = self.shape.block_tokens
-        rows = (len(page_indices), layout.page_tokens, layout.num_kv_heads, layout.head_dim)
-        keys, values = (torch.empty(rows, dtype=self.shape.dtype, device=self.device) for _ in range(2))
-        every_row = torch.arange(rows[0] * rows[1], device=self.device)
-        dequantize_pages(pages, page_indices, keys, values, every_row, layout, key_balance=key_balance)
+        shape = (len(page_indices), layout.page_tokens, layout.num_kv_heads, layout.head_dim)
+        rows = [
+            [torch.empty(shape, dtype=self.shape.dtype, device=self.device) for _ in self._layers]
+            for _ in range(2)
+        ]
+        every_row = torch.arange(shape[0] * shape[1], device=self.device)
+        dequantize_layers(
+            pages, page_indices, cache_layers(*rows), every_row, layout, key_balance=key_balance
+        )
         firsts = slots[::tokens]
         wanted = firsts >= 0
         blocks = firsts[wanted] // tokens
-        for side, (numbers, order) in enumerate(zip((keys, values), self._orders, strict=True)):
-            by_block = numbers.view(len(firsts), tokens, *rows[2:])[wanted].transpose(1, 2)
-            self._layers[layer][blocks, :, side] = by_block.flatten(2)[..., order]
+        for side, (of_layers, order) in enumerate(zip(rows, self._orders, strict=True)):
+            for layer, numbers in zip(self._layers, of_layers, strict=True):
+                by_block = numbers.view(len(firsts), tokens, *shape[2:])[wanted].transpose(1, 2)
+                layer[blocks, :, side] = by_block.flatten(2)[..., order]
 
 
 def token_slots(blocks: torch.Tensor, block_tokens: int) -> torch.Tensor:

@@ -41,7 +41,7 @@ class StoreSettings:
         default=32 << 20,
         metadata=about(
             SIZE,
-            "device memory of each of four buffers for pages on their way; their tokens take more besides",
+            "device memory of each of four buffers for pages on their way",
         ),
     )
     host_bytes: int = field(

@@ -66,12 +66,15 @@ def dequantize_sides(
     p_indices,
     p_key_cache,
     p_value_cache,
+    p_key_layers,
+    p_value_layers,
     p_slots,
     p_balance,
     p_key_rotation,
     p_value_rotation,
     num_pages,
     num_heads,
+    page_layer_stride,
     page_stride,
     key_page_stride,
     key_token_stride,
@@ -82,15 +85,19 @@ def dequantize_sides(
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Some pages of one KV head: keys where the second program number is 0, else values."""
+    """Some pages of one KV head and layer: keys where the second program number is 0, else values."""
     P: tl.constexpr = SHAPE.page_tokens
     i_head = (tl.program_id(0) % num_heads).to(tl.int64)
     first_page = (tl.program_id(0) // num_heads) * MODE.pages
-    p_pages += i_head * SHAPE.section_bytes
+    i_layer = tl.program_id(2).to(tl.int64)
+    p_pages += i_layer * page_layer_stride + i_head * SHAPE.section_bytes
     if tl.program_id(1) == 0:
+        if p_key_layers is not None:
+            # the host has made sure of it, so that rows are written 16 bytes at a time
+            p_key_cache += tl.multiple_of(tl.load(p_key_layers + i_layer), 16)
         p_key_cache += i_head * key_head_stride
         if MODE.balanced:
-            p_balance += i_head * SHAPE.head_dim
+            p_balance += (i_layer * num_heads + i_head) * SHAPE.head_dim
         b_key_rotation = (0.0, 0.0)
         if MODE.rotate_keys:
             b_key_rotation = _rotation(p_key_rotation, SHAPE)
@@ -111,6 +118,8 @@ def dequantize_sides(
                     MODE,
                 )
     else:
+        if p_value_layers is not None:
+            p_value_cache += tl.multiple_of(tl.load(p_value_layers + i_layer), 16)
         p_value_cache += i_head * value_head_stride
         b_value_rotation = (0.0, 0.0)
         if MODE.rotate_values:

@@ -60,12 +60,28 @@ def _sum_of_rows(y):
 
 
 @triton.jit
-def _gather(p_vectors, b_index, stride, SHAPE: tl.constexpr):
-    """Vectors of tokens as rows; zeros where the index is negative and beyond the last channel."""
+def _gather(
+    p_vectors,
+    b_index,
+    stride,
+    page_stride,
+    p_sources,
+    CACHE_TOKENS: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Vectors of tokens as rows; zeros where the index is negative and beyond the last channel.
+
+    They lie one after the other or, if CACHE_TOKENS is not 0, in pages of so many, where `p_sources` says.
+    """
     o_channel = tl.arange(0, SHAPE.tile_dim)
     m_row = b_index >= 0
-    # the host has made sure that page_tokens strides fit in 32 bits
-    p_rows = p_vectors + (b_index * stride)[:, None] + o_channel[None, :]
+    if CACHE_TOKENS == 0:
+        # the host has made sure that page_tokens strides fit in 32 bits
+        o_row = b_index * stride
+    else:
+        source = tl.load(p_sources + b_index, mask=m_row, other=0)
+        o_row = (source // CACHE_TOKENS) * page_stride + (source % CACHE_TOKENS) * stride
+    p_rows = p_vectors + o_row[:, None] + o_channel[None, :]
     return tl.load(p_rows, mask=m_row[:, None] & (o_channel < SHAPE.head_dim)[None, :], other=0.0)
 
 
@@ -79,9 +95,20 @@ def _balanced(x, p_balance, SHAPE: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _key_rows(p_keys, p_balance, b_index, stride, b_rotation, SHAPE: tl.constexpr, MODE: tl.constexpr):
+def _key_rows(
+    p_keys,
+    p_balance,
+    b_index,
+    stride,
+    page_stride,
+    p_sources,
+    b_rotation,
+    SHAPE: tl.constexpr,
+    MODE: tl.constexpr,
+):
     """Keys of a tile's tokens; of rotated codes times d R, with columns in `quad_order`."""
-    x = _balanced(_gather(p_keys, b_index, stride, SHAPE), p_balance, SHAPE, MODE)
+    x = _gather(p_keys, b_index, stride, page_stride, p_sources, MODE.cache_tokens, SHAPE)
+    x = _balanced(x, p_balance, SHAPE, MODE)
     if SHAPE.key_code <= 8:
         x = quad_order(_rotate(x, b_rotation, MODE.key_parts), SHAPE)
     return x
@@ -92,6 +119,8 @@ def _quantize_tile(
     p_values,
     p_section,
     value_stride,
+    value_page_stride,
+    p_sources,
     b_rotation,
     b_index,
     b_center,
@@ -113,7 +142,7 @@ def _quantize_tile(
         tl.store(p_scales + b_offset, scales, mask=m_row)
     else:
         store_plain(p_section + SHAPE.key_words, y, b_offset, m_row, SHAPE.key_code, False, SHAPE, MODE.ptx)
-    x = _gather(p_values, b_index, value_stride, SHAPE)
+    x = _gather(p_values, b_index, value_stride, value_page_stride, p_sources, MODE.cache_tokens, SHAPE)
     if SHAPE.value_code <= 8:
         y = quad_order(_rotate(x, b_rotation, MODE.value_parts), SHAPE)
         nibbles, signs, scales = encode(y, tables[1], SHAPE.value_code, True, MODE.search, SHAPE, MODE.ptx)
@@ -134,13 +163,16 @@ def _quantize_run(
     p_keys,
     p_values,
     p_slots,
+    p_sources,
     p_seeds,
     p_balance,
     p_pages,
     b_rotation,
     num_tokens,
     key_stride,
+    key_page_stride,
     value_stride,
+    value_page_stride,
     page_stride,
     i_token,
     page,
@@ -153,8 +185,10 @@ def _quantize_run(
     P: tl.constexpr = SHAPE.page_tokens
     ROWS: tl.constexpr = MODE.rows
     TILE_DIM: tl.constexpr = SHAPE.tile_dim
-    p_keys += i_token.to(tl.int64) * key_stride
-    p_values += i_token.to(tl.int64) * value_stride
+    if MODE.cache_tokens == 0:
+        p_keys += i_token.to(tl.int64) * key_stride
+        p_values += i_token.to(tl.int64) * value_stride
+    p_sources += i_token
     p_section = p_pages + page.to(tl.int64) * page_stride
     count, i_opening = facts & 0xFF, ((facts >> 16) & 0xFF) - 1
     first_offset = (tl.load(p_slots + i_token) % P).to(tl.int32)
@@ -163,7 +197,9 @@ def _quantize_run(
     tokens_of_tiles = 0
     if ROWS == P:
         b_index = index_of_rows(b_offset, first_offset, facts, 0, ROWS, SHAPE)
-        y = _key_rows(p_keys, p_balance, b_index, key_stride, b_rotation, SHAPE, MODE)
+        y = _key_rows(
+            p_keys, p_balance, b_index, key_stride, key_page_stride, p_sources, b_rotation, SHAPE, MODE
+        )
     else:
         b_tile = tile_of(tl.maximum(b_offset, 0), ROWS, SHAPE)
         tokens_of_tiles = tl.sum(tl.where(b_offset >= 0, 1, 0).to(tl.int64) << (8 * b_tile).to(tl.int64))
@@ -188,7 +224,17 @@ def _quantize_run(
                 for i_tile in range(P // ROWS):
                     if ((tokens_of_tiles >> (8 * i_tile)) & 0xFF) != 0:
                         b_index = index_of_rows(b_offset, first_offset, facts, i_tile, ROWS, SHAPE)
-                        y = _key_rows(p_keys, p_balance, b_index, key_stride, b_rotation, SHAPE, MODE)
+                        y = _key_rows(
+                            p_keys,
+                            p_balance,
+                            b_index,
+                            key_stride,
+                            key_page_stride,
+                            p_sources,
+                            b_rotation,
+                            SHAPE,
+                            MODE,
+                        )
                         total += _sum_of_rows(y)
         mean = saturated_float16(total * tl.div_rn(1.0, (count * SHAPE.head_dim).to(tl.float32)), MODE.ptx)
         b_center = tl.where(is_stored, stored, mean)
@@ -200,17 +246,41 @@ def _quantize_run(
         tl.store(p_section.to(tl.pointer_type(tl.uint32)) + o_tail, o_tail * 0, mask=m_tail)
     if ROWS == P:
         _quantize_tile(
-            p_values, p_section, value_stride, b_rotation, b_index, b_center, y, 0, tables, SHAPE, MODE
+            p_values,
+            p_section,
+            value_stride,
+            value_page_stride,
+            p_sources,
+            b_rotation,
+            b_index,
+            b_center,
+            y,
+            0,
+            tables,
+            SHAPE,
+            MODE,
         )
     else:
         for i_tile in range(P // ROWS):
             if ((tokens_of_tiles >> (8 * i_tile)) & 0xFF) != 0:
                 b_index = index_of_rows(b_offset, first_offset, facts, i_tile, ROWS, SHAPE)
-                y = _key_rows(p_keys, p_balance, b_index, key_stride, b_rotation, SHAPE, MODE)
+                y = _key_rows(
+                    p_keys,
+                    p_balance,
+                    b_index,
+                    key_stride,
+                    key_page_stride,
+                    p_sources,
+                    b_rotation,
+                    SHAPE,
+                    MODE,
+                )
                 _quantize_tile(
                     p_values,
                     p_section,
                     value_stride,
+                    value_page_stride,
+                    p_sources,
                     b_rotation,
                     b_index,
                     b_center,
@@ -227,7 +297,7 @@ def _keep(p_vectors, b_index, stride, p_kept, o_kept, SHAPE: tl.constexpr):
     """Copy the vectors of tokens as they are; those of the negative in `b_index` are left out."""
     o_channel = tl.arange(0, SHAPE.tile_dim)
     mask = (b_index >= 0)[:, None] & (o_channel < SHAPE.head_dim)[None, :]
-    x = _gather(p_vectors, b_index, stride, SHAPE).to(p_kept.dtype.element_ty)
+    x = _gather(p_vectors, b_index, stride, 0, p_vectors, 0, SHAPE).to(p_kept.dtype.element_ty)
     tl.store(p_kept + o_kept[:, None] + o_channel[None, :], x, mask=mask)
 
 
@@ -236,6 +306,9 @@ def quantize_runs(
     p_keys,
     p_values,
     p_slots,
+    p_sources,
+    p_key_layers,
+    p_value_layers,
     p_seeds,
     p_balance,
     p_rotation,
@@ -244,11 +317,10 @@ def quantize_runs(
     p_sink_keys,
     p_sink_values,
     num_tokens,
-    num_heads,
-    key_layer_stride,
+    key_page_stride,
     key_token_stride,
     key_head_stride,
-    value_layer_stride,
+    value_page_stride,
     value_token_stride,
     value_head_stride,
     page_layer_stride,
@@ -261,13 +333,17 @@ def quantize_runs(
     """Write all runs whose leaders stand in the program's windows, for one KV head of one layer."""
     P: tl.constexpr = SHAPE.page_tokens
     WINDOW: tl.constexpr = MODE.window
-    i_head = (tl.program_id(0) % num_heads).to(tl.int64)
-    i_layer = (tl.program_id(0) // num_heads).to(tl.int64)
-    p_keys += i_layer * key_layer_stride + i_head * key_head_stride
-    p_values += i_layer * value_layer_stride + i_head * value_head_stride
+    i_head = tl.program_id(0).to(tl.int64)
+    i_layer = tl.program_id(2).to(tl.int64)
+    if MODE.cache_tokens != 0:
+        # the host has made sure of it, so that vectors are read 16 bytes at a time
+        p_keys += tl.multiple_of(tl.load(p_key_layers + i_layer), 16)
+        p_values += tl.multiple_of(tl.load(p_value_layers + i_layer), 16)
+    p_keys += i_head * key_head_stride
+    p_values += i_head * value_head_stride
     p_pages += i_layer * page_layer_stride + i_head * SHAPE.section_bytes
     if MODE.balanced:
-        p_balance += tl.program_id(0).to(tl.int64) * SHAPE.head_dim
+        p_balance += (i_layer * tl.num_programs(0) + i_head) * SHAPE.head_dim
     b_rotation = 0.0
     if SHAPE.key_code <= 8 or SHAPE.value_code <= 8:
         o_side = tl.arange(0, SHAPE.tile_dim)
@@ -297,13 +373,16 @@ def quantize_runs(
                     p_keys,
                     p_values,
                     p_slots,
+                    p_sources,
                     p_seeds,
                     p_balance,
                     p_pages,
                     b_rotation,
                     num_tokens,
                     key_token_stride,
+                    key_page_stride,
                     value_token_stride,
+                    value_page_stride,
                     page_stride,
                     i_token,
                     page,

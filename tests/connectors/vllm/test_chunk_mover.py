@@ -21,8 +21,7 @@ PAGES, CHUNK_BLOCKS, NUM_BLOCKS = 2, 8, 40
 @pytest.fixture(autouse=True)
 def reference_ops(monkeypatch):
     """As in an engine on a CPU: no interpreter of Triton, which other tests use."""
-    for op in ("quantize", "dequantize"):
-        monkeypatch.setattr(f"tq_kernels.{op}.takes_kernel", lambda device: False)
+    monkeypatch.setattr("tq_kernels.cache_layers.takes_kernel", lambda device: False)
 
 
 def layers(num_layers: int = 2) -> list[torch.Tensor]:
@@ -40,10 +39,18 @@ PAGE_KINDS = {
 }
 
 
-def tokens_of(pages, layer: int, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty(len(blocks), 16, 2, 128, dtype=torch.bfloat16)
-    pages.gather(layer, torch.tensor(blocks), out)
-    keys, values = out.flatten(0, 1).split(64, dim=-1)
+def tokens_of(kind: str, layer: torch.Tensor, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[tokens, heads, head_dim]`` of blocks."""
+    numbers = layer[blocks].view(SHAPE.dtype)
+    if kind == "permuted":
+        sides = numbers.view(len(blocks), 2, 2, 16 * 64).unbind(2)
+        turned = [side[..., permutation(seed).argsort()] for seed, side in enumerate(sides, 1)]
+        by_head = [side.view(len(blocks), 2, 16, 64).transpose(1, 2) for side in turned]
+        return by_head[0].flatten(0, 1), by_head[1].flatten(0, 1)
+    order = (2, 16, 128) if kind == "head_major" else (16, 2, 128)
+    rows = numbers.view(len(blocks), *order)
+    rows = rows.transpose(1, 2) if kind == "head_major" else rows
+    keys, values = rows.flatten(0, 1).split(64, dim=-1)
     return keys, values
 
 
@@ -75,7 +82,7 @@ def test_a_saved_chunk_is_the_reference_s_pages_and_loads_into_other_blocks(kind
     cells = torch.zeros(2, codec.cell_bytes, dtype=torch.uint8)
     run(codec, [Chunk(0, cell, blocks) for cell, blocks in zip(cells, sources, strict=True)], is_save=True)
     for layer in range(2):
-        keys, values = tokens_of(pages, layer, sources[1])
+        keys, values = tokens_of(kind, kept[layer], sources[1])
         keys = keys / balance[layer] if balance is not None else keys
         expected = reference.quantize(keys, values, LAYOUT)
         found = cells[1].view(2, PAGES, -1)[layer]
@@ -87,7 +94,7 @@ def test_a_saved_chunk_is_the_reference_s_pages_and_loads_into_other_blocks(kind
     for layer in range(2):
         keys, values = reference.dequantize(cells[1].view(2, PAGES, -1)[layer], LAYOUT)
         keys = keys * balance[layer] if balance is not None else keys
-        found_keys, found_values = tokens_of(pages, layer, [30, 31, 33])
+        found_keys, found_values = tokens_of(kind, kept[layer], [30, 31, 33])
         wanted = [*range(32), *range(48, 64)]
         torch.testing.assert_close(found_keys, keys[wanted].bfloat16(), rtol=0.01, atol=0.01)
         torch.testing.assert_close(found_values, values[wanted].bfloat16(), rtol=0.01, atol=0.01)

@@ -28,7 +28,7 @@ from vllm.v1.kv_offload.config import (
 )
 
 from tq_connectors.vllm.cpu_pages import cpu_orders
-from tq_connectors.vllm.engine_pages import BlockShape, PermutedPages
+from tq_connectors.vllm.engine_pages import BlockShape
 from tq_connectors.vllm.offload_spec import TQOffloadingSpec
 
 LAYERS, HEADS, DIM, BLOCK, BLOCKS_PER_CHUNK, NUM_BLOCKS = 2, 4, 64, 32, 4, 12
@@ -112,14 +112,14 @@ class Ranks:
 
     def read(self, blocks: Sequence[int]) -> torch.Tensor:
         """Keys and values of blocks, of all ranks, as `tokens_of` has them."""
-        orders = cpu_orders(self._shape)
+        places = [order.argsort() for order in cpu_orders(self._shape)]
         ranks = []
         for layers in self.blocks:
-            pages = PermutedPages(layers, self._shape, *orders)
-            out = torch.empty(LAYERS, len(blocks), BLOCK, self._heads, 2 * DIM, dtype=torch.bfloat16)
-            for layer in range(LAYERS):
-                pages.gather(layer, torch.tensor(blocks), out[layer])
-            ranks.append(torch.stack(out.flatten(1, 2).split(DIM, dim=-1)))
+            numbers = torch.stack(layers)[:, list(blocks)].view(torch.bfloat16)
+            by_head = numbers.view(LAYERS, len(blocks), self._heads, 2, BLOCK * DIM)
+            sides = [by_head[..., side, turned] for side, turned in enumerate(places)]
+            tokens = [side.unflatten(-1, (BLOCK, DIM)).transpose(2, 3).flatten(1, 2) for side in sides]
+            ranks.append(torch.stack(tokens))
         return torch.cat(ranks, dim=3)
 
     def store(self, chunks: Sequence[int], blocks: Sequence[int]) -> None:
