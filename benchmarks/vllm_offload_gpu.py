@@ -171,21 +171,33 @@ def measure(
         "device": _device(),
         "commit": options.commit,
     }
+    if "decode" in options.parts:
+        yield about | decode_while_saving(options, case, engine)
+    if "hit" in options.parts:
+        yield about | found_prefix(options, case, engine)
+
+
+def decode_while_saving(options: argparse.Namespace, case: str, engine: Engine) -> dict[str, Any]:
+    """Prefill and decode of a batch."""
     steps, prefills = [], []
     for turn in range(options.repeats):
         prompts = prompts_of(options.batch, options.batch_context, turn)
         to_first, seconds, _ = engine.run(prompts, options.steps + 1)
         steps.append(seconds)
         prefills.append(options.batch * options.batch_context / to_first)
-    yield about | {
+    means = [round(statistics.mean(seconds) * 1e3, 3) for seconds in steps]
+    print(f"{case}: ms a token of each repeat, pauses included: {means}", flush=True)
+    return {
         "batch": options.batch,
         "context": options.batch_context,
         "tpot_ms": round(statistics.mean(map(statistics.median, zip(*steps, strict=False))) * 1e3, 3),
         "prefill_tok_s": round(statistics.median(prefills)),
         "ttft_ms": None,
     }
-    means = [round(statistics.mean(seconds) * 1e3, 3) for seconds in steps]
-    print(f"{case}: ms a token of each repeat, pauses included: {means}", flush=True)
+
+
+def found_prefix(options: argparse.Namespace, case: str, engine: Engine) -> dict[str, Any]:
+    """Time to first token of a prompt that was computed before."""
     (prompt,) = prompts_of(1, options.context, 1000)
     prompt += [7] * 32  # something is always left to compute
     _, _, (cold,) = engine.run([prompt], 16)
@@ -204,7 +216,7 @@ def measure(
     print(f"{case}: {same} of {len(times)} answers are those of the cold run", flush=True)
     if case != "recompute" and min(hits) < options.context - _CHUNK_TOKENS:
         raise SystemExit(f"{case}: a prefix was not found, so there is no time to report")
-    yield about | {
+    return {
         "batch": 1,
         "context": options.context,
         "tpot_ms": None,
@@ -254,6 +266,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="*", default=CASES)
+    parser.add_argument("--parts", nargs="+", default=["decode", "hit"], choices=["decode", "hit"])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--context", type=int, default=16384, help="tokens of the prefix that is found")
     parser.add_argument("--batch", type=int, default=32)
@@ -289,7 +302,7 @@ def main() -> None:
 def _passed(options: argparse.Namespace) -> list[str]:
     names = ("layers", "context", "batch", "batch_context", "steps", "repeats", "host_gib", "gpu_memory")
     words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in (*names, "out", "commit")]
-    return [*words, "--graphs" if options.graphs else "--no-graphs"]
+    return [*words, "--graphs" if options.graphs else "--no-graphs", "--parts", *options.parts]
 
 
 if __name__ == "__main__":
