@@ -1,10 +1,11 @@
 """What SGLang knows of the model that a process runs. SGLang 0.5.17 to 0.5.23."""
 
 import torch
+import torch.distributed as dist
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.utils import get_pp_indices
 from sglang.srt.mem_cache import utils as hashes
-from sglang.srt.runtime_context import get_server_args
+from sglang.srt.runtime_context import get_parallel, get_server_args
 
 from tq_connectors.codec import CacheGeometry
 from tq_connectors.sglang.page_hashes import check_page_hashes
@@ -45,3 +46,8 @@ def read_place(model: str, *, tp_rank: int, tp_size: int, pp_rank: int, pp_size:
         tp_size=tp_size,
         float8=_FLOAT8.get(arguments.kv_cache_dtype),
     )
+
+
+def read_group() -> dist.ProcessGroup | None:
+    """The ranks that divide the KV heads with this process, on their CPUs; None where it is alone."""
+    return get_parallel().attn_tp_group.cpu_group if dist.is_initialized() else None

@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
-from tq_connectors.sglang.engine_model import read_place
+from tq_connectors.sglang.engine_model import read_group, read_place
 from tq_connectors.sglang.hicache_settings import read_settings
 from tq_connectors.sglang.host_pages import HostPages, read_host_pool
 from tq_connectors.sglang.page_setup import open_page_store
@@ -89,7 +89,9 @@ class TQHiCacheStorage(HiCacheStorage):
             pp_size=self._config.pp_size,
         )
         self._pages: HostPages = read_host_pool(mem_pool_host, place.float8)
-        self._store: PageStore = open_page_store(self._client, self._settings, self._pages.shape, place)
+        self._store: PageStore = open_page_store(
+            self._client, self._settings, self._pages.shape, place, group=read_group()
+        )
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: PoolName) -> None:
         """Take a further host pool.

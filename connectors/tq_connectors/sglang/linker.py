@@ -104,6 +104,7 @@ class TQCacheLinker(UnifiedCacheLinker):
             self._device.shape,
             place,
             codecs=Codecs(*makers),
+            group=None if is_alone else self._group,
         )
         self._codec = cast(LayerCodec, self._store.codec)
         self._fetches = Fetches(
@@ -111,10 +112,10 @@ class TQCacheLinker(UnifiedCacheLinker):
             page_bytes=self._store.stored_page_bytes,
             num_layers=self._store.num_layers,
             budget_bytes=settings.fetch_memory_bytes,
+            wait_s=settings.load_wait_s,
             num_threads=_FETCH_THREADS,
             pinned=self._device.device.type == "cuda",
         )
-        self._load_wait_s = settings.load_wait_s
         self._max_waiting_pages = settings.fetch_memory_bytes // self._store.stored_page_bytes
         self._waiting_pages = 0
         self._lock = threading.Lock()
@@ -133,7 +134,7 @@ class TQCacheLinker(UnifiedCacheLinker):
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         """Queue a load if its pages come on every rank, at most `load_wait` after they were looked up."""
         (transfer,) = transfers
-        stored = self._guarded(lambda: self._fetches.take(rid, _keys_of(transfers), self._load_wait_s), None)
+        stored = self._guarded(lambda: self._fetches.take(rid, _keys_of(transfers)), None)
         if not self._all_ranks(stored is not None) or stored is None:
             return False
         self._pending[rid] = _Load(stored, transfer.device_indices)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from tq_connectors.codec import CacheGeometry, namespace_for
 from tq_connectors.codec_state import CodecState, agree_on_state
@@ -17,6 +18,7 @@ from tq_connectors.sglang.page_names import PageNames
 from tq_connectors.sglang.page_rows import num_pairs
 from tq_connectors.sglang.page_shape import PageShape
 from tq_connectors.sglang.page_store import PageStore
+from tq_connectors.sglang.rank_state import of_first_rank
 from tq_kernels import PageLayout, preset
 from tq_store.client import StoreClient
 from tq_store.errors import BlockFormatError, ConfigError, RpcError
@@ -74,11 +76,12 @@ def open_page_store(
     place: Place,
     environment: Mapping[str, str] = os.environ,
     codecs: Codecs = HOST_CODECS,
+    group: dist.ProcessGroup | None = None,
 ) -> PageStore:
     """The page store of a process.
 
-    Where pages are packed on the way and no file holds the model's codec state, the store is asked for it;
-    while it has none, or does not answer, pages are made without.
+    Where pages are packed on the way and no file holds the model's codec state, the store is asked for it, by
+    one rank for all; while it has none, or does not answer, pages are made without.
 
     Args:
         client: Connection to the store; owned by the caller.
@@ -87,6 +90,7 @@ def open_page_store(
         place: Whose cache it is, and where the process stands.
         environment: Names the file of the codec state.
         codecs: Make the codec for where pages are.
+        group: The ranks that divide the KV heads, all of which make this call; None for a process alone.
 
     Raises:
         ConfigError: The codec in the settings does not fit the pool, or the pool not the model; the message
@@ -103,11 +107,13 @@ def open_page_store(
         codec = codecs.rows(geometry, shape)
     else:
         layout = _layout(settings.codec, shape, geometry)
-        state = load_state(environment)
+        state = of_file = load_state(environment)
         if shape.is_packed:
             codec = codecs.packed(layout, geometry.num_layers, shard.part)
         else:
-            state = state or _fetch_state(client, layout, settings, geometry, place)
+            state = of_first_rank(
+                lambda: of_file or _fetch_state(client, layout, settings, geometry, place), group
+            )
             codec = codecs.quantized(
                 layout,
                 geometry.num_layers,
@@ -209,7 +215,7 @@ def _balance(state: CodecState | None, shard: Shard, geometry: CacheGeometry) ->
 def _fetch_state(
     client: StoreClient, layout: PageLayout, settings: PageSettings, geometry: CacheGeometry, place: Place
 ) -> CodecState | None:
-    """The model's state, if the store has one. Each rank asks by itself."""
+    """The model's state, if the store has one."""
     namespace = namespace_for(
         layout, geometry, model=place.model, revision=settings.revision, salt=settings.salt
     )
@@ -217,8 +223,8 @@ def _fetch_state(
         state = agree_on_state(client, namespace, geometry, lambda: None)
     except (RpcError, BlockFormatError) as error:
         logger.warning(
-            "rank %d of %d: no codec state from the store, pages are made without; where another rank or "
-            "replica got one, nothing that they share is found on any rank. Restart when the store answers, "
+            "rank %d of %d: no codec state from the store, pages are made without; where another replica or "
+            "pipeline stage got one, nothing that they share is found. Restart when the store answers, "
             "or name a file in %s: %s",
             place.tp_rank,
             place.tp_size,
