@@ -7,12 +7,14 @@ from engines.sglang.engine import Engine
 from engines.sglang.tiny_model import VOCABULARY
 
 PROMPTS, PROMPT, PAGE = 4, 260, 64
+OTHERS = 12
+"""Sequences that begin after a prompt, more than have their first tokens raw at once."""
 
 
 def test_pages_come_back_from_the_host_as_they_went(tiny_model: str, tmp_path: Path) -> None:
-    """The pool holds two prompts, the host all four: each is found there, twice, and answered alike.
+    """The pool holds two prompts, the host all four: each is found there twice and answered as on the device.
 
-    A cold run read its first tokens raw, which the host does not keep; so answers begin alike.
+    The host does not keep a prompt's first tokens raw; so they are displaced before the device is asked.
     """
     arguments = {
         "model_path": tiny_model,
@@ -28,14 +30,23 @@ def test_pages_come_back_from_the_host_as_they_went(tiny_model: str, tmp_path: P
         "hicache_write_policy": "write_through",
     }
     generator = random.Random(1)
-    prompts = [[generator.randrange(5, VOCABULARY) for _ in range(PROMPT)] for _ in range(PROMPTS)]
+
+    def prompt_of(num_tokens: int) -> list[int]:
+        return [generator.randrange(5, VOCABULARY) for _ in range(num_tokens)]
+
+    prompts = [prompt_of(PROMPT) for _ in range(PROMPTS)]
+    found = PROMPT // PAGE * PAGE
     engine = Engine(tmp_path / "log", arguments)
     try:
-        cold, once, twice = ([engine.generate(prompt, 8) for prompt in prompts] for _ in range(3))
-        assert [answer["cached"] for answer in cold] == [0] * PROMPTS
-        for before, first, second in zip(cold, once, twice, strict=True):
-            assert first["host"] == second["host"] == PROMPT // PAGE * PAGE
-            assert first["tokens"] == second["tokens"]
-            assert first["tokens"][:2] == before["tokens"][:2]
+        on_device = []
+        for prompt in prompts:
+            assert engine.generate(prompt, 8)["cached"] == 0
+            engine.generate([prompt_of(PAGE // 4) for _ in range(OTHERS)], 1)
+            on_device.append(engine.generate(prompt, 8))
+            assert (on_device[-1]["cached"], on_device[-1]["host"]) == (found, 0)
+        once, twice = ([engine.generate(prompt, 8) for prompt in prompts] for _ in range(2))
+        for before, first, second in zip(on_device, once, twice, strict=True):
+            assert first["host"] == second["host"] == found
+            assert first["tokens"] == second["tokens"] == before["tokens"]
     finally:
         engine.stop()
