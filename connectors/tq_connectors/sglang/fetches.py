@@ -189,7 +189,7 @@ class Fetches:
 
     def _in_time(self, fetch: _Fetch) -> int:
         """Leading pages of a fetch that are here, or will be when a request has waited as long as it may."""
-        if fetch.is_over:
+        if fetch.is_over or not self._wait_s:
             return fetch.num_here
         if self._pages_per_s is None:
             return len(fetch.hashes)

@@ -150,6 +150,15 @@ def test_of_a_prefix_that_is_too_long_for_the_wait_the_head_is_found(store, clie
     fetches.close()
 
 
+def test_a_request_that_may_not_wait_finds_what_is_here(store):
+    fetches = fetches_of(store, 4, wait_s=0)
+    assert fetches.begin("a", HASHES) == 0
+    wait_until_fetched(fetches)
+    assert fetches.begin("a", HASHES) == 4
+    assert fetches.take("a", HASHES) is not None
+    fetches.close()
+
+
 def test_more_is_promised_when_pages_come_faster(fetches):
     fetches._pages_per_s = 0.1
     for rid, expected in (("a", 1), ("b", 4)):
@@ -159,7 +168,7 @@ def test_more_is_promised_when_pages_come_faster(fetches):
 
 
 def test_once_pages_were_late_no_request_waits_for_a_while(store, client, monkeypatch, caplog):
-    gate, fetches, asked = Gate(client), fetches_of(store, 4, wait_s=0), []
+    gate, fetches, asked = Gate(client), fetches_of(store, 4, wait_s=0.01), []
     lookup = client.lookup
     monkeypatch.setattr(client, "lookup", lambda keys: asked.append(keys) or lookup(keys))
     assert fetches.begin("a", HASHES[:2]) == 2
