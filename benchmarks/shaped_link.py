@@ -1,10 +1,16 @@
-"""Loopback made as slow as a network link: by the kernel where it lets us, by a proxy of ours elsewhere."""
+"""Loopback made as slow as a network link: by the kernel where it lets us, by a proxy of ours elsewhere.
 
+`python -m benchmarks.shaped_link PORT GBIT` is the proxy as a process of its own, and prints its address.
+"""
+
+import contextlib
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Self
 
 _CHUNK_BYTES = 256 << 10
@@ -90,6 +96,18 @@ class ShapedProxy:
                 self._threads[-1].start()
 
 
+@contextlib.contextmanager
+def shaped_process(target_port: int, gbit: float) -> Iterator[str]:
+    """The address of a proxy that takes no processor time from this process, nor Python's lock."""
+    command = [sys.executable, "-m", "benchmarks.shaped_link", str(target_port), str(gbit)]
+    proxy = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    try:
+        assert proxy.stdout is not None  # it is a pipe
+        yield proxy.stdout.readline().strip()
+    finally:
+        proxy.communicate()
+
+
 def _pump(source: socket.socket, sink: socket.socket, bucket: TokenBucket) -> None:
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     try:
@@ -108,3 +126,9 @@ def _shut(end: socket.socket) -> None:
         end.shutdown(socket.SHUT_RDWR)
     except OSError:
         return
+
+
+if __name__ == "__main__":
+    with ShapedProxy(int(sys.argv[1]), float(sys.argv[2])) as of_this_process:
+        print(of_this_process.address, flush=True)
+        sys.stdin.read()

@@ -115,6 +115,7 @@ class Engine:
         self.version = vllm.__version__
         self._engine = self.llm.llm_engine
         self._sampling = vllm.SamplingParams
+        _yield_when_idle(self._engine.engine_core.engine_core)
         self._number = 0
 
     @property
@@ -149,6 +150,18 @@ class Engine:
         for _ in range(3):
             self.run([[random.randrange(10, 31000) for _ in range(8)]], 8)
             time.sleep(0.5)
+
+
+def _yield_when_idle(core: Any) -> None:
+    """Let a core in this process wait after a step without work, as vLLM's own process for it does."""
+    after_step = core.post_step
+
+    def post_step(model_executed: bool) -> None:
+        after_step(model_executed)
+        if not model_executed and core.scheduler.has_requests():
+            time.sleep(0.001)
+
+    core.post_step = post_step
 
 
 def prompts_of(number: int, length: int, seed: int) -> list[list[int]]:
@@ -237,7 +250,7 @@ def serving(case: str, host_gib: int) -> Iterator[str | None]:
     if not case.startswith("store"):
         yield None
         return
-    from benchmarks.shaped_link import ShapedProxy
+    from benchmarks.shaped_link import shaped_process
 
     command = [sys.executable, "-m", "tq_store", "serve", "--listen", "127.0.0.1:0", "--metrics-port", "0"]
     command += ["--memory-budget", f"{host_gib}GiB"]
@@ -251,8 +264,8 @@ def serving(case: str, host_gib: int) -> Iterator[str | None]:
             raise SystemExit("no server: it needs what the docstring names")
         gbit = case.partition("@")[2]
         if gbit:
-            with ShapedProxy(int(found[1]), float(gbit)) as proxy:
-                yield proxy.address
+            with shaped_process(int(found[1]), float(gbit)) as link:
+                yield link
         else:
             yield found[0]
     finally:
