@@ -8,6 +8,7 @@ import torch
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from tq_connectors.engine.attention import PagedAttention
+from tq_connectors.engine.opened_pages import OpenedPages
 from tq_connectors.engine.sink_pool import NUM_SINKS, SinkPool, rows_for
 from tq_kernels.layout import PageLayout
 from tq_kernels.step import prepare_step
@@ -86,6 +87,7 @@ class LayerGroup:
             )
             for index, ((name, layer), balance) in enumerate(zip(layers.items(), key_balances, strict=True))
         }
+        self._opened: OpenedPages | None = None
         self._seed_pages = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
         self._sink_slots = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
         self._sink_rows = torch.full((max_seqs,), -1, dtype=torch.int32, device=device)
@@ -104,7 +106,7 @@ class LayerGroup:
         block_table: torch.Tensor,
         lengths: torch.Tensor,
         query_start: torch.Tensor,
-        num_tokens: int,
+        slot_mapping: torch.Tensor,
         *,
         opens: bool,
         num_decodes: int,
@@ -116,7 +118,7 @@ class LayerGroup:
             block_table: ``[num_seqs, max_pages]`` int32.
             lengths: ``[num_seqs]`` int32 tokens of each sequence, those of the step included.
             query_start: ``[num_seqs + 1]`` int32 first token of each, then their end.
-            num_tokens: Tokens of the step, with those that fill up a graph.
+            slot_mapping: ``[num_tokens]`` int64 slots of the step's tokens, with those that fill up a graph.
             opens: Whether a sequence begins.
             num_decodes: Sequences at the head of the batch that bring the tokens of a decode.
             most_rows: Most tokens of these.
@@ -125,7 +127,7 @@ class LayerGroup:
         table = self._pool.table
         if table is None or len(table.row_of_page) != len(pages):
             table = self._pool.bind(len(pages))
-        first_pages, begins = block_table[:, 0], None
+        first_pages, begins, num_tokens = block_table[:, 0], None, len(slot_mapping)
         opens = opens and self._keeps_sinks
         if opens:
             counts = query_start[1:] - query_start[:-1]
@@ -141,6 +143,7 @@ class LayerGroup:
             begins=begins,
             first_pages=first_pages,
         )
+        clock = self._pool.tick()
         prepare_step(
             block_table,
             lengths,
@@ -152,11 +155,15 @@ class LayerGroup:
             sink_slots=step.sink_slots,
             sink_rows=step.sink_rows,
             num_sinks=NUM_SINKS,
-            clock=self._pool.tick(),
+            clock=clock,
             opens=opens,
             # a prefix that another sequence computes in this very step is found already
             most_seeded=most_rows,
         )
+        if num_decodes < len(lengths):
+            if self._opened is None or self._opened.num_pages != len(pages):
+                self._opened = OpenedPages(len(pages), self.layout.page_tokens, pages.device)
+            self._opened.drop(step.seed_pages, slot_mapping, clock)
         return step
 
     def after_write(self, layer_name: str, pages: torch.Tensor, step: PageStep) -> None:

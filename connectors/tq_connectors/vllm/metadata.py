@@ -178,7 +178,7 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
             block_table,
             device_lengths,
             query_start,
-            num_tokens,
+            common.slot_mapping[:num_tokens],
             opens=bool(cold),
             num_decodes=num_decodes,
             most_rows=self.reorder_batch_threshold or 1,

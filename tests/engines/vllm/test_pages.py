@@ -65,6 +65,14 @@ def test_prompts_that_hit_and_prompts_that_do_not_are_answered_beside_each_other
     assert tokens(together) == tokens(alone)
 
 
+def test_a_prefix_that_is_computed_in_the_same_step_is_found(pages, fresh):
+    prompt = fresh(129)  # the last token opens a page, and the page before is another sequence's of this step
+    answers = pages.run([prompt] * 3, 8)
+    assert [answer["cached"] for answer in answers] == [0, 128, 128]
+    assert answers[1]["tokens"] == answers[2]["tokens"]
+    assert answers[1]["tokens"][0] == answers[0]["tokens"][0]
+
+
 @pytest.mark.parametrize("through", [offloading, connecting])
 def test_pages_go_to_another_process_through_the_store_as_they_are(
     through: Callable[..., dict[str, Any]],
