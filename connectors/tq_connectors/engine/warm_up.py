@@ -1,5 +1,8 @@
 """compile_kernels: a layer's kernels run once on pages of nobody, so that no request waits for a compiler."""
 
+import logging
+import time
+
 import torch
 
 from tq_connectors.engine.attention import PagedAttention
@@ -7,6 +10,8 @@ from tq_connectors.engine.inflate import SMALLEST_CHUNK, DenseAttention, Inflate
 from tq_connectors.engine.short_chunks import LONGEST_CHUNK, Chunk, most_rows_of, short_chunks
 from tq_kernels.decode_plan import MAX_ROWS
 from tq_kernels.extend_attention import ExtendWorkspace
+
+logger = logging.getLogger(__name__)
 
 _WRITTEN_TOKENS = (640, 16)
 """A launch of many tokens and one of few, which are different kernels."""
@@ -26,6 +31,8 @@ def compile_kernels(
 ) -> None:
     """Launch what steps other than decodes launch; engines capture decodes before they serve, too.
 
+    What fails here is said and left to the request that needs it.
+
     Args:
         attention: A layer; its sinks are neither read nor written.
         num_query_heads: Query heads of this process.
@@ -35,6 +42,26 @@ def compile_kernels(
         dense: Its attention for the inflater.
         workspace: The engine's for `PagedAttention.extend`.
     """
+    started = time.monotonic()
+    try:
+        _launch_all(attention, num_query_heads, dtype, device, inflater, dense, workspace)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception:
+        logger.warning("tq-store: kernels could not be compiled before the first request", exc_info=True)
+        return
+    logger.info("tq-store: kernels are compiled, in %.1f s", time.monotonic() - started)
+
+
+def _launch_all(
+    attention: PagedAttention,
+    num_query_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    inflater: Inflater | None,
+    dense: DenseAttention | None,
+    workspace: ExtendWorkspace | None,
+) -> None:
     layout = attention.layout
     page_tokens = layout.page_tokens
     num_tokens = max(_WRITTEN_TOKENS)

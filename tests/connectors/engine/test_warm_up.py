@@ -62,3 +62,22 @@ def test_every_way_of_attending_is_tried(
     assert [size for name, size in calls if name == "dense"] == [256] * is_dense
     for side, before in zip(sinks, kept, strict=True):
         assert side is before or torch.equal(side, before)
+
+
+def test_what_cannot_be_compiled_stops_no_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: PagedAttention, *rest: Any, **named: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(PagedAttention, "write", fail)
+    compile_kernels(
+        PagedAttention(layout=LAYOUT, softmax_scale=0.1),
+        num_query_heads=2,
+        dtype=torch.float32,
+        device=CPU,
+        inflater=None,
+        dense=None,
+        workspace=None,
+    )
+    assert "no compiler here" in caplog.text
