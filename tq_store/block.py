@@ -5,6 +5,7 @@ what its bytes must hash to. A reader trusts nothing that it has not checked, an
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -149,6 +150,64 @@ def _layout() -> dict[str, tuple[int, str]]:
 
 
 HEADER_LAYOUT = _layout()
+_OWN = slice(HEADER_LAYOUT["payload_checksum"][0], HEADER_LAYOUT["codec_fingerprint"][0])
+"""What a header says of one block alone: the payload's checksum and the key."""
+_LOCKED_BYTES = 2 << 20
+_LOCKED_RUN_BYTES = 64 << 10
+"""xxhash lets go of the interpreter's lock for more than this at once."""
+
+
+class BlockKind:
+    """Blocks that differ in key and payload alone, as those of one engine's pages do: described once for all.
+
+    Args:
+        info: Of any of them.
+    """
+
+    def __init__(self, info: BlockInfo) -> None:
+        self.payload_bytes = info.payload_bytes
+        head = (
+            _PROLOGUE.pack(MAGIC, FORMAT_VERSION, HEADER_BYTES, 0, info.payload_bytes, b"")
+            + _INFO.pack(*(getattr(info, field.name) for field in fields(info)))
+            + bytes(_RESERVED_BYTES)
+        )
+        self._before, self._after = head[: _OWN.start], head[_OWN.stop :]
+
+    def pack_header(self, key: BlockKey, pieces: Sequence[Buffer]) -> bytes:
+        """Header of the block with this key and payload; equal to that of a block which is just this.
+
+        Args:
+            key: The block's.
+            pieces: The payload, cut anywhere.
+
+        Raises:
+            LengthMismatch: The payload is not as long as the geometry says.
+            ValueError: `key` is not a block key.
+        """
+        views = [memoryview(piece).cast("B") for piece in pieces]
+        num_bytes = sum(map(len, views))
+        if num_bytes != self.payload_bytes:
+            raise LengthMismatch(f"payload has {num_bytes} bytes, its geometry says {self.payload_bytes}")
+        head = b"".join((self._before, _checksum(views), *split_key(key), self._after))
+        return head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))
+
+    def is_kind_of(self, header: bytes) -> bool:
+        """Whether a sound block with this header is one of these."""
+        return header[: _OWN.start] == self._before and header[_OWN.stop : -_CHECKSUM.size] == self._after
+
+
+def _checksum(pieces: Sequence[memoryview]) -> bytes:
+    """XXH3 of bytes that lie in several places.
+
+    Hashing a page takes microseconds. In an engine with a thread that never rests, having the interpreter's
+    lock back takes up to a switch interval. So only what takes about as long as that is hashed without it.
+    """
+    state = xxhash.xxh3_128()
+    run_bytes = _LOCKED_RUN_BYTES if sum(map(len, pieces)) <= _LOCKED_BYTES else MAX_PAYLOAD_BYTES
+    for piece in pieces:
+        for start in range(0, len(piece), run_bytes):
+            state.update(piece[start : start + run_bytes])
+    return state.digest()
 
 
 def pack_header(info: BlockInfo, payload: Buffer) -> bytes:
@@ -157,16 +216,7 @@ def pack_header(info: BlockInfo, payload: Buffer) -> bytes:
     Raises:
         LengthMismatch: The payload is not as long as the geometry says.
     """
-    payload = memoryview(payload).cast("B")
-    if len(payload) != info.payload_bytes:
-        raise LengthMismatch(f"payload has {len(payload)} bytes, its geometry says {info.payload_bytes}")
-    checksum = xxhash.xxh3_128_digest(payload)
-    head = (
-        _PROLOGUE.pack(MAGIC, FORMAT_VERSION, HEADER_BYTES, 0, info.payload_bytes, checksum)
-        + _INFO.pack(*(getattr(info, field.name) for field in fields(info)))
-        + bytes(_RESERVED_BYTES)
-    )
-    return head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))
+    return BlockKind(info).pack_header(info.key, [payload])
 
 
 def pack_block(info: BlockInfo, payload: Buffer) -> bytes:
@@ -225,7 +275,7 @@ def verify_block(data: Buffer, key: BlockKey | None = None) -> BlockInfo:
     payload = payload_of(data)
     if len(payload) != info.payload_bytes:
         raise LengthMismatch(f"payload has {len(payload)} bytes, the header says {info.payload_bytes}")
-    if xxhash.xxh3_128_digest(payload) != checksum:
+    if _checksum([payload]) != checksum:
         raise ChecksumMismatch("the payload differs from what was written")
     if key is not None and info.key != key:
         own, asked = (" ".join(part.hex()[:16] for part in split_key(each)) for each in (info.key, key))

@@ -4,17 +4,18 @@ Not to be carried over a fork: grpc's threads do not survive one. Make the clien
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
-from tq_store.block import verify_block
+from tq_store.block import HEADER_BYTES, payload_of, verify_block
 from tq_store.config import ClientConfig
 from tq_store.errors import BlockFormatError, RpcError, RpcUnavailable
 from tq_store.keys import BlockKey
-from tq_store.results import PutOutcome
+from tq_store.placed import PlacedBlock
+from tq_store.results import GetOutcome, PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
@@ -99,22 +100,52 @@ class StoreClient:
         Raises:
             RpcError: On the way, after any number of blocks.
         """
-        position = 0
+        yield from self._get(keys, self._connection.attempts(self._config.transfer_timeout_s))
+
+    def get_into(
+        self, keys: Sequence[BlockKey], batches: Iterable[Sequence[PlacedBlock]]
+    ) -> Generator[list[GetOutcome], None, None]:
+        """Write blocks to places of the caller's; one outcome per block of each batch, in order.
+
+        What is filled was verified where it lies now. A batch is taken when the outcomes of the last one have
+        been looked at, so its places may be the same. All have one deadline, and are tried again, as a `get`.
+
+        Args:
+            keys: Of all blocks, in order.
+            batches: The blocks; fewer where the caller wants no more.
+
+        Raises:
+            RpcError: On the way; a batch that was filled in part comes before it, the rest of it missing.
+        """
         attempts = self._connection.attempts(self._config.transfer_timeout_s)
-        for chunk in _chunks(keys):
-            end = position + len(chunk)
-            while position < end:
+        stream: Generator[tuple[int, bytes | None], None, None] | None = None
+        position = 0
+        with ExitStack() as opened:
+            for batch in batches:
+                outcomes: list[GetOutcome] = []
                 try:
-                    for data in self._road.get(keys[position:end], attempts):
-                        yield position, self._verified(keys[position], data)
-                        position += 1
-                    if position == end:
-                        break
-                    for block in self._receive(keys[position:end], attempts):
-                        yield position, block
-                        position += 1
-                except RpcUnavailable as error:
-                    self._connection.wait_or_raise(attempts, error)
+                    if stream is None:
+                        self._fill_shared(batch, outcomes, attempts)
+                        if len(outcomes) < len(batch):
+                            rest = keys[position + len(outcomes) :]
+                            stream = opened.enter_context(closing(self._get(rest, attempts)))
+                    if stream is not None:
+                        pairs = zip(batch[len(outcomes) :], stream, strict=False)
+                        outcomes.extend(_fill(block, data) for block, (_, data) in pairs)
+                except RpcError:
+                    if outcomes:
+                        yield outcomes + [GetOutcome.MISSING] * (len(batch) - len(outcomes))
+                    raise
+                position += len(batch)
+                yield outcomes
+
+    def put_from(self, blocks: Sequence[PlacedBlock]) -> list[PutOutcome]:
+        """Store blocks from where they lie; one outcome per block, in order. Never tried again, as `put`."""
+        attempts = self._connection.attempts(self._config.transfer_timeout_s)
+        outcomes = self._road.put_from(blocks, attempts)
+        # made before any of them is sent: grpc may read on for a while after the call has failed
+        rest = [(each.key, b"".join((each.pack_header(), *each.pieces))) for each in blocks[len(outcomes) :]]
+        return outcomes + self._put(rest, attempts)
 
     def put(self, blocks: Iterable[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
         """Store blocks; one outcome per block, in order.
@@ -122,21 +153,7 @@ class StoreClient:
         The iterable is read block by block, as the connection takes them, from this thread or from one of
         grpc's. Never tried again: a lost put is a future miss.
         """
-        outcomes: list[PutOutcome] = []
-        attempts = self._connection.attempts(self._config.transfer_timeout_s)
-        source = _guarded(blocks)
-        next_block = next(source, None)
-        while next_block is not None:
-            sent, next_block = self._road.put(next_block, source, attempts)
-            outcomes += sent
-            if next_block is None:
-                break
-            batch = _PutBatch(next_block, source)
-            outcomes += self._connection.send(
-                "Put", batch.frames(), batch.parse_outcomes, timeout_s=attempts.remaining_s
-            )
-            next_block = batch.left_over
-        return outcomes
+        return self._put(blocks, self._connection.attempts(self._config.transfer_timeout_s))
 
     def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Remove blocks; True where one was there."""
@@ -197,6 +214,25 @@ class StoreClient:
             )
         return flags
 
+    def _get(
+        self, keys: Sequence[BlockKey], attempts: Attempts
+    ) -> Generator[tuple[int, bytes | None], None, None]:
+        position = 0
+        for chunk in _chunks(keys):
+            end = position + len(chunk)
+            while position < end:
+                try:
+                    for data in self._road.get(keys[position:end], attempts):
+                        yield position, self._verified(keys[position], data)
+                        position += 1
+                    if position == end:
+                        break
+                    for block in self._receive(keys[position:end], attempts):
+                        yield position, block
+                        position += 1
+                except RpcUnavailable as error:
+                    self._connection.wait_or_raise(attempts, error)
+
     def _receive(self, keys: Sequence[BlockKey], attempts: Attempts) -> Iterator[bytes | None]:
         """One answer per key, from one call as they arrive, or from calls on all connections."""
         num_connections = self._connection.num_connections
@@ -232,6 +268,43 @@ class StoreClient:
                 raise
         yield from [None] * (len(keys) - received)
 
+    def _put(self, blocks: Iterable[tuple[BlockKey, bytes]], attempts: Attempts) -> list[PutOutcome]:
+        outcomes: list[PutOutcome] = []
+        source = _guarded(blocks)
+        next_block = next(source, None)
+        while next_block is not None:
+            sent, next_block = self._road.put(next_block, source, attempts)
+            outcomes += sent
+            if next_block is None:
+                break
+            batch = _PutBatch(next_block, source)
+            outcomes += self._connection.send(
+                "Put", batch.frames(), batch.parse_outcomes, timeout_s=attempts.remaining_s
+            )
+            next_block = batch.left_over
+        return outcomes
+
+    def _fill_shared(
+        self, batch: Sequence[PlacedBlock], outcomes: list[GetOutcome], attempts: Attempts
+    ) -> None:
+        """Fill blocks through shared memory, as far as it goes."""
+        while True:
+            try:
+                for found in self._road.get_into(batch[len(outcomes) :], attempts):
+                    outcomes.append(self._placed(batch[len(outcomes)], found))
+                return
+            except RpcUnavailable as error:
+                self._connection.wait_or_raise(attempts, error)
+
+    def _placed(self, block: PlacedBlock, found: bytes | None) -> GetOutcome:
+        """What became of a block of which the road has found this."""
+        if found is None:
+            return GetOutcome.MISSING
+        if found == block.pack_header():
+            return GetOutcome.FILLED
+        data = found if len(found) > HEADER_BYTES else b"".join((found, *block.pieces))
+        return GetOutcome.MISSING if self._verified(block.key, data) is None else GetOutcome.UNLIKE
+
     def _verified(self, key: BlockKey, data: bytes | None) -> bytes | None:
         if data is None:
             return None
@@ -241,6 +314,16 @@ class StoreClient:
             self._connection.count("rejected_blocks")
             return None
         return data
+
+
+def _fill(block: PlacedBlock, data: bytes | None) -> GetOutcome:
+    """Copy a sound block to its places."""
+    if data is None:
+        return GetOutcome.MISSING
+    if not block.kind.is_kind_of(data[:HEADER_BYTES]):
+        return GetOutcome.UNLIKE
+    block.fill(payload_of(data))
+    return GetOutcome.FILLED
 
 
 def _guarded(blocks: Iterable[tuple[BlockKey, bytes]]) -> Iterator[tuple[BlockKey, bytes]]:

@@ -18,6 +18,17 @@ class PutOutcome(Enum):
     """The bytes are not a sound block of that key. Said by the store that verifies, never by a medium."""
 
 
+class GetOutcome(Enum):
+    """What became of one block that was to be written to places of the caller's."""
+
+    FILLED = 1
+    """The places hold its payload, which was verified there."""
+    MISSING = 2
+    """It is not there, or not sound; the places may hold anything, as with the next one."""
+    UNLIKE = 3
+    """A sound block of that key that holds something else than was said."""
+
+
 MAX_NAMESPACES = 256
 """Namespaces of a medium that statistics name; the largest."""
 

@@ -83,8 +83,8 @@ async def test_both_sides_see_the_same_bytes(segments: Segments, tmp_path: Path)
     for size in (5, BYTES - 7):  # on the event loop, and in a thread
         data = os.urandom(size)
         client.write(7, data)
-        assert await server.read(7, size) == data
-        await server.write(3, data)
+        assert await server.read(7, [size]) == [data]
+        await server.write(3, [data])
         assert client.read(3, size) == data
     assert client.is_alive
     client.close()
@@ -98,9 +98,9 @@ async def test_nothing_outside_is_touched(segments: Segments, tmp_path: Path, of
     client = await open_segment(tmp_path)
     server = segments.find(client.handle)
     with pytest.raises(ValueError, match="outside a segment"):
-        await server.read(offset, size)
+        await server.read(offset, [size])
     with pytest.raises(ValueError, match="outside a segment"):
-        await server.write(offset, bytes(size))
+        await server.write(offset, [bytes(size)])
     client.close()
 
 
@@ -150,7 +150,7 @@ async def test_memory_that_cannot_be_written_is_an_error_of_the_client(tmp_path:
     read_only = Segment(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
     os.close(fd)
     with pytest.raises(ValueError, match="cannot be written"):
-        await read_only.write(0, b"x")
+        await read_only.write(0, [b"x"])
     read_only.close()
 
 
@@ -158,11 +158,11 @@ async def test_a_copy_under_way_outlives_its_segment(segments: Segments, tmp_pat
     client = await open_segment(tmp_path)
     client.write(0, b"x" * BYTES)
     server = segments.find(client.handle)
-    reading = asyncio.create_task(server.read(0, BYTES))
+    reading = asyncio.create_task(server.read(0, [BYTES]))
     await asyncio.sleep(0)
     client.close()
     await until_there_are(segments, 0)
-    assert await reading == b"x" * BYTES
+    assert await reading == [b"x" * BYTES]
 
 
 def test_a_pool_reuses_what_comes_back_sound(tmp_path: Path) -> None:

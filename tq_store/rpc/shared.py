@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from tq_store.block import MAX_BLOCK_BYTES
+from tq_store.block import HEADER_BYTES, MAX_BLOCK_BYTES, Buffer
 from tq_store.errors import RpcDenied, RpcError, RpcOverLimit, RpcTimeout, RpcUnavailable
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
+from tq_store.placed import PlacedBlock, runs_of
 from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.connection import Attempts, Connection
@@ -60,6 +61,53 @@ class SharedRoad:
         except RpcError:
             return
 
+    def get_into(self, blocks: Sequence[PlacedBlock], attempts: Attempts) -> Iterator[bytes | None]:
+        """What the server has under the leading keys, unverified; for the others a stream has to be asked.
+
+        Of a block that is as long as it should be, the header; its payload has been copied to its places, by
+        the kernel and all at once. Of another the whole block, and None for a miss.
+
+        Raises:
+            RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit: A stream would fare no better.
+        """
+        position = 0
+        try:
+            with self._segments.lend(attempts.remaining_s) as segment:
+                while segment is not None and position < len(blocks):
+                    asked = blocks[position : position + _KEYS_PER_CALL]
+                    sizes_bytes = self._ask_for(segment, [block.key for block in asked], attempts)
+                    if not sizes_bytes:
+                        return  # the next block is larger than the segment
+                    position += len(sizes_bytes)
+                    yield from _copy_out(segment, asked, sizes_bytes)
+        except (RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit):
+            raise
+        except (RpcError, OSError):
+            return
+
+    def put_from(self, blocks: Sequence[PlacedBlock], attempts: Attempts) -> list[PutOutcome]:
+        """Store leading blocks from their places; the others have to go as a stream.
+
+        Raises:
+            RpcError: As its subclasses say.
+        """
+        outcomes: list[PutOutcome] = []
+        with self._segments.lend(attempts.remaining_s) as segment:
+            if segment is None:
+                return outcomes
+            for run in runs_of(blocks, most_bytes=segment.num_bytes, most_blocks=MAX_KEYS):
+                if run[0].num_bytes > segment.num_bytes:
+                    break
+                pieces: list[Buffer] = []
+                for block in run:
+                    pieces += (block.pack_header(), *block.pieces)
+                try:
+                    segment.write_from(0, pieces)
+                except OSError:
+                    break
+                outcomes += self._store(segment, [(block.key, block.num_bytes) for block in run], attempts)
+        return outcomes
+
     def put(
         self, first: Block, source: Iterator[Block], attempts: Attempts
     ) -> tuple[list[PutOutcome], Block | None]:
@@ -74,13 +122,17 @@ class SharedRoad:
             while segment is not None and block is not None and len(block[1]) <= segment.num_bytes:
                 batch = _Batch(segment)
                 block = batch.fill(block, source)
-                parse = partial(convert.parse_outcomes, num_blocks=len(batch.sent))
-                request = convert.pack_shared_put(segment.handle, batch.sent)
-                stored = self._connection.ask(
-                    "PutShared", request, parse, timeout_s=attempts.remaining_s, is_idempotent=False
-                )
-                outcomes += batch.outcomes(stored)
+                outcomes += batch.outcomes(self._store(segment, batch.sent, attempts))
         return outcomes, block
+
+    def _store(
+        self, segment: Segment, sent: Sequence[tuple[BlockKey, int]], attempts: Attempts
+    ) -> list[PutOutcome]:
+        parse = partial(convert.parse_outcomes, num_blocks=len(sent))
+        request = convert.pack_shared_put(segment.handle, sent)
+        return self._connection.ask(
+            "PutShared", request, parse, timeout_s=attempts.remaining_s, is_idempotent=False
+        )
 
     def _ask_for(self, segment: Segment, keys: Sequence[BlockKey], attempts: Attempts) -> list[int]:
         parse = partial(convert.parse_shared_sizes, num_keys=len(keys), segment_bytes=segment.num_bytes)
@@ -88,6 +140,29 @@ class SharedRoad:
         return self._connection.ask(
             "GetShared", request, parse, timeout_s=attempts.remaining_s, is_idempotent=False
         )
+
+
+def _copy_out(
+    segment: Segment, blocks: Sequence[PlacedBlock], sizes_bytes: Sequence[int]
+) -> Iterator[bytes | None]:
+    """What lies in a segment, block after block from its first byte on, as `SharedRoad.get_into` gives it."""
+    headers = memoryview(bytearray(HEADER_BYTES * len(sizes_bytes)))
+    header_of = [headers[start : start + HEADER_BYTES] for start in range(0, len(headers), HEADER_BYTES)]
+    odd: dict[int, bytes] = {}
+    run: list[memoryview] = []
+    offset = run_offset = 0
+    for position, num_bytes in enumerate(sizes_bytes):
+        block = blocks[position]
+        if num_bytes == block.num_bytes:
+            run += (header_of[position], *block.pieces)
+        elif num_bytes:
+            segment.read_into(run_offset, run)
+            odd[position] = segment.read(offset, num_bytes)
+            run, run_offset = [], offset + num_bytes
+        offset += num_bytes
+    segment.read_into(run_offset, run)
+    for position, num_bytes in enumerate(sizes_bytes):
+        yield odd.get(position, bytes(header_of[position])) if num_bytes else None
 
 
 class _Batch:

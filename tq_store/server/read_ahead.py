@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from tq_store.keys import BlockKey
 from tq_store.rpc.limits import MAX_FRAME_BYTES
@@ -35,11 +36,27 @@ class ReadAhead:
     async def blocks(self, keys: Sequence[BlockKey]) -> AsyncGenerator[bytes | None, None]:
         """Yield the block of each key, or None; while one group is being sent, the next is being read.
 
-        The first block is read alone, then groups that grow. Must be closed.
+        Must be closed.
 
         Raises:
             BackendFull: The window stayed full.
         """
+        async with aclosing(self._groups(keys)) as groups:
+            async for group, blocks in groups:
+                for block in blocks:
+                    yield block
+                    group.release(block)
+
+    async def groups(self, keys: Sequence[BlockKey]) -> AsyncGenerator[list[bytes | None], None]:
+        """As `blocks`, whole groups."""
+        async with aclosing(self._groups(keys)) as groups:
+            async for _, blocks in groups:
+                yield blocks
+
+    async def _groups(
+        self, keys: Sequence[BlockKey]
+    ) -> AsyncGenerator[tuple["_Group", list[bytes | None]], None]:
+        """The first block is read alone, then groups that grow."""
         group_blocks, largest_bytes, start = 1, 1, 0
         group = self._begin(keys[:1])
         try:
@@ -52,9 +69,7 @@ class ReadAhead:
                 group_blocks = max(1, min(2 * group_blocks, _MOST_GROUP_BLOCKS, affordable_blocks))
                 sending, group = group, self._begin(keys[start : start + group_blocks])
                 try:
-                    for block in blocks:
-                        yield block
-                        sending.release(block)
+                    yield sending, blocks
                 finally:
                     sending.release_rest()
         finally:

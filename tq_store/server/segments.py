@@ -6,11 +6,12 @@ the kernel first and checked afterwards.
 
 import asyncio
 import fcntl
+import itertools
 import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,24 +51,28 @@ class Segment:
             os.close(fd)
             raise ValueError(f"what came is not a sealed memfd of 1 to {MAX_SEGMENT_BYTES} bytes")
 
-    async def read(self, offset: int, num_bytes: int) -> bytes:
-        """A copy of some bytes.
+    async def read(self, offset: int, sizes_bytes: Sequence[int]) -> list[bytes]:
+        """Copies of bytes that lie one after the other.
 
         Raises:
             ValueError: They do not lie within the segment.
         """
+        num_bytes = sum(sizes_bytes)
         self._check(offset, num_bytes)
-        return await self._with_own_fd(lambda fd: os.pread(fd, num_bytes, offset), num_bytes)
+        starts = itertools.accumulate(sizes_bytes, initial=offset)
+        places = list(zip(sizes_bytes, starts, strict=False))
+        return await self._with_own_fd(lambda fd: [os.pread(fd, *place) for place in places], num_bytes)
 
-    async def write(self, offset: int, data: bytes) -> None:
-        """Put bytes there.
+    async def write(self, offset: int, pieces: Sequence[bytes]) -> None:
+        """Put bytes there, one after the other.
 
         Raises:
             ValueError: They do not fit, or the client has taken the memory away and there is no other.
         """
-        self._check(offset, len(data))
+        num_bytes = sum(map(len, pieces))
+        self._check(offset, num_bytes)
         try:
-            await self._with_own_fd(lambda fd: os.pwrite(fd, data, offset), len(data))
+            await self._with_own_fd(lambda fd: os.pwritev(fd, pieces, offset), num_bytes)
         except OSError as error:
             raise ValueError(f"the segment cannot be written: {error.strerror}") from error
 

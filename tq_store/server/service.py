@@ -1,8 +1,10 @@
 """The block store's methods: take the request apart, ask the store, put the answer together."""
 
 import importlib.metadata
+import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -31,6 +33,10 @@ _STALL_S = 10.0
 """How long a peer may take to send or to accept one frame, a mebibyte at most."""
 _HURRY_S = 3.0
 """The same while its share of a window keeps others waiting: a second or so is what engines stop for."""
+
+_MOST_COPIED_BYTES = 8 << 20
+_COPIES_IN_WINDOW = 8
+"""Of the blocks in a segment, so much is copied at once, and at most this part of the window."""
 
 Method = Callable[[Any, Context], Awaitable[bytes | None]]
 
@@ -184,34 +190,43 @@ class BlockStoreService:
         segment = self._find_segment(handle)
         sizes_bytes: list[int] = []
         offset = 0
-        async with aclosing(self._reader.blocks(keys)) as blocks:
-            async for block in blocks:
-                data = block or b""
-                if offset + len(data) > segment.num_bytes:
+        async with aclosing(self._reader.groups(keys)) as groups:
+            async for group in groups:
+                ends = itertools.accumulate((len(block or b"") for block in group), initial=offset)
+                num_fitting = sum(end <= segment.num_bytes for end in ends) - 1
+                blocks = group[:num_fitting]
+                await segment.write(offset, [block for block in blocks if block is not None])
+                for block in blocks:
+                    num_bytes = len(block or b"")
+                    self._metrics.sent(num_bytes)
+                    self._store.served(keys[len(sizes_bytes)], block)
+                    sizes_bytes.append(num_bytes)
+                    offset += num_bytes
+                if num_fitting < len(group):
                     break
-                await segment.write(offset, data)
-                self._metrics.sent(len(data))
-                self._store.served(keys[len(sizes_bytes)], block)
-                sizes_bytes.append(len(data))
-                offset += len(data)
         return convert.pack_shared_sizes(sizes_bytes)
 
     async def _put_shared(self, request: bytes, _: Context) -> bytes:
-        """Store the blocks that lie in the client's segment, from a copy of each."""
+        """Store the blocks that lie in the client's segment, from copies, made of several at a time."""
         handle, blocks = convert.parse_shared_put(request)
         segment = self._find_segment(handle)
         outcomes: list[PutOutcome] = []
         offset = 0
-        for key, num_bytes in blocks:
-            await self._store.expect(num_bytes)
-            await self._inward.take(num_bytes)
+        most_bytes = min(_MOST_COPIED_BYTES, self._inward.limit_bytes // _COPIES_IN_WINDOW)
+        for group in _groups_of(blocks, most_bytes):
+            held_bytes = sum(num_bytes for _, num_bytes in group)
+            await self._inward.take(held_bytes)
             try:
-                data = await segment.read(offset, num_bytes)
-                self._metrics.received(num_bytes)
-                outcomes += await self._store.put([(key, data)])
+                copies = deque(await segment.read(offset, [num_bytes for _, num_bytes in group]))
+                for key, num_bytes in group:
+                    await self._store.expect(num_bytes)
+                    self._metrics.received(num_bytes)
+                    outcomes += await self._store.put([(key, copies.popleft())])
+                    self._inward.give(num_bytes)
+                    held_bytes -= num_bytes
+                    offset += num_bytes
             finally:
-                self._inward.give(num_bytes)
-            offset += num_bytes
+                self._inward.give(held_bytes)
         return convert.pack_outcomes(outcomes)
 
     async def _next_frame(self, frames: AsyncIterator[bytes], *, is_holding: bool) -> bytes | None:
@@ -223,6 +238,22 @@ class BlockStoreService:
     def _find_segment(self, handle: bytes) -> Segment:
         assert self._segments is not None, "the methods are served only with segments"
         return self._segments.find(handle)
+
+
+def _groups_of(
+    blocks: Sequence[tuple[BlockKey, int]], most_bytes: int
+) -> Iterator[list[tuple[BlockKey, int]]]:
+    """Keys and sizes of blocks in order, as many at a time as come to so many bytes; at least one."""
+    group: list[tuple[BlockKey, int]] = []
+    group_bytes = 0
+    for block in blocks:
+        if group and group_bytes + block[1] > most_bytes:
+            yield group
+            group, group_bytes = [], 0
+        group.append(block)
+        group_bytes += block[1]
+    if group:
+        yield group
 
 
 async def _inspect_tier(tier: Backend, key: BlockKey, verify: Verify) -> convert.TierCopy:

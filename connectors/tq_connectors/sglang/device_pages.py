@@ -111,6 +111,10 @@ class DevicePacked(PackedCodec):
         super().__init__(*arguments)
         self._pool = pool
 
+    def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
+        """Nowhere on the CPU."""
+        return None
+
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages, on the CPU."""
         indices = self._indices(torch.cat(list(pages)))

@@ -47,7 +47,8 @@ class HostPages:
 
     def page(self, index: int) -> torch.Tensor:
         """The page whose first token lies at `index`: a view ``[2, layers, tokens, heads, channels]``."""
-        return _ORDERS[self.pool.layout](self.pool.get_data_page(index, flat=False)).view(self.shape.dtype)
+        page = _ORDERS[self.pool.layout](self.pool.get_data_page(index, flat=False))
+        return page if page.dtype == self.shape.dtype else page.view(self.shape.dtype)
 
     def empty_flat(self) -> torch.Tensor:
         """A flat page in the pool's layout, to be filled through `view_flat`."""

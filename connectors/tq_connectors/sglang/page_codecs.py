@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from tq_connectors.codec import CacheGeometry, block_info
@@ -37,11 +36,17 @@ class PageCodec(Protocol):
     def info(self, page_key: BlockKey, part: Part) -> BlockInfo:
         """Header of the block that holds a part of a page."""
 
+    def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
+        """Where a page's bytes lie in the page itself, in their order; None where they must be made."""
+
+    def empty(self, num_pages: int) -> torch.Tensor:
+        """Memory ``[n, num_bytes]`` uint8 for the bytes of n pages, to be unpacked."""
+
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
 
-    def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
-        """Fill pages from their bytes."""
+    def unpack(self, stored: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages from their bytes, ``[n, num_bytes]`` as `empty` makes it."""
 
 
 class RowCodec:
@@ -88,15 +93,23 @@ class RowCodec:
             total_kv_heads=self._whole.num_kv_heads,
         )
 
+    def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
+        """Nowhere: a page in the engine is not in the order of heads."""
+        return None
+
+    def empty(self, num_pages: int) -> torch.Tensor:
+        """Memory ``[n, num_bytes]`` uint8."""
+        return torch.empty(num_pages, self._shape.page_bytes, dtype=torch.uint8)
+
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
-        return torch.stack([_by_head(page) for page in pages]).flatten(1)
+        packed = self.empty(len(pages))
+        copy_all([*packed.view(len(pages), *_by_head(pages[0]).shape)], [*map(_by_head, pages)])
+        return packed
 
-    def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+    def unpack(self, stored: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
         """Fill pages; each byte is copied once."""
-        for data, page in zip(stored, pages, strict=True):
-            rows = _by_head(page).numpy()
-            rows[...] = np.frombuffer(data, dtype=np.uint8).reshape(rows.shape)
+        copy_all([*map(_by_head, pages)], [*stored.view(len(pages), *_by_head(pages[0]).shape)])
 
 
 class _PresetCodec:
@@ -124,6 +137,14 @@ class _PresetCodec:
         """Header of the block that holds a part of a page."""
         return block_info(self._whole_layout, self._total_layers, page_key, part)
 
+    def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
+        """Nowhere, unless a page is packed already."""
+        return None
+
+    def empty(self, num_pages: int) -> torch.Tensor:
+        """Memory ``[n, num_bytes]`` uint8."""
+        return torch.empty(num_pages, self._num_layers * self._layout.page_bytes, dtype=torch.uint8)
+
 
 class PackedCodec(_PresetCodec):
     """Pages that the engine has packed already, two layers in the place of keys and values of one.
@@ -131,18 +152,32 @@ class PackedCodec(_PresetCodec):
     How they lie in the pool is said in `page_rows`.
     """
 
+    def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
+        """The layers of a page, where a host pool keeps each in one run."""
+        sides = page.numpy()
+        if not sides[0, 0].flags.c_contiguous:
+            return None
+        return [sides[layer % 2, layer // 2].data.cast("B") for layer in range(self._num_layers)]
+
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
-        pairs = torch.stack(list(pages)).transpose(1, 2).flatten(1, 2)
-        return pairs[:, : self._num_layers].flatten(1)
+        packed = self.empty(len(pages))
+        of_pages, in_order = self._halves(packed, pages)
+        copy_all(in_order, of_pages)
+        return packed
 
-    def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+    def unpack(self, stored: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
         """Fill pages; each byte is copied once."""
-        for data, page in zip(stored, pages, strict=True):
-            layers = np.frombuffer(data, dtype=np.uint8).reshape(self._num_layers, *page.shape[2:])
-            for side in range(2):
-                source = layers[side::2]
-                page[side].numpy()[: len(source)] = source
+        copy_all(*self._halves(stored, pages))
+
+    def _halves(
+        self, stored: torch.Tensor, pages: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Even layers and odd ones of each page, as the engine has them and as they are stored."""
+        layers = stored.view(len(pages), self._num_layers, *pages[0].shape[2:])
+        in_order = [row[side::2] for row in layers for side in range(2)]
+        of_pages = [page[side] for page in pages for side in range(2)]
+        return [half[: len(own)] for half, own in zip(of_pages, in_order, strict=True)], in_order
 
 
 class QuantizedCodec(_PresetCodec):
@@ -171,22 +206,32 @@ class QuantizedCodec(_PresetCodec):
         self._on_host = device.type == "cpu"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def empty(self, num_pages: int) -> torch.Tensor:
+        """Memory ``[n, num_bytes]`` uint8, pinned where a device reads it."""
+        shape = (num_pages, self._num_layers * self._layout.page_bytes)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
+
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
         with torch.cuda.stream(self._stream):
-            keys, values = (torch.stack([page[side].to(self._device) for page in pages]) for side in range(2))
+            keys, values = (self._gathered([page[side] for page in pages]) for side in range(2))
             return self._pack_tokens(keys, values)
 
-    def unpack(self, stored: Sequence[memoryview], pages: Sequence[torch.Tensor]) -> None:
+    def unpack(self, stored: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
         """Fill pages from the packed ones. None is written after this, whether it returns or raises."""
-        packed = self._empty_pages(len(pages))
-        for target, data in zip(packed.view(len(pages), -1), stored, strict=True):
-            target.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
         try:
-            self._fill(packed, pages)
+            self._fill(stored.view(-1, self._layout.page_bytes), pages)
         finally:
             if self._stream is not None:
                 self._stream.synchronize()
+
+    def _gathered(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``[n, ...]`` on the device, of n pages of keys or values; turned there, so that each is one run."""
+        order = _memory_order(pages[0])
+        runs = [page.permute(order) for page in pages]
+        gathered = torch.empty(len(runs), *runs[0].shape, dtype=runs[0].dtype, device=self._device)
+        copy_all([*gathered], runs)
+        return gathered.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
 
     def _fill(self, packed: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
         """Fill pages, on a stream where there is one."""
@@ -196,9 +241,10 @@ class QuantizedCodec(_PresetCodec):
             keys, values = keys.view(shape), values.view(shape)
             if self._balance is not None:
                 keys = keys * self._balance
+            order = _memory_order(pages[0][0])
             for side, tokens in enumerate((keys, values)):
-                for page, source in zip(pages, narrowed(tokens, pages[0].dtype), strict=True):
-                    _copy_in_memory_order(page[side], source)
+                turned = narrowed(tokens, pages[0].dtype).permute(0, *(1 + axis for axis in order))
+                copy_all([page[side].permute(order) for page in pages], [*turned.contiguous()])
 
     def _pack_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 on the CPU of ``[n, layers, tokens, heads, channels]``."""
@@ -207,16 +253,11 @@ class QuantizedCodec(_PresetCodec):
             keys, values = keys.float() / self._balance, values.float()
         keys, values = keys.flatten(0, 2), values.flatten(0, 2)
         if self._on_host:
-            packed = self._empty_pages(num_pages)
+            packed = self.empty(num_pages).view(-1, self._layout.page_bytes)
             host.quantize(keys, values, self._layout, packed)
         else:
             packed = quantize_on(self._device, keys, values, self._layout).cpu()
         return packed.view(num_pages, -1)
-
-    def _empty_pages(self, num_pages: int) -> torch.Tensor:
-        """Memory for packed pages of all layers, pinned where a device reads it."""
-        shape = (num_pages * self._num_layers, self._layout.page_bytes)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None)
 
     def _dequantize(self, packed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._on_host:
@@ -245,8 +286,23 @@ def narrowed(tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tokens.to(dtype)
 
 
-def _copy_in_memory_order(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy where the source is turned on its own device, so that a transfer is one run where it can be."""
-    strides = target.stride()
-    order = sorted(range(target.dim()), key=lambda axis: -strides[axis])
-    target.permute(order).copy_(source.permute(order).contiguous(), non_blocking=True)
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy tensors to others of their shape and dtype.
+
+    In an engine whose scheduler never rests, each call of torch costs us its wait for the interpreter's lock.
+    So a device gets all copies in one call. In host memory numpy does them, as torch would share each of
+    these small copies out to all cores, and wait for the last of them.
+    """
+    if not targets:
+        return
+    if targets[0].device.type == sources[0].device.type == "cpu":
+        for target, source in zip(targets, sources, strict=True):
+            target.view(torch.uint8).numpy()[...] = source.view(torch.uint8).numpy()
+    else:
+        torch._foreach_copy_([*targets], [*sources], non_blocking=True)
+
+
+def _memory_order(page: torch.Tensor) -> list[int]:
+    """Axes from the one with the largest stride on: turned so, what lies in one run is contiguous."""
+    strides = page.stride()
+    return sorted(range(page.dim()), key=lambda axis: -strides[axis])

@@ -5,24 +5,31 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from functools import partial
 
 import torch
 
-from tq_connectors.reshard import join_pages, slice_pages
+from tq_connectors.reshard import join_pages
+from tq_connectors.sglang.page_blocks import PageBlocks
 from tq_connectors.sglang.page_codecs import PageCodec
 from tq_connectors.sglang.page_names import PageNames
 from tq_connectors.store_guard import StoreGuard
-from tq_store.block import HEADER_LAYOUT, pack_block, parse_header, payload_of
+from tq_store.block import HEADER_BYTES, HEADER_LAYOUT, parse_header, payload_of
 from tq_store.client import StoreClient
 from tq_store.errors import BlockFormatError, IdentityMismatch, RpcError
-from tq_store.keys import BlockKey, Part
-from tq_store.results import PutOutcome
+from tq_store.keys import Part
+from tq_store.placed import PlacedBlock
+from tq_store.results import GetOutcome, PutOutcome
 
 logger = logging.getLogger(__name__)
 
 _WHAT = slice(HEADER_LAYOUT["codec_fingerprint"][0], HEADER_LAYOUT["header_checksum"][0])
 """What a header says besides whose block it is."""
+
+_MOST_AT_ONCE_BYTES = 8 << 20
+"""Of pages in one batch: what stays in a processor's cache between two copies, and in glibc's when freed."""
+_MOST_AT_ONCE = 256
 
 PageAt = Callable[[int], torch.Tensor]
 """The page at a position of a call, as `PageCodec` sees pages."""
@@ -70,10 +77,15 @@ class PageStore:
         self._client = client
         self._names = names
         self._codec = codec
-        self._pages_at_once = max(1, staging_bytes // (page_bytes * load_threads))
+        at_once_bytes = min(_MOST_AT_ONCE_BYTES, staging_bytes // load_threads)
+        self._pages_at_once = max(1, min(_MOST_AT_ONCE, at_once_bytes // page_bytes))
         self._load_threads = load_threads
         self._threads = ThreadPoolExecutor(load_threads, thread_name_prefix="tq-store-load")
         self._known_headers: dict[Part, bytes] = {}
+        self._loaded_blocks = PageBlocks(names, codec, names.loaded_parts)
+        self._saved_blocks = PageBlocks(names, codec, names.saved_parts)
+        header_bytes = HEADER_BYTES * len(names.loaded_parts)
+        self._loaded_page_bytes = self.stored_page_bytes + header_bytes
         self._lock = threading.Lock()
         self.guard = StoreGuard()
         self.counters = PageCounters()
@@ -103,25 +115,68 @@ class PageStore:
         return [True] * first_miss + [False] * (len(hashes) - first_miss)
 
     def _load(self, hashes: Sequence[str], page_at: PageAt) -> list[bool]:
-        is_filled = [False] * len(hashes)
-        waiting: list[tuple[int, memoryview]] = []
+        num_filled = 0
 
-        def take(position: int, stored: memoryview) -> bool:
-            waiting.append((position, stored))
-            if len(waiting) == self._pages_at_once:
-                unpack()
-            return True
+        def receive() -> None:
+            nonlocal num_filled
+            for num_pages in self._fill(hashes, page_at):
+                num_filled += num_pages
 
-        def unpack() -> None:
-            self._codec.unpack([stored for _, stored in waiting], [page_at(place) for place, _ in waiting])
-            for position, _ in waiting:
-                is_filled[position] = True
-            waiting.clear()
+        self.guard.attempt(receive)
+        with self._lock:
+            self.counters.loaded_pages += num_filled
+            self.counters.loaded_bytes += num_filled * self._loaded_page_bytes
+            self.counters.failed_pages += len(hashes) - num_filled
+        return [True] * num_filled + [False] * (len(hashes) - num_filled)
 
-        self.fetch(hashes, take)
-        if waiting:
-            unpack()
-        return is_filled
+    def _fill(self, hashes: Sequence[str], page_at: PageAt) -> Iterator[int]:
+        """Fill the leading pages that are sound, a batch at a time; how many of each."""
+        parts_of_page = len(self._names.loaded_parts)
+        pages: list[torch.Tensor] = []
+        stored: torch.Tensor | None = None
+        is_over = False
+
+        def batches() -> Iterator[list[PlacedBlock]]:
+            nonlocal stored
+            for start in range(0, len(hashes), self._pages_at_once):
+                if is_over:
+                    return
+                batch = hashes[start : start + self._pages_at_once]
+                pages[:] = map(page_at, range(start, start + len(batch)))
+                pieces = self._pieces(pages)
+                if pieces is None:
+                    stored = self._codec.empty(len(batch)) if stored is None else stored
+                    pieces = [[row] for row in _rows(stored)]
+                yield [
+                    block
+                    for page_hash, own in zip(batch, pieces, strict=False)
+                    for block in self._loaded_blocks.of(page_hash, own)
+                ]
+
+        keys = self._names.keys(hashes, self._names.loaded_parts)
+        with closing(self._client.get_into(keys, batches())) as answers:
+            for outcomes in answers:
+                is_sound = [outcome is GetOutcome.FILLED for outcome in outcomes]
+                num_pages = [*is_sound, False].index(False) // parts_of_page
+                if stored is not None and num_pages:
+                    self._codec.unpack(stored[:num_pages], pages[:num_pages])
+                yield num_pages
+                is_over = num_pages < len(pages)
+                self._note_unlike(outcomes)
+
+    def _note_unlike(self, outcomes: Sequence[GetOutcome]) -> None:
+        num_unlike = outcomes.count(GetOutcome.UNLIKE)
+        if num_unlike:
+            with self._lock:
+                self.counters.rejected_blocks += num_unlike
+            logger.warning(
+                "%d blocks hold something else than their keys promise, which is a miss", num_unlike
+            )
+
+    def _pieces(self, pages: Sequence[torch.Tensor]) -> list[list[memoryview]] | None:
+        """Where the bytes of each page lie in it; None where they have to be made."""
+        pieces = [own for page in pages if (own := self._codec.pieces(page)) is not None]
+        return pieces if len(pieces) == len(pages) else None
 
     def fetch(self, hashes: Sequence[str], take: Callable[[int, memoryview], bool]) -> int:
         """Hand over the bytes of the leading pages that the store has, each as soon as it has arrived.
@@ -246,24 +301,27 @@ class PageStore:
     def _put(
         self, hashes: Sequence[str], positions: Sequence[int], page_at: PageAt, is_saved: list[bool]
     ) -> None:
-        """Save some pages. Blocks are made first, as a connection may read on for a while after it failed."""
-        parts = self._names.saved_parts
-        packed = self._codec.pack([page_at(position) for position in positions])
-        blocks: list[tuple[BlockKey, bytes]] = []
-        for position, pages in zip(positions, packed, strict=True):
-            page_key, data = self._names.page_key(hashes[position]), pages.numpy().data.cast("B")
-            for part in parts:
-                payload = slice_pages(
-                    data, self._names.shard.part, part, section_bytes=self._codec.section_bytes
-                )
-                info = self._codec.info(page_key, part)
-                blocks.append((info.key, pack_block(info, payload)))
-        outcomes = self._client.put(blocks)
+        """Save some pages."""
+        parts_of_page = len(self._names.saved_parts)
+        pages = [page_at(position) for position in positions]
+        pieces = self._pieces(pages) or [[row] for row in _rows(self._codec.pack(pages))]
+        outcomes = self._client.put_from(
+            [
+                block
+                for position, own in zip(positions, pieces, strict=True)
+                for block in self._saved_blocks.of(hashes[position], own)
+            ]
+        )
         for number, position in enumerate(positions):
-            of_page = outcomes[number * len(parts) : (number + 1) * len(parts)]
+            of_page = outcomes[number * parts_of_page : (number + 1) * parts_of_page]
             is_saved[position] = all(each in (PutOutcome.STORED, PutOutcome.PRESENT) for each in of_page)
         with self._lock:
             self.counters.saved_pages += sum(is_saved[position] for position in positions)
+
+
+def _rows(stored: torch.Tensor) -> list[memoryview]:
+    """Each row of bytes."""
+    return [row.data for row in stored.numpy()]
 
 
 def _shifted(page_at: PageAt, start: int, position: int) -> torch.Tensor:

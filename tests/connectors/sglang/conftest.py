@@ -1,6 +1,7 @@
 """A server that these tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ from tq_store.client import StoreClient
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    with running_server() as running:
+def local_socket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "s"
+
+
+@pytest.fixture(scope="module")
+def server(local_socket: Path) -> Iterator[Any]:
+    with running_server(local_socket=local_socket) as running:
         yield running
 
 

@@ -34,10 +34,6 @@ def quantized(name: str, key_balance: torch.Tensor | None = None) -> QuantizedCo
     return QuantizedCodec(replace(WHOLE_LAYOUT, spec=preset(name)), 6, PART, CPU, key_balance)
 
 
-def stored(packed: torch.Tensor) -> list[memoryview]:
-    return [memoryview(row.numpy().tobytes()) for row in packed]
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", SHAPES)
 def test_rows_come_back_as_they_were_in_a_pool_of_any_layout(layout, dtype):
@@ -45,7 +41,7 @@ def test_rows_come_back_as_they_were_in_a_pool_of_any_layout(layout, dtype):
     codec = RowCodec(GEOMETRY, saved.shape)
     packed = codec.pack(all_pages(saved))
     assert packed.shape == (4, codec.info(KEY, PART).payload_bytes)
-    codec.unpack(stored(packed), all_pages(loaded))
+    codec.unpack(packed, all_pages(loaded))
     for page, original in zip(all_pages(loaded), all_pages(saved), strict=True):
         assert torch.equal(page.view(torch.uint8), original.view(torch.uint8))
 
@@ -70,7 +66,7 @@ def test_pages_that_are_packed_already_pass_through(layout, num_layers):
             page[layer % 2, layer // 2].copy_(made[layer].view(16, 2, rank.slot_bytes))
     packed = codec.pack(all_pages(saved))
     assert all(torch.equal(row, made.flatten()) for row in packed)
-    codec.unpack(stored(packed), all_pages(loaded))
+    codec.unpack(packed, all_pages(loaded))
     assert torch.equal(loaded.pool.kv_buffer, saved.pool.kv_buffer)
 
 
@@ -85,7 +81,7 @@ def test_packed_pages_are_those_of_the_reference(layout, dtype):
         keys, values = page.flatten(1, 2).float()
         expected = reference.quantize(keys, values, page_layout)
         assert torch.equal(row, expected.flatten())
-    codec.unpack(stored(packed), all_pages(loaded))
+    codec.unpack(packed, all_pages(loaded))
     for page, original in zip(all_pages(loaded), all_pages(saved), strict=True):
         error = (page.float() - original.float()).square().mean() / original.float().square().mean()
         assert 0 < error < 0.012
@@ -98,7 +94,7 @@ def test_a_device_and_the_host_read_pages_alike():
     packed = device.pack([page])
     for codec in (host, device):
         loaded.append(pool_of("page_first", torch.float16).page(0))
-        codec.unpack(stored(packed), loaded[-1:])
+        codec.unpack(packed, loaded[-1:])
     assert (loaded[0].float() - loaded[1].float()).abs().max() <= 0.01  # the last bits of the dtype
     assert 0 < (loaded[0].float() - page.float()).square().mean() < 0.012
 
@@ -112,10 +108,9 @@ def test_a_stream_is_waited_for_when_pages_cannot_be_filled():
 
     pages, codec = all_pages(pool_of("page_first", torch.float16, seed=1)), quantized("tq4")
     packed = codec.pack(pages)
-    codec._empty_pages = lambda num_pages: torch.empty_like(packed).view(3 * num_pages, -1)
     codec._stream = Stream()
-    with pytest.raises(RuntimeError):
-        codec.unpack(stored(packed), [*pages[:3], pages[3][:, :, :5]])
+    with pytest.raises(ValueError, match="could not broadcast"):
+        codec.unpack(packed, [*pages[:3], pages[3][:, :, :5]])
     assert codec._stream.waits == 1
 
 
@@ -125,7 +120,7 @@ def test_an_fp8_pool_never_gets_a_number_it_cannot_hold(dtype):
     for page in all_pages(saved):
         page.copy_(torch.full(page.shape, torch.finfo(dtype).max).index_fill_(4, torch.tensor([0]), 0))
     codec = quantized("tq2")
-    codec.unpack(stored(codec.pack(all_pages(saved))), all_pages(loaded))
+    codec.unpack(codec.pack(all_pages(saved)), all_pages(loaded))
     for page in all_pages(loaded):
         assert page.float().isfinite().all()
         assert page.float().max() == torch.finfo(dtype).max
@@ -139,7 +134,7 @@ def test_a_balance_divides_keys_and_multiplies_them_again():
         page[0, 1, :, 0, 5] *= 16  # an outlier channel, as some models' keys have
     errors = []
     for codec in (quantized("tq3"), quantized("tq3", balance)):
-        codec.unpack(stored(codec.pack(all_pages(saved))), all_pages(loaded))
+        codec.unpack(codec.pack(all_pages(saved)), all_pages(loaded))
         others = [channel for channel in range(32) if channel != 5]
         errors.append(
             sum(

@@ -7,18 +7,48 @@ import time
 
 import pytest
 import torch
+from connectors.sglang.host_pool import HostMemory
 from connectors.sglang.saved_pages import GEOMETRY, HASHES, PLACE, SETTINGS, page_at, pool_of, save
 from store.running_server import running_server
 
 from tq_connectors.codec import namespace_for
 from tq_connectors.codec_state import CodecState, agree_on_state, pack_state
 from tq_connectors.engine.state import STATE_VARIABLE
+from tq_connectors.sglang.host_pages import read_host_pool
 from tq_connectors.sglang.page_setup import open_page_store
 from tq_kernels import PageLayout, preset
-from tq_store.block import pack_block
+from tq_store.block import HEADER_BYTES, pack_block
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
-from tq_store.errors import ConfigError
+from tq_store.errors import ConfigError, RpcTimeout
+from tq_store.rpc.connection import Connection
+from tq_store.rpc.segment import Segment
+
+
+@pytest.fixture(params=["shared memory", "a stream"])
+def client(server, local_socket, request):
+    """A connection to an empty server, by either road."""
+    is_shared = request.param == "shared memory"
+    with StoreClient(f"unix:{local_socket}" if is_shared else server.address) as connection:
+        connection.purge(None)
+        yield connection
+
+
+@pytest.fixture
+def near_client(server, local_socket):
+    """A connection to an empty server, which shares memory."""
+    with StoreClient(f"unix:{local_socket}") as connection:
+        connection.purge(None)
+        yield connection
+
+
+def packed_pool(seed=None, heads=2, layout="page_first_direct"):
+    """A pool of pages that are packed already, of two layers as of all that a pool does not look into."""
+    row = PageLayout(spec=preset("tq4"), head_dim=32, num_kv_heads=2, page_tokens=16).slot_bytes
+    pool = HostMemory(layout, num_pages=4, page_size=16, layers=1, heads=heads, dim=row, dtype=torch.uint8)
+    if seed is not None:
+        pool.kv_buffer.random_(256, generator=torch.Generator().manual_seed(seed))
+    return read_host_pool(pool)
 
 
 @pytest.mark.parametrize("staging_bytes", [1, 1 << 20])
@@ -216,6 +246,70 @@ def test_a_packed_pool_and_one_that_packs_on_the_way_share_pages(client):
     loaded = pool_of()
     assert open_page_store(client, settings, loaded.shape, PLACE).load(HASHES, page_at(loaded)) == [True] * 4
     assert (saved.pool.kv_buffer.float() - loaded.pool.kv_buffer.float()).square().mean() < 0.012
+
+
+@pytest.mark.parametrize("layout", ["layer_first", "page_first", "page_first_direct"])
+def test_packed_pages_pass_through_a_pool_of_any_layout(client, layout):
+    settings = dataclasses.replace(SETTINGS, codec="tq4")
+    saved, loaded = packed_pool(seed=1, layout=layout), packed_pool()
+    save(client, saved, settings)
+    store = open_page_store(client, settings, loaded.shape, PLACE)
+    assert store.load(HASHES, page_at(loaded)) == [True] * 4
+    for place in range(4):
+        assert torch.equal(page_at(loaded)(place), page_at(saved)(place))
+    assert store.counters.loaded_bytes == 4 * (store.stored_page_bytes + HEADER_BYTES)
+
+
+@pytest.mark.parametrize("saver", [1, 2])
+def test_packed_pages_are_cut_by_heads_where_they_lie(client, saver):
+    settings = dataclasses.replace(SETTINGS, codec="tq4", tp_sizes="1,2")
+    pools = {1: [packed_pool(seed=1)], 2: [packed_pool(seed=2, heads=1), packed_pool(seed=3, heads=1)]}
+    for size in (saver, 3 - saver):
+        for rank, pages in enumerate(pools[size]):
+            place = dataclasses.replace(PLACE, tp_rank=rank, tp_size=size)
+            store = open_page_store(client, settings, pages.shape, place)
+            move = store.save if size == saver else store.load
+            assert move(HASHES, page_at(pages)) == [True] * 4
+    for place in range(4):
+        (whole,), halves = ([page_at(pages)(place) for pages in pools[size]] for size in (1, 2))
+        sections = torch.cat([half.reshape(2, 1, 1, -1) for half in halves], dim=2)
+        assert torch.equal(whole.reshape(2, 1, 2, -1), sections)
+
+
+@pytest.mark.parametrize("codec", ["none", "tq4"])
+def test_a_page_that_is_damaged_on_the_way_is_a_miss_and_so_are_later_ones(near_client, codec, monkeypatch):
+    saved, loaded = (packed_pool(1), packed_pool()) if codec == "tq4" else (pool_of(seed=1), pool_of())
+    settings = dataclasses.replace(SETTINGS, codec=codec, load_threads=1)
+    store = save(near_client, saved, settings)
+    read, block_bytes = Segment.read_into, store.stored_page_bytes + HEADER_BYTES
+
+    def damaged(segment, offset, pieces):
+        segment.write(2 * block_bytes + 1000, bytes([segment.read(2 * block_bytes + 1000, 1)[0] ^ 1]))
+        read(segment, offset, pieces)
+
+    monkeypatch.setattr(Segment, "read_into", damaged)
+    assert store.load(HASHES, page_at(loaded)) == [True, True, False, False]
+    assert all(torch.equal(page_at(loaded)(place), page_at(saved)(place)) for place in range(2))
+    assert near_client.counters["rejected_blocks"] == 1
+    assert (store.counters.loaded_pages, store.counters.failed_pages) == (2, 2)
+
+
+def test_pages_that_came_before_the_deadline_are_kept(near_client, monkeypatch):
+    saved, loaded = packed_pool(seed=1), packed_pool()
+    settings = dataclasses.replace(SETTINGS, codec="tq4", load_threads=1, staging_bytes=1)
+    store = save(near_client, saved, settings)
+    ask, asked = Connection.ask, []
+
+    def late(connection, method, *arguments, **named):
+        asked.append(method)
+        if len(asked) == 3:
+            raise RpcTimeout("too late")
+        return ask(connection, method, *arguments, **named)
+
+    monkeypatch.setattr(Connection, "ask", late)
+    assert store.load(HASHES, page_at(loaded)) == [True, True, False, False]
+    assert torch.equal(page_at(loaded)(1), page_at(saved)(1))
+    assert not store.guard.is_reachable
 
 
 def test_pages_are_made_with_the_state_that_the_store_has(client):

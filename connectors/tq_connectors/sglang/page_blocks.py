@@ -1,0 +1,52 @@
+"""PageBlocks: from where the bytes of a page lie to the blocks of its parts, without moving a byte."""
+
+from collections.abc import Iterator, Sequence
+
+from tq_connectors.reshard import runs
+from tq_connectors.sglang.page_codecs import PageCodec
+from tq_connectors.sglang.page_names import PageNames
+from tq_store.block import BlockKind
+from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, Part
+from tq_store.placed import PlacedBlock
+
+
+class PageBlocks:
+    """The blocks of pages whose bytes lie in pieces.
+
+    Args:
+        names: Gives pages their keys.
+        codec: Says what blocks hold.
+        parts: Into which pages are cut; each lies within what the process holds.
+    """
+
+    def __init__(self, names: PageNames, codec: PageCodec, parts: Sequence[Part]) -> None:
+        self._names = names
+        self._parts = parts
+        held, any_key = names.shard.part, BlockKey(bytes(BLOCK_KEY_BYTES))
+        self._kinds = [BlockKind(codec.info(any_key, part)) for part in parts]
+        self._runs = [[*runs(part, held, section_bytes=codec.section_bytes)] for part in parts]
+        self._is_undivided = list(parts) == [held]
+
+    def of(self, page_hash: str, pieces: Sequence[memoryview]) -> Iterator[PlacedBlock]:
+        """One block a part.
+
+        Args:
+            page_hash: SGLang's.
+            pieces: The bytes of all that the process holds of the page.
+        """
+        keys = self._names.keys([page_hash], self._parts)
+        for key, kind, own_runs in zip(keys, self._kinds, self._runs, strict=True):
+            if self._is_undivided:
+                yield PlacedBlock(key, kind, pieces)
+            else:
+                own = (piece for run in own_runs for piece in _cut(pieces, run.target_offset, run.num_bytes))
+                yield PlacedBlock(key, kind, [*own])
+
+
+def _cut(pieces: Sequence[memoryview], start: int, num_bytes: int) -> Iterator[memoryview]:
+    """Some of the bytes that lie in pieces."""
+    for piece in pieces:
+        cut = piece[max(0, start) : max(0, start + num_bytes)]
+        if cut:
+            yield cut
+        start -= len(piece)

@@ -1,0 +1,329 @@
+"""Blocks in several places: put from there, got there, and never taken for sound where they are not."""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store.running_server import WAIT_S, running_server
+from store.sample_blocks import keys_of, sample_block, sample_blocks, sample_key
+from store.test_shared import MIB, Calls, answers, client_at, end, start_server
+
+from tq_store.block import HEADER_BYTES, BlockKind, pack_block, pack_header, payload_of, verify_block
+from tq_store.client import StoreClient
+from tq_store.config import ClientConfig
+from tq_store.errors import LengthMismatch, RpcError, RpcTimeout, RpcUnavailable
+from tq_store.keys import BlockKey
+from tq_store.placed import PlacedBlock, runs_of
+from tq_store.results import GetOutcome, PutOutcome
+from tq_store.rpc.connection import Connection
+from tq_store.rpc.segment import Segment
+from tq_store.server import service as service_module
+
+STORED, PRESENT = PutOutcome.STORED, PutOutcome.PRESENT
+FILLED, MISSING, UNLIKE = GetOutcome.FILLED, GetOutcome.MISSING, GetOutcome.UNLIKE
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+@pytest.fixture(params=["shared", "stream"])
+def client(request: pytest.FixtureRequest, path: Path) -> Iterator[StoreClient]:
+    settings: dict[str, Any] = {} if request.param == "shared" else {"shared_memory_bytes": 0}
+    with running_server(local_socket=path) as server:
+        if request.param == "shared":
+            with client_at(path, **settings) as opened:
+                yield opened
+        else:
+            with StoreClient(server.address, config=ClientConfig(transfer_timeout_s=WAIT_S)) as opened:
+                yield opened
+
+
+@pytest.fixture
+def near(path: Path) -> Iterator[StoreClient]:
+    """A client that shares memory."""
+    with running_server(local_socket=path), client_at(path) as opened:
+        yield opened
+
+
+def kind_of(block: bytes) -> BlockKind:
+    return BlockKind(verify_block(block))
+
+
+def placed(block: tuple[BlockKey, bytes], *, sizes: Sequence[int] = (100, 7), filled: bool) -> PlacedBlock:
+    """A block cut into pieces of these sizes, and one of the rest."""
+    key, data = block
+    payload = memoryview(bytearray(payload_of(data)) if filled else bytearray(len(data) - HEADER_BYTES))
+    pieces = []
+    for size in sizes:
+        pieces.append(payload[:size])
+        payload = payload[size:]
+    return PlacedBlock(key, kind_of(data), [*pieces, payload])
+
+
+def places_for(blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PlacedBlock]:
+    return [placed(block, filled=False) for block in blocks]
+
+
+def got(client: StoreClient, batches: Sequence[Sequence[PlacedBlock]]) -> list[list[GetOutcome]]:
+    keys = [block.key for batch in batches for block in batch]
+    return list(client.get_into(keys, batches))
+
+
+def holds(place: PlacedBlock, block: tuple[BlockKey, bytes]) -> bool:
+    return b"".join(place.pieces) == payload_of(block[1])
+
+
+def test_blocks_go_from_places_to_places(client: StoreClient) -> None:
+    blocks = sample_blocks(20, 100_000)
+    sent = [placed(block, filled=True) for block in blocks]
+    assert client.put_from(sent[:10]) == [STORED] * 10
+    assert client.put_from(sent) == [PRESENT] * 10 + [STORED] * 10
+    assert [data for _, data in client.get(keys_of(blocks))] == [data for _, data in blocks]
+    places = places_for([sample_block(99), *blocks, sample_block(98)])
+    assert got(client, [places[:3], places[3:20], [], places[20:]]) == [
+        [MISSING, FILLED, FILLED],
+        [FILLED] * 17,
+        [],
+        [FILLED, MISSING],
+    ]
+    assert all(map(holds, places[1:-1], blocks))
+    assert client.put_from([]) == []
+    assert set(client.counters.values()) == {0}
+
+
+def test_the_same_places_serve_batch_after_batch(client: StoreClient) -> None:
+    blocks = sample_blocks(6, 1000)
+    client.put(blocks)
+    memory = memoryview(bytearray(1000))
+
+    def batches() -> Iterator[list[PlacedBlock]]:
+        for key, data in blocks:
+            yield [PlacedBlock(key, kind_of(data), [memory])]
+
+    outcomes = client.get_into(keys_of(blocks), batches())
+    for answer, block in zip(outcomes, blocks, strict=True):
+        assert answer == [FILLED]
+        assert memory == payload_of(block[1])
+
+
+def test_a_sound_block_of_another_kind_or_length_is_unlike(client: StoreClient) -> None:
+    same_length, longer, right = sample_blocks(3, 1000)
+    client.put([same_length, sample_block(1, 2000), right])
+    kind = kind_of(right[1])
+    places = [
+        PlacedBlock(key, kind, [memoryview(bytearray(1000))]) for key in keys_of([same_length, longer, right])
+    ]
+    assert got(client, [places]) == [[UNLIKE, UNLIKE, FILLED]]
+    assert client.counters["rejected_blocks"] == 0
+
+
+def test_a_reader_that_stops_early_is_not_served_further(near: StoreClient, calls: Calls) -> None:
+    blocks = sample_blocks(4)
+    near.put(blocks)
+    calls.take()
+    outcomes = near.get_into(keys_of(blocks), [places_for(blocks[:2]), places_for(blocks[2:])])
+    assert next(outcomes) == [FILLED] * 2
+    outcomes.close()
+    assert calls.take() == ["GetShared"]
+
+
+def test_a_batch_takes_one_call_of_each_side(near: StoreClient, calls: Calls) -> None:
+    blocks = sample_blocks(8, 400_000)
+    assert near.put_from([placed(block, filled=True) for block in blocks]) == [STORED] * 8
+    assert got(near, [places_for(blocks)]) == [[FILLED] * 8]
+    assert calls.take() == ["PutShared", "GetShared"]
+
+
+def test_more_than_the_segment_holds_takes_several_calls(near: StoreClient, calls: Calls) -> None:
+    blocks = sample_blocks(5, 2 * MIB - 1000)
+    assert near.put_from([placed(block, filled=True) for block in blocks]) == [STORED] * 5
+    places = places_for(blocks)
+    assert got(near, [places]) == [[FILLED] * 5]
+    assert all(map(holds, places, blocks))
+    assert calls.take() == ["PutShared"] * 3 + ["GetShared"] * 3
+
+
+def test_a_block_larger_than_the_segment_goes_as_a_stream(near: StoreClient, calls: Calls) -> None:
+    blocks = [sample_block(1), sample_block(2, 5 * MIB), sample_block(3)]
+    assert near.put_from([placed(block, filled=True) for block in blocks]) == [STORED] * 3
+    assert calls.take() == ["PutShared", "Put"]
+    places = places_for(blocks)
+    assert got(near, [places[:2], places[2:]]) == [[FILLED] * 2, [FILLED]]
+    assert all(map(holds, places, blocks))
+    assert "Get" in calls.take()
+
+
+def test_more_pieces_than_one_system_call_takes(near: StoreClient) -> None:
+    block = sample_block(1, 5000)
+    assert near.put_from([placed(block, sizes=[2] * 2400, filled=True)]) == [STORED]
+    place = placed(block, sizes=[1] * 3000, filled=False)
+    assert got(near, [[place]]) == [[FILLED]]
+    assert holds(place, block)
+
+
+@pytest.mark.parametrize("position", [0, 40, 100, 255, 256, 300, 511])
+def test_a_bit_that_flips_in_shared_memory_is_a_miss(
+    near: StoreClient, monkeypatch: pytest.MonkeyPatch, position: int
+) -> None:
+    """In the header, or in the payload, which is checked where it lies in the end."""
+    blocks = sample_blocks(3)
+    near.put(blocks)
+    read = Segment.read_into
+
+    def flipped(segment: Segment, offset: int, pieces: Sequence[memoryview]) -> None:
+        byte = segment.read(512 + position, 1)[0]
+        segment.write(512 + position, bytes([byte ^ 1]))
+        read(segment, offset, pieces)
+
+    monkeypatch.setattr(Segment, "read_into", flipped)
+    assert got(near, [places_for(blocks)]) == [[FILLED, MISSING, FILLED]]
+    assert near.counters["rejected_blocks"] == 1
+
+
+@pytest.mark.parametrize("copy", ["read_into", "write_from"])
+def test_memory_that_cannot_be_copied_leaves_the_ordinary_way(
+    near: StoreClient, monkeypatch: pytest.MonkeyPatch, copy: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(Segment, copy, fail)
+    block = sample_block(1)
+    assert near.put_from([placed(block, filled=True)]) == [STORED]
+    place = placed(block, filled=False)
+    assert got(near, [[place]]) == [[FILLED]]
+    assert holds(place, block)
+
+
+def test_a_kernel_that_copies_less_is_noticed(near: StoreClient) -> None:
+    with near._segments.lend(WAIT_S) as segment:
+        assert segment is not None
+        with pytest.raises(OSError, match="could not be copied"):
+            segment.read_into(segment.num_bytes - 1, [memoryview(bytearray(2))])
+
+
+def test_a_server_that_comes_back_is_asked_again(path: Path) -> None:
+    blocks = sample_blocks(4, 1000)
+    server = start_server(path)
+    with client_at(path) as client:
+        client.put(blocks)
+        outcomes = client.get_into(keys_of(blocks), [places_for(blocks[:1]), places_for(blocks[1:])])
+        assert next(outcomes) == [FILLED]
+        end(server, signal.SIGKILL)
+        with pytest.raises(RpcUnavailable):
+            next(outcomes)
+        server = start_server(path)
+        while not answers(client):
+            pass
+        client.put_from([placed(block, filled=True) for block in blocks])
+        assert got(client, [places_for(blocks)]) == [[FILLED] * 4]
+        assert client.counters["retries"] > 0
+    end(server, signal.SIGTERM)
+
+
+def test_what_was_filled_before_a_failure_is_handed_over(
+    near: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = sample_blocks(4, 2 * MIB - 1000)
+    near.put(blocks)
+    ask, asked = Connection.ask, []
+
+    def failing(connection: Connection, method: str, *arguments: Any, **named: Any) -> Any:
+        asked.append(method)
+        if len(asked) == 2:
+            raise RpcTimeout("too late")
+        return ask(connection, method, *arguments, **named)
+
+    monkeypatch.setattr(Connection, "ask", failing)
+    places = places_for(blocks)
+    outcomes = near.get_into(keys_of(blocks), [places])
+    assert next(outcomes) == [FILLED, FILLED, MISSING, MISSING]
+    assert all(map(holds, places[:2], blocks))
+    with pytest.raises(RpcTimeout, match="too late"):
+        next(outcomes)
+
+
+def test_all_batches_have_one_deadline(near: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = sample_blocks(3)
+    near.put(blocks)
+    left_s: list[float] = []
+    ask = Connection.ask
+
+    def noting(connection: Connection, method: str, *arguments: Any, **named: Any) -> Any:
+        left_s.append(named["timeout_s"])
+        return ask(connection, method, *arguments, **named)
+
+    monkeypatch.setattr(Connection, "ask", noting)
+    assert got(near, [[place] for place in places_for(blocks)]) == [[FILLED]] * 3
+    assert WAIT_S > left_s[0] > left_s[1] > left_s[2] > 0
+
+
+def test_nothing_in_places_is_read_after_a_put_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller gives them to others then; a stream is read for a while longer."""
+    later: list[Iterator[bytes]] = []
+
+    def lost(_: Connection, __: str, requests: Iterator[bytes], ___: Callable[..., Any], **____: Any) -> Any:
+        later.append(requests)
+        raise RpcError("lost")
+
+    monkeypatch.setattr(Connection, "send", lost)
+    block = sample_block(1, 1000)
+    place = placed(block, filled=True)
+    with StoreClient("127.0.0.1:1") as client, pytest.raises(RpcError, match="lost"):
+        client.put_from([place])
+    for piece in place.pieces:
+        piece[:] = bytes(len(piece))
+    assert bytes(payload_of(block[1])) in b"".join(later[0])
+
+
+def test_a_server_with_a_small_window_copies_block_after_block(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = sample_blocks(6, 1000)
+    groups: list[int] = []
+    cut = service_module._groups_of
+
+    def noting(*arguments: Any) -> Iterator[list[tuple[BlockKey, int]]]:
+        for group in cut(*arguments):
+            groups.append(len(group))
+            yield group
+
+    monkeypatch.setattr(service_module, "_groups_of", noting)
+    limits = {"max_inflight_bytes": 20_000, "max_outflight_bytes": 8000}
+    with running_server(local_socket=path, **limits) as server, client_at(path) as client:
+        assert server.address
+        assert client.put_from([placed(block, filled=True) for block in blocks]) == [STORED] * 6
+        assert got(client, [places_for(blocks)]) == [[FILLED] * 6]
+    assert groups == [1] * 6
+
+
+def test_runs_keep_both_limits() -> None:
+    blocks = places_for(sample_blocks(7, 744))
+    assert [len(run) for run in runs_of(blocks, most_bytes=3000, most_blocks=9)] == [3, 3, 1]
+    assert [len(run) for run in runs_of(blocks, most_bytes=9000, most_blocks=2)] == [2, 2, 2, 1]
+    assert [len(run) for run in runs_of(blocks, most_bytes=1, most_blocks=9)] == [1] * 7
+    assert list(runs_of([], most_bytes=1, most_blocks=1)) == []
+
+
+@pytest.mark.parametrize("payload_bytes", [256, 200_000, 3 * MIB])
+def test_a_kind_makes_the_headers_of_its_blocks(payload_bytes: int) -> None:
+    key, block = sample_block(1, payload_bytes)
+    info, payload = verify_block(block), payload_of(block)
+    kind, other = BlockKind(info), kind_of(sample_block(2, payload_bytes)[1])
+    pieces = [payload[:10], payload[10:100], payload[100:100], payload[100:]]
+    assert kind.pack_header(key, pieces) == block[:HEADER_BYTES] == pack_header(info, payload)
+    assert kind.pack_header(sample_key(9), [payload]) != block[:HEADER_BYTES]
+    assert kind.is_kind_of(block[:HEADER_BYTES])
+    assert not other.is_kind_of(block[:HEADER_BYTES])
+    assert pack_block(info, payload) == block
+    with pytest.raises(LengthMismatch, match="its geometry says"):
+        kind.pack_header(key, pieces[1:])

@@ -1,0 +1,57 @@
+"""Blocks whose payload lies in several places of the caller's memory, and is never put together."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tq_store.block import HEADER_BYTES, BlockKind
+from tq_store.keys import BlockKey
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedBlock:
+    """A block to be put from places, or to be got into them.
+
+    Args:
+        key: The block's.
+        kind: What it holds.
+        pieces: Of bytes, each in one run, together as long as the payload; writable for a get.
+    """
+
+    key: BlockKey
+    kind: BlockKind
+    pieces: Sequence[memoryview]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the block, header included."""
+        return HEADER_BYTES + self.kind.payload_bytes
+
+    def pack_header(self) -> bytes:
+        """The header for what lies in the places.
+
+        Raises:
+            LengthMismatch: It is not as long as the payload.
+        """
+        return self.kind.pack_header(self.key, self.pieces)
+
+    def fill(self, payload: memoryview) -> None:
+        """Copy a payload of the right length to the places."""
+        start = 0
+        for piece in self.pieces:
+            piece[:] = payload[start : start + len(piece)]
+            start += len(piece)
+
+
+def runs_of(
+    blocks: Sequence[PlacedBlock], *, most_bytes: int, most_blocks: int
+) -> Iterator[Sequence[PlacedBlock]]:
+    """Blocks in order, as many at a time as are within both limits; at least one."""
+    start, num_bytes = 0, 0
+    for end, block in enumerate(blocks):
+        is_full = end - start == most_blocks or num_bytes + block.num_bytes > most_bytes
+        if end > start and is_full:
+            yield blocks[start:end]
+            start, num_bytes = end, 0
+        num_bytes += block.num_bytes
+    if start < len(blocks):
+        yield blocks[start:]
