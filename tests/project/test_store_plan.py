@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 from project.planning_page import PAGE, current
 
 from benchmarks import store_plan
-from benchmarks.shaped_link import ShapedProxy, TokenBucket, in_shaped_namespace
+from benchmarks.shaped_link import ShapedProxy, TokenBucket, in_shaped_namespace, shaped_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +28,16 @@ def test_a_bucket_lets_a_burst_pass_and_then_the_rate() -> None:
     assert bucket.delay_s(1_000_000, 200.0) == pytest.approx(0.996)
 
 
-def test_a_proxy_passes_everything_both_ways_at_the_rate() -> None:
+@contextmanager
+def _within(port: int, gbit: float) -> Iterator[str]:
+    with ShapedProxy(port, gbit) as proxy:
+        yield proxy.address
+
+
+@pytest.mark.parametrize("proxy", [_within, shaped_process])
+def test_a_proxy_passes_everything_both_ways_at_the_rate(
+    proxy: Callable[[int, float], AbstractContextManager[str]],
+) -> None:
     received: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -40,8 +51,8 @@ def test_a_proxy_passes_everything_both_ways_at_the_rate() -> None:
         thread = threading.Thread(target=echo)
         thread.start()
         sent = bytes(range(256)) * 8192
-        with ShapedProxy(listener.getsockname()[1], gbit=0.08) as proxy:  # ten million bytes/s
-            host, _, port = proxy.address.rpartition(":")
+        with proxy(listener.getsockname()[1], 0.08) as address:  # ten million bytes/s
+            host, _, port = address.rpartition(":")
             started = time.monotonic()
             with socket.create_connection((host, int(port))) as near:
                 writer = threading.Thread(target=near.sendall, args=(sent,))
