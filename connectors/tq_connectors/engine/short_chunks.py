@@ -18,6 +18,9 @@ from tq_kernels.layout import PageLayout
 LONGEST_CHUNK = 64
 """New tokens up to which reading pages once for every few of them costs less than the launches it saves."""
 
+ROWS = (1, 4, MAX_ROWS)
+"""Rows that a part may have: every number takes seconds to compile, and rows too many next to nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
@@ -92,9 +95,9 @@ class ShortChunks:
         out[self.tokens] = attended.flatten(0, 1)[self.rows_of_tokens]
 
 
-def most_rows_of(num_new: int) -> int:
-    """Rows of a part where chunks have up to so many tokens: a power of two, as each number is a kernel."""
-    return min(MAX_ROWS, 1 << (num_new - 1).bit_length())
+def rows_for(num_new: int) -> int:
+    """Rows of a part where chunks have up to so many tokens."""
+    return next(rows for rows in ROWS if rows >= min(num_new, MAX_ROWS))
 
 
 def short_chunks(
@@ -117,7 +120,7 @@ def short_chunks(
     chosen = [chunk for chunk in chunks if chunk.is_short]
     if not chosen:
         return None
-    num_rows = most_rows_of(max(chunk.num_new for chunk in chosen))
+    num_rows = rows_for(max(chunk.num_new for chunk in chosen))
     seqs: list[int] = []
     lengths: list[int] = []
     tokens: list[int] = []

@@ -7,8 +7,7 @@ import torch
 
 from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.inflate import SMALLEST_CHUNK, DenseAttention, Inflater
-from tq_connectors.engine.short_chunks import LONGEST_CHUNK, Chunk, most_rows_of, short_chunks
-from tq_kernels.decode_plan import MAX_ROWS
+from tq_connectors.engine.short_chunks import LONGEST_CHUNK, ROWS, Chunk, short_chunks
 from tq_kernels.extend_attention import ExtendWorkspace
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ def _launch_all(
             sink_slots=nowhere[:count] if has_sinks else None,
         )
     table = torch.arange(_LONG_TOKENS // page_tokens + 2, dtype=torch.int32, device=device) % len(pages)
-    for num_new in {most_rows_of(count) for count in range(1, MAX_ROWS + 1)}:
+    for num_new in ROWS:
         for prefix_len in (page_tokens, _LONG_TOKENS):
             chunk = Chunk(seq=0, first_token=0, num_new=num_new, prefix_len=prefix_len)
             together = short_chunks(
