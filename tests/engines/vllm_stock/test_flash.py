@@ -23,7 +23,8 @@ def calls(monkeypatch):
         starts = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
         (first, first_key), *ends = starts
         for last, last_key in ends:
-            distance = torch.arange(last - first)[:, None] - torch.arange(last_key - first_key)
+            num_new, num_keys = last - first, last_key - first_key  # the last of both are at one place
+            distance = torch.arange(num_keys - num_new, num_keys)[:, None] - torch.arange(num_keys)
             mask = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
             sides = (q[first:last], k[first_key:last_key], v[first_key:last_key])
             out[first:last] = torch.nn.functional.scaled_dot_product_attention(
@@ -40,6 +41,20 @@ def calls(monkeypatch):
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 3)
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", varlen, raising=False)
     return seen
+
+
+@pytest.mark.parametrize("window", [None, 48])
+def test_a_long_chunk_is_attended_to_beside_its_prefix_made_dense(make_model, calls, window):
+    model = make_model(windows=(window,), model={"sliding_window": 48})
+    story = model.story(1, [1, 2, 3, 4, 5, 6])
+    model.step([(story, 70)])
+    ((out,),) = model.step([(story, 300)])
+    assert [(call["causal"], call.get("return_softmax_lse", False)) for call in calls] == [
+        (True, False),
+        (True, True),
+    ]
+    want = story.exact(0, 300, window)
+    assert float((out.float() - want).norm() / want.norm()) < 0.2
 
 
 @pytest.mark.parametrize(("window", "window_size"), [(None, [-1, -1]), (48, [47, 0])])
