@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,8 @@ class ChunkMover:
             try:
                 given.set_result(self._move(chunks, ready))
             except Exception as error:
+                with suppress(Exception):  # a device that fails in this, too, writes nothing any more
+                    self._streams.drain()  # parts before the one that failed; their target may be reused now
                 given.set_exception(error)
         for job_id, of_job in jobs.items():
             self._jobs[job_id] = _Job(given, len(of_job) * self._cell_bytes)

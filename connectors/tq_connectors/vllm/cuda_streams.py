@@ -39,6 +39,11 @@ class CudaStreams:
         """A copy of some numbers from host memory."""
         return numbers.pin_memory().to(self._device, non_blocking=True)
 
+    def drain(self) -> None:
+        """Let this thread go on only when both streams have done all that they were given."""
+        for stream in (self._compute, self._copy):
+            stream.synchronize()
+
 
 class _Event:
     def __init__(self, event: torch.cuda.Event) -> None:

@@ -42,6 +42,7 @@ class TQOffloadingWorker(OffloadingWorker):
         self._saves = ChunkMover(codecs, staging_bytes=staging_bytes, is_save=True)
         self._loads = ChunkMover(codecs, staging_bytes=staging_bytes, is_save=False)
         self._held: dict[int, list[Chunk]] = {}
+        self._ready = self._saves.fence()
         self._try_out(len(codecs))
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
@@ -71,8 +72,9 @@ class TQOffloadingWorker(OffloadingWorker):
         ]
 
     def wait(self, job_ids: set[int]) -> None:
-        """Wait until these jobs are done."""
-        self._let_go()
+        """Wait until these jobs are done; saves that nobody waits for are held on."""
+        if not self._held.keys().isdisjoint(job_ids):
+            self._let_go()
         self._saves.wait(job_ids)
         self._loads.wait(job_ids)
 

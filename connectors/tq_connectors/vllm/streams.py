@@ -43,6 +43,9 @@ class Streams(Protocol):
     def to_device(self, numbers: torch.Tensor) -> torch.Tensor:
         """A copy of some numbers from host memory."""
 
+    def drain(self) -> None:
+        """Let this thread go on only when both streams have done all that they were given."""
+
 
 def streams_of(device: torch.device) -> Streams:
     """Streams of a device.
@@ -84,3 +87,6 @@ class _NoStreams:
 
     def to_device(self, numbers: torch.Tensor) -> torch.Tensor:
         return numbers
+
+    def drain(self) -> None:
+        pass

@@ -176,13 +176,19 @@ class Quick(type(streams_of(torch.device("cpu")))):
     """A device whose calls return at once."""
 
     calls_take_time = False
+    num_drained = 0
 
     def event(self) -> Happens:
         return Happens()
 
+    def drain(self) -> None:
+        self.num_drained += 1
+        raise RuntimeError("the device is gone, too")
+
 
 def test_a_device_with_streams_is_given_everything_at_once(monkeypatch, caplog):
-    monkeypatch.setattr("tq_connectors.vllm.chunk_mover.streams_of", lambda device: Quick())
+    device = Quick()
+    monkeypatch.setattr("tq_connectors.vllm.chunk_mover.streams_of", lambda _: device)
     codec = CopiedChunks(layers(1), blocks_per_chunk=1)
     cells = torch.zeros(4, codec.cell_bytes, dtype=torch.uint8)
     mover = ChunkMover([codec], staging_bytes=2 * codec.cell_bytes, is_save=True)
@@ -194,8 +200,10 @@ def test_a_device_with_streams_is_given_everything_at_once(monkeypatch, caplog):
     moved = mover.take_finished()
     assert [(each.job_id, each.num_bytes // codec.cell_bytes) for each in moved] == [(1, 2), (4, 1)]
     assert all(each.success for each in moved)
+    assert not device.num_drained
     monkeypatch.delattr(CopiedChunks, "save")
     mover.submit({2: chunks}, mover.fence())
+    assert device.num_drained == 1  # before anybody is told, as parts before may still be on their way
     mover.wait({2})
     assert [moved.success for moved in mover.take_finished()] == [False]
     assert "moving chunks" in caplog.text
