@@ -60,7 +60,8 @@ def _rotation(p_rotation, SHAPE: tl.constexpr):
     return first, second
 
 
-@triton.jit(do_not_specialize=["num_pages"])
+# indices may be a row of a table, and are read one at a time
+@triton.jit(do_not_specialize=["num_pages"], do_not_specialize_on_alignment=["p_indices"])
 def dequantize_sides(
     p_pages,
     p_indices,

@@ -21,7 +21,8 @@ from tq_kernels.device.unpack import element, elements_of, levels_of, load_tile,
         "num_splits",
         "num_sinks",
         "window",
-    ]
+    ],
+    do_not_specialize_on_alignment=["p_table"],  # a row of a table, read a number at a time
 )
 def attend_prefix(
     p_query,

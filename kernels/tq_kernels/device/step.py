@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_tokens", "num_pages", "clock", "most_seeded"])
+@triton.jit(do_not_specialize=["table_stride", "num_seqs", "num_tokens", "num_pages", "clock", "most_seeded"])
 def prepare(
     p_table,
     p_lengths,
