@@ -8,14 +8,19 @@ import torch
 from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.inflate import SMALLEST_CHUNK, DenseAttention, Inflater
 from tq_connectors.engine.short_chunks import LONGEST_CHUNK, ROWS, Chunk, short_chunks
+from tq_connectors.engine.sink_pool import NUM_SINKS, SinkPool
 from tq_kernels.extend_attention import ExtendWorkspace
+from tq_kernels.layout import PageLayout
+from tq_kernels.step import prepare_step
 
 logger = logging.getLogger(__name__)
 
 _WRITTEN_TOKENS = (640, 16)
 """A launch of many tokens and one of few, which are different kernels."""
-_LONG_TOKENS = 8192
-"""A prefix that is attended to in several parts."""
+_PREFIX_PAGES = (1, 2, 4, 8, 16, 32, 64)
+"""Each doubles the parts that a prefix is attended to in, and so is merged by another kernel."""
+_MANY_CHUNKS = 48
+"""Short chunks that fill a device, so that no prefix is cut."""
 
 
 def compile_kernels(
@@ -28,9 +33,10 @@ def compile_kernels(
     dense: DenseAttention | None,
     workspace: ExtendWorkspace | None,
 ) -> None:
-    """Launch what steps other than decodes launch; engines capture decodes before they serve, too.
+    """Launch what steps launch, but for decodes of drafts and, without `dense`, long chunks.
 
-    What fails here is said and left to the request that needs it.
+    What fails here is said and left to the request that needs it. The engine's random numbers stay as they
+    are.
 
     Args:
         attention: A layer; its sinks are neither read nor written.
@@ -65,13 +71,15 @@ def _launch_all(
     page_tokens = layout.page_tokens
     num_tokens = max(_WRITTEN_TOKENS)
     pages = torch.zeros(-(-num_tokens // page_tokens), layout.page_bytes, dtype=torch.uint8, device=device)
-    shape = (num_tokens, layout.num_kv_heads, layout.head_dim)
-    keys, values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
-    query = torch.randn(num_tokens, num_query_heads, layout.head_dim, dtype=dtype, device=device)
+    numbers = torch.Generator(device)
+    keys, values, query = (
+        torch.randn(num_tokens, heads, layout.head_dim, dtype=dtype, device=device, generator=numbers)
+        for heads in (layout.num_kv_heads, layout.num_kv_heads, num_query_heads)
+    )
     out, slots = torch.empty_like(query), torch.arange(num_tokens, device=device)
     nowhere = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
     has_sinks = attention.sink_keys is not None
-    for count in _WRITTEN_TOKENS:
+    for count, one_per_page in (*((count, False) for count in _WRITTEN_TOKENS), (1, True)):
         attention.write(
             keys[:count],
             values[:count],
@@ -79,21 +87,46 @@ def _launch_all(
             pages,
             seed_pages=nowhere[:count],
             sink_slots=nowhere[:count] if has_sinks else None,
+            one_per_page=one_per_page,
         )
-    table = torch.arange(_LONG_TOKENS // page_tokens + 2, dtype=torch.int32, device=device) % len(pages)
+    table = torch.arange(max(_PREFIX_PAGES) + 1, dtype=torch.int32, device=device) % len(pages)
+    if has_sinks:
+        _prepare_steps(table, pages, layout, dtype)
     for num_new in ROWS:
-        for prefix_len in (page_tokens, _LONG_TOKENS):
-            chunk = Chunk(seq=0, first_token=0, num_new=num_new, prefix_len=prefix_len)
+        for prefix_pages, count in (*((each, 1) for each in _PREFIX_PAGES), (1, _MANY_CHUNKS)):
+            chunk = Chunk(seq=0, first_token=0, num_new=num_new, prefix_len=prefix_pages * page_tokens)
             together = short_chunks(
-                [chunk], table[None], nowhere[:1], layout, num_query_heads=num_query_heads
+                [chunk] * count, table[None], nowhere[:1], layout, num_query_heads=num_query_heads
             )
             assert together is not None  # the chunk is short
             together.attend(attention, query, pages, out)
+    sink_row = nowhere[:1] if has_sinks else None
     for num_new in (LONGEST_CHUNK + 1, SMALLEST_CHUNK):
         new = (query[:num_new], keys[:num_new], values[:num_new])
-        cached = (pages, table, page_tokens)
-        sink_row = nowhere[:1] if has_sinks else None
-        if inflater and dense and inflater.serves(attention, num_new, page_tokens):
-            inflater.attend(attention, dense, *new, *cached, sink_row=sink_row, out=out[:num_new])
-        else:
-            attention.extend(*new, *cached, sink_row=sink_row, workspace=workspace, out=out[:num_new])
+        for prefix_len in (page_tokens,) if dense else (page_tokens, 0):
+            cached = (pages, table, prefix_len)
+            if inflater and dense and inflater.serves(attention, num_new, prefix_len):
+                inflater.attend(attention, dense, *new, *cached, sink_row=sink_row, out=out[:num_new])
+            else:
+                attention.extend(*new, *cached, sink_row=sink_row, workspace=workspace, out=out[:num_new])
+
+
+def _prepare_steps(table: torch.Tensor, pages: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> None:
+    """What comes before a step: one in which a sequence begins, and one in which none does."""
+    rows = SinkPool(layout, num_layers=1, num_rows=1, dtype=dtype, device=pages.device).bind(len(pages))
+    one, nothing = (torch.full((1,), number, dtype=torch.int32, device=pages.device) for number in (1, -1))
+    for opens in (True, False):
+        prepare_step(
+            table[None],
+            one,
+            torch.cat((one - 1, one)),
+            layout,
+            seed_pages=nothing.clone(),
+            sinks=rows,
+            pages=pages,
+            sink_slots=nothing.clone(),
+            sink_rows=nothing.clone(),
+            num_sinks=NUM_SINKS,
+            clock=1,
+            opens=opens,
+        )

@@ -10,7 +10,9 @@ from tq_connectors.engine import warm_up
 from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.inflate import Inflater
 from tq_connectors.engine.layouts import layout_for
+from tq_connectors.engine.short_chunks import ROWS
 from tq_connectors.engine.warm_up import compile_kernels
+from tq_kernels.decode_plan import MAX_ROWS, Machine, plan_decode
 
 LAYOUT = layout_for("tq4", head_dim=64, num_kv_heads=1)
 CPU = torch.device("cpu")
@@ -33,7 +35,8 @@ def test_every_way_of_attending_is_tried(
     is_dense: bool, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(warm_up, "_LONG_TOKENS", 256)
+    monkeypatch.setattr(warm_up, "_PREFIX_PAGES", (1, 4))
+    monkeypatch.setattr(warm_up, "_MANY_CHUNKS", 3)
     calls: list[tuple[str, int]] = []
     for name, size_at in (("write", 0), ("decode", 1), ("extend", 0)):
         monkeypatch.setattr(PagedAttention, name, _noted(name, size_at, calls))
@@ -46,6 +49,7 @@ def test_every_way_of_attending_is_tried(
 
     sinks = torch.randn(2, 3, 4, 1, 64).bfloat16() if has_sinks else (None, None)
     kept = [side if side is None else side.clone() for side in sinks]
+    state = torch.get_rng_state()
     attention = PagedAttention(layout=LAYOUT, softmax_scale=0.1, sink_keys=sinks[0], sink_values=sinks[1])
     compile_kernels(
         attention,
@@ -56,10 +60,11 @@ def test_every_way_of_attending_is_tried(
         dense=dense if is_dense else None,
         workspace=None,
     )
-    assert {size for name, size in calls if name == "write"} == {640, 16}
+    assert [size for name, size in calls if name == "write"] == [640, 16, 1]
     assert {size for name, size in calls if name == "decode"} == {1, 4, 16}
-    assert [size for name, size in calls if name == "extend"] == [65] + [256] * (not is_dense)
+    assert [size for name, size in calls if name == "extend"] == ([65] if is_dense else [65, 65, 256, 256])
     assert [size for name, size in calls if name == "dense"] == [256] * is_dense
+    assert torch.equal(torch.get_rng_state(), state)
     for side, before in zip(sinks, kept, strict=True):
         assert side is before or torch.equal(side, before)
 
@@ -81,3 +86,27 @@ def test_what_cannot_be_compiled_stops_no_engine(
         workspace=None,
     )
     assert "no compiler here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        Machine(capability=(9, 0), num_processors=132, gluon=True),
+        Machine(capability=(8, 0), num_processors=108),
+    ],
+)
+@pytest.mark.parametrize("rows", ROWS)
+def test_prefixes_of_all_lengths_are_merged_as_one_that_was_tried(machine: Machine, rows: int) -> None:
+    layout = layout_for("tq4", head_dim=128, num_kv_heads=8)
+
+    def merged_at_once(pages: int, num_seqs: int = 1) -> int:
+        """Merges of a power of two of parts share a kernel, those of 64 and more as well."""
+        plan = plan_decode(layout, machine, num_seqs=num_seqs, num_query_heads=32, max_pages=pages, rows=rows)
+        return min(64, 1 << (plan.num_splits - 1).bit_length())
+
+    tried = {merged_at_once(pages + 1) for pages in warm_up._PREFIX_PAGES}
+    if rows == MAX_ROWS:
+        tried.add(merged_at_once(2, warm_up._MANY_CHUNKS))
+    assert {merged_at_once(pages) for pages in range(2, 600)} <= tried
+    if rows == MAX_ROWS:
+        assert {merged_at_once(pages, seqs) for pages in range(2, 65) for seqs in range(1, 65)} <= tried
