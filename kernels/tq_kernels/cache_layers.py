@@ -82,7 +82,8 @@ def quantize_layers(
 
     Args:
         cache: Where tokens are.
-        source_slots: ``[num_tokens]`` int64 token of the cache, cache page * cache page_tokens + offset.
+        source_slots: ``[num_tokens]`` int64 token of the cache, cache page * cache page_tokens + offset;
+            whether it is in there is not checked.
         slot_mapping: ``[num_tokens]`` int64 where each goes, as in `quantize_slots`.
         pages: ``[num_layers, num_pages, page_bytes]`` uint8; layers may overlap where no slot names a page.
         layout: Page geometry and codec; page_tokens a power of two up to 128.

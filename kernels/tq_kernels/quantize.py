@@ -119,9 +119,7 @@ def quantize_slots(
             sinks=sinks,
         )
         return
-    from tq_kernels._launch_quantize import (
-        launch_quantize,
-    )  # Triton is imported where there is a device for it
+    from tq_kernels._launch_quantize import launch_quantize  # Triton is imported where it is used
 
     launch_quantize(plan, keys, values, slot_mapping, pages, layout, seed_pages, key_balance, sinks)
 

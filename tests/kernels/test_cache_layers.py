@@ -29,9 +29,14 @@ def _slots(page_tokens: int) -> list[int]:
 def _caches(
     layout: PageLayout, num_pages: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[CacheLayers, list[torch.Tensor]]:
-    """Caches whose heads lie outside of their tokens, one allocation a layer, of -7; and the memory."""
+    """Caches whose heads lie outside of their tokens, one allocation a layer, of -7; and the memory.
+
+    Some layers lie before the first, some behind it.
+    """
     shape = (num_pages, layout.num_kv_heads, CACHE_TOKENS, 2 * layout.head_dim)
     memory = [torch.full(shape, -7.0, dtype=dtype, device=device) for _ in range(LAYERS)]
+    memory.sort(key=torch.Tensor.data_ptr)
+    memory = [*memory[1:], memory[0]]
     sides = [side.transpose(1, 2).split(layout.head_dim, dim=-1) for side in memory]
     return cache_layers([keys for keys, _ in sides], [values for _, values in sides]), memory
 
