@@ -13,9 +13,10 @@ from lmcache.v1.distributed.serde.fp8 import Fp8QuantizationDeserializer, Fp8Qua
 from lmcache.v1.memory_management import TensorMemoryObj
 
 from benchmarks.lmcache_objects import memory_object
-from tq_connectors.lmcache.chunk_codec import ChunkCodec, read_serde_settings
+from tq_connectors.lmcache.chunk_codec import ChunkCodec
 from tq_connectors.lmcache.kv_layout import sides
 from tq_connectors.lmcache.serde import TQDeserializer, TQSerializer
+from tq_connectors.lmcache.serde_settings import read_serde_settings
 from tq_connectors.page_transfer import dequantize_on, quantize_on
 from tq_kernels import PageLayout
 

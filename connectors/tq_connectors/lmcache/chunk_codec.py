@@ -5,94 +5,24 @@ all of it. A reader with another preset, dtype or shape, another key, or a chang
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from tq_connectors.codec import block_info
+from tq_connectors.codec_state import CodecState
+from tq_connectors.engine.state import balances_of_layers
 from tq_connectors.envelope import pack_object, unpack_object
-from tq_connectors.lmcache.kv_layout import KVLayout, num_bytes, read_layout, sides
+from tq_connectors.lmcache.kv_layout import KVLayout, UnsupportedLayout, num_bytes, read_layout, sides
 from tq_connectors.lmcache.object_layout import describe
+from tq_connectors.lmcache.serde_settings import SerdeSettings
 from tq_connectors.lmcache.settings import UNCODED
 from tq_connectors.page_transfer import dequantize_on, quantize_on
-from tq_kernels import PageLayout, host, preset
+from tq_kernels import host
 from tq_store.block import HEADER_BYTES, BlockInfo, pack_header, verify_block
 from tq_store.errors import ConfigError, IdentityMismatch
 from tq_store.keys import BlockKey
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SerdeSettings:
-    """What an operator writes beside ``"type": "tq"``.
-
-    Args:
-        preset: A preset, or none to seal bytes as they are: any layout, checksummed, not compressed.
-        num_kv_heads: KV heads that one rank holds.
-        head_dim: Channels of a head.
-        page_tokens: Tokens of a page; a chunk must be whole pages.
-        device: ``auto``, ``cpu``, or where Triton's kernels shall run, e.g. ``cuda:0``.
-        max_workers: Threads of LMCache's that pack and unpack.
-
-    Raises:
-        ConfigError: A value is not allowed; the message names it.
-    """
-
-    preset: str
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    page_tokens: int = 64
-    device: str = "auto"
-    max_workers: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("page_tokens", "max_workers"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"serde setting {name} must be an integer of at least 1, not {value!r}")
-        if self.preset != UNCODED:
-            self.page_layout()
-
-    def page_layout(self) -> PageLayout:
-        """Layout of the pages."""
-        for name in ("num_kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(
-                    f"serde setting {name} must be an integer of at least 1, not {value!r}: "
-                    "a chunk of LMCache's does not tell its heads"
-                )
-        try:
-            return PageLayout(
-                spec=preset(self.preset),
-                head_dim=self.head_dim,
-                num_kv_heads=self.num_kv_heads,
-                page_tokens=self.page_tokens,
-            )
-        except ValueError as error:
-            raise ConfigError(f"serde: {error}") from error
-
-    def codec_device(self) -> torch.device:
-        """Where packing runs."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.device(self.device)
-        except RuntimeError as error:
-            raise ConfigError(f"serde setting device: {error}") from error
-
-
-def read_serde_settings(written: Mapping[str, Any]) -> SerdeSettings:
-    """Settings from LMCache's JSON.
-
-    Raises:
-        ConfigError: A setting is missing, unknown or not allowed; the message names it.
-    """
-    try:
-        return SerdeSettings(**written)
-    except TypeError as error:
-        raise ConfigError(f"serde: {str(error).partition('() ')[2]}") from error
 
 
 def chunk_key(model: str, part: str, salt: str, chunk_hash: bytes) -> BlockKey:
@@ -101,18 +31,38 @@ def chunk_key(model: str, part: str, salt: str, chunk_hash: bytes) -> BlockKey:
     return BlockKey(hashlib.sha256(owner).digest() + hashlib.sha256(b"lmcache" + chunk_hash).digest())
 
 
+@dataclass(frozen=True, slots=True)
+class RankOf:
+    """Which of an engine's tensor-parallel ranks a chunk is of."""
+
+    rank: int = 0
+    size: int = 1
+
+
 class ChunkCodec:
     """Packs and unpacks chunks. Safe to use from several threads.
 
     Args:
         settings: Preset, heads and device.
+        state: With which pages are made, or None.
+
+    Raises:
+        ConfigError: The state is of another model.
     """
 
-    def __init__(self, settings: SerdeSettings) -> None:
+    def __init__(self, settings: SerdeSettings, state: CodecState | None = None) -> None:
         self._settings = settings
         self._device = settings.codec_device()
         self._on_host = self._device.type == "cpu"
         self._pages = None if settings.preset == UNCODED else settings.page_layout()
+        self._state = None if self._pages is None else state
+        if self._state is not None:
+            _, heads, channels = self._state.key_balance.shape
+            if channels != settings.head_dim or heads % settings.num_kv_heads:
+                raise ConfigError(
+                    f"the codec state is of {heads} KV heads and {channels} channels, the serde was told "
+                    f"{settings.num_kv_heads} and {settings.head_dim}"
+                )
 
     def packed_bytes(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
         """Bytes of a packed chunk: exact, and the same for every chunk of a layout.
@@ -127,13 +77,20 @@ class ChunkCodec:
         chunk = self._read(shapes, dtypes)
         return HEADER_BYTES + self._header(BlockKey(bytes(64)), chunk).payload_bytes
 
-    def pack(self, key: BlockKey, tensors: Sequence[torch.Tensor], packed: torch.Tensor) -> int:
+    def pack(
+        self,
+        key: BlockKey,
+        tensors: Sequence[torch.Tensor],
+        packed: torch.Tensor,
+        rank: RankOf = RankOf(),  # it is frozen
+    ) -> int:
         """Write a chunk's block and return its length.
 
         Args:
             key: From `chunk_key`.
             tensors: Contiguous tensors on the CPU, one for each group of layers.
             packed: ``[n]`` uint8 on the CPU, at least as long as `packed_bytes` says.
+            rank: Whose heads these are.
 
         Raises:
             UnsupportedLayout: The preset cannot pack this.
@@ -147,19 +104,30 @@ class ChunkCodec:
             return size
         chunk = self._read(shapes, dtypes)
         payload = packed[HEADER_BYTES:size]
-        for pages, tensor in zip(self._by_group(payload, chunk), tensors, strict=True):
+        balances = self._balances(chunk, rank)
+        for pages, tensor, balance in zip(self._by_group(payload, chunk), tensors, balances, strict=True):
             keys, values = sides(tensor, self._pages.num_kv_heads, self._pages.head_dim)
+            if balance is not None:
+                keys, values = keys.float().view(len(balance), -1, *keys.shape[1:]), values.float()
+                keys = (keys / balance[:, None]).flatten(0, 1)
             self._quantize(keys, values, pages)
         _bytes_of(packed)[:HEADER_BYTES] = pack_header(self._header(key, chunk), _bytes_of(payload))
         return size
 
-    def unpack(self, key: BlockKey, packed: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    def unpack(
+        self,
+        key: BlockKey,
+        packed: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        rank: RankOf = RankOf(),  # it is frozen
+    ) -> None:
         """Fill tensors from a chunk's block.
 
         Args:
             key: From `chunk_key`.
             packed: ``[n]`` uint8 on the CPU.
             tensors: Contiguous tensors on the CPU, one for each group of layers.
+            rank: Whose heads these are.
 
         Raises:
             BlockFormatError: Not a sound block of this key, preset, dtype and shape; tensors are untouched.
@@ -183,23 +151,61 @@ class ChunkCodec:
         chunk = self._read(shapes, dtypes)
         if info != self._header(key, chunk):
             raise IdentityMismatch("the chunk was packed by another preset, or from another dtype or shape")
-        for pages, tensor in zip(self._by_group(packed[HEADER_BYTES:], chunk), tensors, strict=True):
+        groups = zip(
+            self._by_group(packed[HEADER_BYTES:], chunk), tensors, self._balances(chunk, rank), strict=True
+        )
+        for pages, tensor, balance in groups:
             keys, values = sides(tensor, self._pages.num_kv_heads, self._pages.head_dim)
-            self._dequantize(pages, keys, values)
+            if balance is None:
+                self._dequantize(pages, keys, values)
+                continue
+            balanced = torch.empty(keys.shape, dtype=torch.float32)
+            self._dequantize(pages, balanced, values)
+            by_layer = balanced.view(len(balance), -1, *keys.shape[1:])
+            keys.copy_((by_layer * balance[:, None]).flatten(0, 1))
 
     def _read(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> KVLayout:
         assert self._pages is not None
         return read_layout(shapes, dtypes, self._pages.num_kv_heads, self._pages.head_dim)
 
     def _header(self, key: BlockKey, chunk: KVLayout) -> BlockInfo:
-        """The header of a chunk; the fingerprint also covers the dtype that was packed."""
+        """The header of a chunk; the fingerprint also covers the dtype that was packed, and the state."""
         assert self._pages is not None
-        fingerprint = hashlib.sha256(self._pages.spec.fingerprint + str(chunk.dtype).encode()).digest()
+        state = "" if self._state is None else self._state.digest
+        how = self._pages.spec.fingerprint + f"{chunk.dtype}{state}".encode()
+        fingerprint = hashlib.sha256(how).digest()
         return replace(
             block_info(self._pages, chunk.num_layers, key),
             num_tokens=chunk.num_tokens,
             codec_fingerprint=fingerprint,
         )
+
+    def _balances(self, chunk: KVLayout, rank: RankOf) -> list[torch.Tensor | None]:
+        """What the keys of each group are divided by: ``[layers, heads, channels]`` float32.
+
+        Raises:
+            UnsupportedLayout: The state is of a model with another number of layers.
+        """
+        if self._state is None or self._pages is None:
+            return [None] * len(chunk.groups)
+        num_layers, total_kv_heads, _ = self._state.key_balance.shape
+        if chunk.num_layers != num_layers:
+            raise UnsupportedLayout(
+                f"a chunk has {chunk.num_layers} layers, the codec state {num_layers}: a state serves models "
+                "whose chunks hold all layers"
+            )
+        balance = torch.stack(
+            balances_of_layers(
+                self._state,
+                self._pages,
+                range(num_layers),
+                num_model_layers=num_layers,
+                total_kv_heads=total_kv_heads,
+                tp_rank=rank.rank,
+                tp_size=rank.size,
+            )
+        )
+        return list(balance.split([layers for layers, _ in chunk.groups]))
 
     def _by_group(self, payload: torch.Tensor, chunk: KVLayout) -> tuple[torch.Tensor, ...]:
         """Pages ``[n, page_bytes]`` of each group of layers."""

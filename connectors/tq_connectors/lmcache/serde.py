@@ -1,5 +1,6 @@
 """The serde `tq`: LMCache's chunks as blocks of packed pages, for engines that keep their cache in bf16."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
 from lmcache.v1.distributed.serde.base import Deserializer, SerdeProcessor, Serializer
 from lmcache.v1.memory_management import MemoryObj
 
-from tq_connectors.lmcache.chunk_codec import ChunkCodec, chunk_key, read_serde_settings
+from tq_connectors.engine.state import load_state
+from tq_connectors.lmcache.chunk_codec import ChunkCodec, RankOf, chunk_key
+from tq_connectors.lmcache.serde_settings import read_serde_settings
 from tq_store.keys import BlockKey
 
 SERDE_NAME = "tq"
@@ -33,7 +36,7 @@ class TQSerializer(Serializer):
 
     def serialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> int:
         """Pack one chunk."""
-        return self._codec.pack(owner_of(key), _tensors(src), _flat(dst))
+        return self._codec.pack(owner_of(key), _tensors(src), _flat(dst), rank_of(key))
 
 
 class TQDeserializer(Deserializer):
@@ -44,7 +47,7 @@ class TQDeserializer(Deserializer):
 
     def deserialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> None:
         """Unpack one chunk."""
-        self._codec.unpack(owner_of(key), _flat(src), _tensors(dst))
+        self._codec.unpack(owner_of(key), _flat(src), _tensors(dst), rank_of(key))
 
 
 def owner_of(key: ObjectKey) -> BlockKey:
@@ -53,14 +56,21 @@ def owner_of(key: ObjectKey) -> BlockKey:
     return chunk_key(key.model_name, part, key.cache_salt, key.chunk_hash)
 
 
+def rank_of(key: ObjectKey) -> RankOf:
+    """Which rank of how many LMCache's key names; its four bytes are written by `ObjectKey.ComputeKVRank`."""
+    size, rank, _, _ = key.kv_rank.to_bytes(4, "big")
+    return RankOf(rank, max(1, size))
+
+
 def create_serde(settings: Mapping[str, Any]) -> SerdeProcessor:
-    """The serde of one adapter.
+    """The serde of one adapter, with the codec state that `TQ_CONNECTORS_STATE` names, if it names one.
 
     Raises:
-        ConfigError: A setting is missing, unknown or not allowed; LMCache then does not start.
+        ConfigError: A setting is missing, unknown or not allowed, or the state is of another model; LMCache
+            then does not start.
     """
     checked = read_serde_settings(settings)
-    codec = ChunkCodec(checked)
+    codec = ChunkCodec(checked, load_state(os.environ))
     return AsyncSerdeProcessor(TQSerializer(codec), TQDeserializer(codec), max_workers=checked.max_workers)
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from tq_connectors.lmcache.chunk_codec import ChunkCodec, SerdeSettings, chunk_key, read_serde_settings
+from tq_connectors.codec_state import CodecState
+from tq_connectors.lmcache.chunk_codec import ChunkCodec, RankOf, chunk_key
 from tq_connectors.lmcache.kv_layout import UnsupportedLayout, read_layout, sides
+from tq_connectors.lmcache.serde_settings import SerdeSettings, read_serde_settings
 from tq_kernels import PageLayout, preset, reference
 from tq_store.block import parse_header
 from tq_store.errors import BlockFormatError, ConfigError, IdentityMismatch
@@ -240,3 +242,58 @@ def test_values_with_outlier_channels_lose_a_fifth_of_what_even_steps_lose(gener
     codec.unpack(KEY, packed(codec, [tensor]), back)
     _, ours = sides(back[0], HEADS, 128)
     assert 5 * (ours - values).square().mean() < (even - values).square().mean()
+
+
+def state_of(layers: int = LAYERS, heads: int = 2 * HEADS, dim: int = DIM) -> CodecState:
+    generator = torch.Generator().manual_seed(8)
+    exponents = (torch.randn(layers, heads, dim, generator=generator) * 2).clamp(-3, 3).round()
+    return CodecState(key_balance=exponents.exp2())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_state_keeps_keys_with_outliers_and_is_a_rank_s_part_of_it(layout, rank, generator):
+    state, which = state_of(), RankOf(rank, 2)
+    balance = state.key_balance[:, rank * HEADS : (rank + 1) * HEADS]
+    tensors = chunk(LAYOUTS[layout], torch.float32, generator)
+    done = 0
+    for tensor in tensors:  # keys as the state was measured on them
+        keys, _ = sides(tensor, HEADS, DIM)
+        of_group = balance[done : done + len(keys) // TOKENS]
+        keys.copy_((keys.view(len(of_group), TOKENS, HEADS, DIM) * of_group[:, None]).flatten(0, 1))
+        done += len(of_group)
+    errors = []
+    for codec in (ChunkCodec(settings(), state), ChunkCodec(settings())):
+        size = codec.packed_bytes([each.shape for each in tensors], [each.dtype for each in tensors])
+        buffer, back = torch.zeros(size, dtype=torch.uint8), blank(tensors)
+        codec.pack(KEY, tensors, buffer, which)
+        codec.unpack(KEY, buffer, back, which)
+        done, squares = 0, 0.0
+        for tensor, result in zip(tensors, back, strict=True):
+            exact, found = (
+                sides(each, HEADS, DIM)[0].view(-1, TOKENS, HEADS, DIM) for each in (tensor, result)
+            )
+            of_group = balance[done : done + len(exact), None]
+            squares += float(((exact - found) / of_group).square().mean())
+            done += len(exact)
+        errors.append(squares / len(tensors))
+    assert errors[0] < 0.012
+    assert errors[1] > 5 * errors[0]
+
+
+def test_a_chunk_of_another_state_is_not_taken(generator):
+    tensors = chunk(SPLIT, generator=generator)
+    buffer = packed(ChunkCodec(settings(), state_of()), tensors)
+    for other in (ChunkCodec(settings()), ChunkCodec(settings(), state_of(heads=HEADS))):
+        with pytest.raises(IdentityMismatch):
+            other.unpack(KEY, buffer, blank(tensors))
+
+
+def test_a_state_of_another_model_is_refused(generator):
+    for wrong in (state_of(dim=64), state_of(heads=3)):
+        with pytest.raises(ConfigError, match="the codec state is of"):
+            ChunkCodec(settings(), wrong)
+    codec = ChunkCodec(settings(), state_of(layers=LAYERS + 1))
+    with pytest.raises(UnsupportedLayout, match="chunks hold all layers"):
+        packed(codec, chunk(SPLIT, generator=generator))
+    assert ChunkCodec(settings(preset="none"), state_of(dim=64)).packed_bytes(SPLIT, [torch.bfloat16])

@@ -11,8 +11,13 @@ from engines.lmcache.objects import Controller, checked, make_adapter, object_ke
 from lmcache.v1.distributed.internal_api import L2AdapterListener
 from lmcache.v1.distributed.serde import get_registered_serde_types
 
-from tq_connectors.lmcache.chunk_codec import ChunkCodec, read_serde_settings
+from tq_connectors.codec import CacheGeometry, namespace_for
+from tq_connectors.codec_state import CodecState, pack_state
+from tq_connectors.engine.state import STATE_VARIABLE
+from tq_connectors.lmcache.chunk_codec import ChunkCodec
 from tq_connectors.lmcache.serde import register_serde
+from tq_connectors.lmcache.serde_settings import read_serde_settings
+from tq_kernels import PageLayout, preset
 from tq_store.errors import ConfigError
 
 HEADS, DIM, LAYERS, TOKENS = 2, 64, 2, 256
@@ -72,6 +77,32 @@ def test_chunks_come_back_as_the_codec_makes_them(backends, backend, shape, salt
         error = (found.float() - chunk.float()).norm() / chunk.float().norm()
         assert 0.05 < error < 0.11  # it was quantized, and to 4 bits
     assert codec.packed_bytes([shape], [torch.bfloat16]) * 3.4 < written[0].nbytes
+    reader.adapter.close()
+
+
+def test_chunks_are_made_with_the_state_and_no_other_reader_takes_them(backends, salt, tmp_path, monkeypatch):
+    keys, written = keys_of(model=salt), chunks()
+    balance = torch.ones(LAYERS, HEADS, DIM)
+    balance[:, :, 3] = 16
+    for chunk in written:
+        chunk[0, :, :, 3::DIM] *= 16  # keys of a channel that stands out
+    file = tmp_path / "state"
+    geometry = CacheGeometry(num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="bfloat16")
+    layout = PageLayout(spec=preset("tq4"), head_dim=DIM, num_kv_heads=HEADS, page_tokens=64)
+    namespace = namespace_for(layout, geometry, model="m", revision="1", salt="")
+    file.write_bytes(pack_state(CodecState(balance), namespace, geometry))
+    monkeypatch.setenv(STATE_VARIABLE, str(file))
+    writer = open_controller(backends["redis"], TQ4)
+    assert writer.store(keys, written)
+    for found, chunk in zip(writer.load(keys, written[0]), written, strict=True):
+        error = (found.float() - chunk.float())[0, :, :, 4::DIM].norm() / chunk.float()[
+            0, :, :, 4::DIM
+        ].norm()
+        assert error < 0.13
+    writer.adapter.close()
+    monkeypatch.delenv(STATE_VARIABLE)
+    reader = open_controller(backends["redis"], TQ4)
+    assert all(found is None for found in reader.load(keys, written[0]))
     reader.adapter.close()
 
 
