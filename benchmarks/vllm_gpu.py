@@ -62,6 +62,8 @@ class Engine:
             more["block_size"] = options.block_size
         if options.gpu_memory:
             more["gpu_memory_utilization"] = options.gpu_memory
+        if options.tp > 1:
+            more["tensor_parallel_size"] = options.tp
         if not options.model:
             more |= {"load_format": "dummy", "skip_tokenizer_init": True}
         self.llm = vllm.LLM(
@@ -135,7 +137,7 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
         "kv_cache_dtype": dtype
         if not options.block_size or dtype in ("auto", "fp8")
         else _named(options, dtype),
-        "mode": "stock" if dtype in ("auto", "fp8") or dtype.startswith("turboquant") else "pages",
+        "mode": _mode(options, dtype),
         "pool_tokens": engine.pool_tokens,
         "vllm": engine.version,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -191,6 +193,11 @@ def _first_tokens(
         }
 
 
+def _mode(options: argparse.Namespace, dtype: str) -> str:
+    mode = "stock" if dtype in ("auto", "fp8") or dtype.startswith("turboquant") else "pages"
+    return mode if options.tp == 1 else f"{mode}-tp{options.tp}"
+
+
 def _named(options: argparse.Namespace, dtype: str) -> str:
     return f"{dtype}/{options.block_size}"
 
@@ -205,6 +212,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=_shapes, default=SHAPES, help="as 32x4096,8x32768")
     parser.add_argument("--ttft-context", type=int, default=16384)
     parser.add_argument("--block-size", type=int, help="of dtypes of ours: 64 or 128")
+    parser.add_argument("--tp", type=int, default=1, help="devices that divide the heads of every layer")
     parser.add_argument("--max-seqs", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gpu-memory", type=float, default=0.85, help="share of the device; 0 for a CPU")
@@ -222,7 +230,10 @@ def main() -> None:
     if not options.one:
         for dtype in options.dtypes:
             is_ours = dtype not in ("auto", "fp8") and not dtype.startswith("turboquant")
-            parts = ("check", "measure") if options.check and is_ours else ("measure",)
+            checks = (
+                options.check and is_ours and options.tp == 1
+            )  # layers of other processes are out of sight
+            parts = ("check", "measure") if checks else ("measure",)
             if any(_run_apart(options, dtype, part) for part in parts):
                 print(f"{dtype} failed", flush=True)
         return
@@ -253,6 +264,7 @@ def _run_apart(options: argparse.Namespace, dtype: str, part: str) -> int:
         "layers",
         "ttft_context",
         "block_size",
+        "tp",
         "max_seqs",
         "repeats",
         "gpu_memory",
@@ -269,7 +281,7 @@ def _run_apart(options: argparse.Namespace, dtype: str, part: str) -> int:
     given += ["--graphs" if options.graphs else "--no-graphs", f"--one={part}"]
     command = [sys.executable, "-m", "benchmarks.vllm_gpu", dtype, *given]
     # the engine is in this process unless the environment says otherwise: steps then vary less
-    processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     with tempfile.TemporaryDirectory() as folder:
         path = {"PYTHONPATH": plugin_path(Path(folder))}
         environment = _ENVIRONMENT | processes | os.environ | path
