@@ -62,10 +62,9 @@ class BlockInfo:
         for name in ("namespace", "prefix_hash", "codec_fingerprint"):
             if len(getattr(self, name)) != DIGEST_BYTES:
                 raise InvalidHeader(f"{name} must have {DIGEST_BYTES} bytes, not {len(getattr(self, name))}")
-        for field in fields(self)[3:]:
-            value, limit = getattr(self, field.name), 1 << (8 * struct.calcsize(_INFO_FORMATS[field.name]))
-            if not 0 <= value < limit:
-                raise InvalidHeader(f"{field.name} is {value}, outside [0, {limit})")
+        for name, limit in _INFO_LIMITS.items():
+            if not 0 <= getattr(self, name) < limit:
+                raise InvalidHeader(f"{name} is {getattr(self, name)}, outside [0, {limit})")
         for name in ("page_bytes", "num_tokens", "page_tokens", "head_dim", "num_layers", "num_kv_heads"):
             if getattr(self, name) == 0:
                 raise InvalidHeader(f"{name} is 0")
@@ -119,6 +118,9 @@ _INFO_FORMATS = {
     "first_kv_head": "H",
     "num_kv_heads": "H",
     "total_kv_heads": "H",
+}
+_INFO_LIMITS = {
+    name: 1 << (8 * struct.calcsize("<" + code)) for name, code in _INFO_FORMATS.items() if code != "32s"
 }
 _PROLOGUE_FORMATS = {
     "magic": "8s",

@@ -1,7 +1,8 @@
 """Pages of keys and values of all layers of a process to the bytes that are stored and back."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -213,30 +214,14 @@ class QuantizedCodec(_PresetCodec):
 
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
-        with torch.cuda.stream(self._stream):
+        with self._own_stream():
             keys, values = (self._gathered([page[side] for page in pages]) for side in range(2))
             return self._pack_tokens(keys, values)
 
     def unpack(self, stored: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
         """Fill pages from the packed ones. None is written after this, whether it returns or raises."""
-        try:
-            self._fill(stored.view(-1, self._layout.page_bytes), pages)
-        finally:
-            if self._stream is not None:
-                self._stream.synchronize()
-
-    def _gathered(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``[n, ...]`` on the device, of n pages of keys or values; turned there, so that each is one run."""
-        order = _memory_order(pages[0])
-        runs = [page.permute(order) for page in pages]
-        gathered = torch.empty(len(runs), *runs[0].shape, dtype=runs[0].dtype, device=self._device)
-        copy_all([*gathered], runs)
-        return gathered.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
-
-    def _fill(self, packed: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
-        """Fill pages, on a stream where there is one."""
-        with torch.cuda.stream(self._stream):
-            keys, values = self._dequantize(packed, wide(pages[0].dtype))
+        with self._own_stream():
+            keys, values = self._dequantize(stored.view(-1, self._layout.page_bytes), wide(pages[0].dtype))
             shape = (len(pages), *pages[0].shape[1:])
             keys, values = keys.view(shape), values.view(shape)
             if self._balance is not None:
@@ -246,18 +231,36 @@ class QuantizedCodec(_PresetCodec):
                 turned = narrowed(tokens, pages[0].dtype).permute(0, *(1 + axis for axis in order))
                 copy_all([page[side].permute(order) for page in pages], [*turned.contiguous()])
 
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """A stream of ours, where there are streams; nothing runs on it any more when this has been left."""
+        with torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                if self._stream is not None:
+                    self._stream.synchronize()
+
+    def _gathered(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``[n, ...]`` on the device, of n pages of keys or values; turned there, so that each is one run."""
+        order = _memory_order(pages[0])
+        runs = [page.permute(order) for page in pages]
+        gathered = torch.empty(len(runs), *runs[0].shape, dtype=runs[0].dtype, device=self._device)
+        copy_all([*gathered], runs)
+        return gathered.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
+
     def _pack_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 on the CPU of ``[n, layers, tokens, heads, channels]``."""
         num_pages = keys.shape[0]
         if self._balance is not None:
             keys, values = keys.float() / self._balance, values.float()
         keys, values = keys.flatten(0, 2), values.flatten(0, 2)
+        packed = self.empty(num_pages)
         if self._on_host:
-            packed = self.empty(num_pages).view(-1, self._layout.page_bytes)
-            host.quantize(keys, values, self._layout, packed)
+            host.quantize(keys, values, self._layout, packed.view(-1, self._layout.page_bytes))
         else:
-            packed = quantize_on(self._device, keys, values, self._layout).cpu()
-        return packed.view(num_pages, -1)
+            packed.copy_(quantize_on(self._device, keys, values, self._layout).view(packed.shape))
+        return packed
 
     def _dequantize(self, packed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._on_host:
