@@ -175,22 +175,21 @@ class BlockKind:
         )
         self._before, self._after = head[: _OWN.start], head[_OWN.stop :]
 
-    def pack_header(self, key: BlockKey, pieces: Sequence[Buffer]) -> bytes:
+    def pack_header(self, key: BlockKey, pieces: Sequence[memoryview]) -> bytes:
         """Header of the block with this key and payload; equal to that of a block which is just this.
 
         Args:
             key: The block's.
-            pieces: The payload, cut anywhere.
+            pieces: The payload, cut anywhere, as bytes.
 
         Raises:
             LengthMismatch: The payload is not as long as the geometry says.
             ValueError: `key` is not a block key.
         """
-        views = [memoryview(piece).cast("B") for piece in pieces]
-        num_bytes = sum(map(len, views))
+        num_bytes = sum(map(len, pieces))
         if num_bytes != self.payload_bytes:
             raise LengthMismatch(f"payload has {num_bytes} bytes, its geometry says {self.payload_bytes}")
-        head = b"".join((self._before, _checksum(views), *split_key(key), self._after))
+        head = b"".join((self._before, _checksum(pieces), *split_key(key), self._after))
         return head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))
 
     def is_kind_of(self, header: bytes) -> bool:
@@ -218,7 +217,7 @@ def pack_header(info: BlockInfo, payload: Buffer) -> bytes:
     Raises:
         LengthMismatch: The payload is not as long as the geometry says.
     """
-    return BlockKind(info).pack_header(info.key, [payload])
+    return BlockKind(info).pack_header(info.key, [memoryview(payload).cast("B")])
 
 
 def pack_block(info: BlockInfo, payload: Buffer) -> bytes:

@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -20,17 +19,13 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 from tq_connectors.sglang.engine_model import read_group, read_place
 from tq_connectors.sglang.hicache_settings import read_settings
 from tq_connectors.sglang.host_pages import HostPages, read_host_pool
+from tq_connectors.sglang.interpreter import share_interpreter
 from tq_connectors.sglang.page_setup import open_page_store
 from tq_connectors.sglang.page_store import PageStore
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_SWITCH_INTERVAL_S = 0.0002
-"""SGLang's scheduler never rests. A thread of ours that gave up the interpreter's lock, to copy or to wait
-for the store, has it back after a switch interval: by default 5 ms, in which 20 pages could be loaded.
-Our threads hold it for less than this at a time, and only while pages move, so the scheduler loses little."""
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
 
@@ -87,7 +82,7 @@ class TQHiCacheStorage(HiCacheStorage):
                 SGLang's hashes leave out; the engine does not start.
         """
         super().register_mem_pool_host(mem_pool_host)
-        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL_S))
+        share_interpreter()
         place = read_place(
             self._settings.model or self._config.model_name or "",
             tp_rank=self._config.tp_rank,

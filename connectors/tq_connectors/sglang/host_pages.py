@@ -1,7 +1,6 @@
 """SGLang's pages in host memory, seen in one order whatever layout its host pool has."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +32,6 @@ _ORDERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """From what `get_data_page` gives to ``[2, layers, tokens, heads, channels]``, without a copy."""
 
 
-@dataclass(frozen=True, slots=True)
 class HostPages:
     """Pages of one host pool with keys and values of the same heads and channels.
 
@@ -42,13 +40,21 @@ class HostPages:
         shape: Of its pages.
     """
 
-    pool: HostPool
-    shape: PageShape
+    def __init__(self, pool: HostPool, shape: PageShape) -> None:
+        self.pool = pool
+        self.shape = shape
+        first, second = (pool.get_data_page(index, flat=False) for index in (0, pool.page_size))
+        self._first = _ORDERS[pool.layout](first).view(shape.dtype)
+        self._strides = self._first.stride()
+        self._between = second.storage_offset() - first.storage_offset()
 
     def page(self, index: int) -> torch.Tensor:
-        """The page whose first token lies at `index`: a view ``[2, layers, tokens, heads, channels]``."""
-        page = _ORDERS[self.pool.layout](self.pool.get_data_page(index, flat=False))
-        return page if page.dtype == self.shape.dtype else page.view(self.shape.dtype)
+        """The page whose first token lies at `index`: a view ``[2, layers, tokens, heads, channels]``.
+
+        Pages lie at equal distances, so it is found in one step; asking the pool takes several.
+        """
+        offset = self._first.storage_offset() + index // self.shape.page_tokens * self._between
+        return self._first.as_strided(self._first.shape, self._strides, offset)
 
     def empty_flat(self) -> torch.Tensor:
         """A flat page in the pool's layout, to be filled through `view_flat`."""

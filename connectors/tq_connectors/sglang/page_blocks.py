@@ -20,27 +20,27 @@ class PageBlocks:
     """
 
     def __init__(self, names: PageNames, codec: PageCodec, parts: Sequence[Part]) -> None:
-        self._names = names
-        self._parts = parts
         held, any_key = names.shard.part, BlockKey(bytes(BLOCK_KEY_BYTES))
         self._kinds = [BlockKind(codec.info(any_key, part)) for part in parts]
         self._runs = [[*runs(part, held, section_bytes=codec.section_bytes)] for part in parts]
         self._is_undivided = list(parts) == [held]
 
-    def of(self, page_hash: str, pieces: Sequence[memoryview]) -> Iterator[PlacedBlock]:
-        """One block a part.
+    def of(self, keys: Sequence[BlockKey], pages: Sequence[Sequence[memoryview]]) -> list[PlacedBlock]:
+        """One block a part, page after page.
 
         Args:
-            page_hash: SGLang's.
-            pieces: The bytes of all that the process holds of the page.
+            keys: Of the blocks.
+            pages: The bytes of all that the process holds of each page, in pieces.
         """
-        keys = self._names.keys([page_hash], self._parts)
-        for key, kind, own_runs in zip(keys, self._kinds, self._runs, strict=True):
-            if self._is_undivided:
-                yield PlacedBlock(key, kind, pieces)
-            else:
-                own = (piece for run in own_runs for piece in _cut(pieces, run.target_offset, run.num_bytes))
-                yield PlacedBlock(key, kind, [*own])
+        if self._is_undivided:
+            (kind,) = self._kinds
+            return [PlacedBlock(key, kind, pieces) for key, pieces in zip(keys, pages, strict=True)]
+        cuts = (
+            (kind, [piece for run in own for piece in _cut(pieces, run.target_offset, run.num_bytes)])
+            for pieces in pages
+            for kind, own in zip(self._kinds, self._runs, strict=True)
+        )
+        return [PlacedBlock(key, *cut) for key, cut in zip(keys, cuts, strict=True)]
 
 
 def _cut(pieces: Sequence[memoryview], start: int, num_bytes: int) -> Iterator[memoryview]:

@@ -132,6 +132,7 @@ class PageStore:
     def _fill(self, hashes: Sequence[str], page_at: PageAt) -> Iterator[int]:
         """Fill the leading pages that are sound, a batch at a time; how many of each."""
         parts_of_page = len(self._names.loaded_parts)
+        keys = self._names.keys(hashes, self._names.loaded_parts)
         pages: list[torch.Tensor] = []
         stored: torch.Tensor | None = None
         is_over = False
@@ -141,19 +142,14 @@ class PageStore:
             for start in range(0, len(hashes), self._pages_at_once):
                 if is_over:
                     return
-                batch = hashes[start : start + self._pages_at_once]
-                pages[:] = map(page_at, range(start, start + len(batch)))
+                end = min(start + self._pages_at_once, len(hashes))
+                pages[:] = map(page_at, range(start, end))
                 pieces = self._pieces(pages)
                 if pieces is None:
-                    stored = self._codec.empty(len(batch)) if stored is None else stored
-                    pieces = [[row] for row in _rows(stored)]
-                yield [
-                    block
-                    for page_hash, own in zip(batch, pieces, strict=False)
-                    for block in self._loaded_blocks.of(page_hash, own)
-                ]
+                    stored = self._codec.empty(len(pages)) if stored is None else stored
+                    pieces = _rows(stored[: len(pages)])
+                yield self._loaded_blocks.of(keys[start * parts_of_page : end * parts_of_page], pieces)
 
-        keys = self._names.keys(hashes, self._names.loaded_parts)
         with closing(self._client.get_into(keys, batches())) as answers:
             for outcomes in answers:
                 is_sound = [outcome is GetOutcome.FILLED for outcome in outcomes]
@@ -304,14 +300,9 @@ class PageStore:
         """Save some pages."""
         parts_of_page = len(self._names.saved_parts)
         pages = [page_at(position) for position in positions]
-        pieces = self._pieces(pages) or [[row] for row in _rows(self._codec.pack(pages))]
-        outcomes = self._client.put_from(
-            [
-                block
-                for position, own in zip(positions, pieces, strict=True)
-                for block in self._saved_blocks.of(hashes[position], own)
-            ]
-        )
+        pieces = self._pieces(pages) or _rows(self._codec.pack(pages))
+        keys = self._names.keys([hashes[position] for position in positions], self._names.saved_parts)
+        outcomes = self._client.put_from(self._saved_blocks.of(keys, pieces))
         for number, position in enumerate(positions):
             of_page = outcomes[number * parts_of_page : (number + 1) * parts_of_page]
             is_saved[position] = all(each in (PutOutcome.STORED, PutOutcome.PRESENT) for each in of_page)
@@ -319,9 +310,9 @@ class PageStore:
             self.counters.saved_pages += sum(is_saved[position] for position in positions)
 
 
-def _rows(stored: torch.Tensor) -> list[memoryview]:
-    """Each row of bytes."""
-    return [row.data for row in stored.numpy()]
+def _rows(stored: torch.Tensor) -> list[list[memoryview]]:
+    """Each row of bytes, in one piece."""
+    return [[row.data] for row in stored.numpy()]
 
 
 def _shifted(page_at: PageAt, start: int, position: int) -> torch.Tensor:
