@@ -103,7 +103,10 @@ def shaped_process(target_port: int, gbit: float) -> Iterator[str]:
     proxy = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
     try:
         assert proxy.stdout is not None  # it is a pipe
-        yield proxy.stdout.readline().strip()
+        address = proxy.stdout.readline().strip()
+        if not address:
+            raise RuntimeError("the proxy did not start; what it says is above")
+        yield address
     finally:
         proxy.communicate()
 

@@ -116,3 +116,9 @@ def test_the_page_shows_what_the_command_prints() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text == current(text), "run: python -m tests.project.planning_page"
     assert "Gbit/s" in text
+
+
+def test_a_proxy_that_does_not_start_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="did not start"), shaped_process(1, 1.0):
+        pass
