@@ -187,8 +187,9 @@ class ChunkMover:
         return done
 
     def _parts(self, chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
-        """Chunks of one group, as many as a buffer holds."""
-        for _, of_group in itertools.groupby(chunks, key=lambda chunk: chunk.group):
+        """Chunks of one group, of whichever jobs, as many as a buffer holds."""
+        by_group = sorted(chunks, key=_group_of)
+        for _, of_group in itertools.groupby(by_group, _group_of):
             group = list(of_group)
             for start in range(0, len(group), self._chunks_at_once):
                 yield group[start : start + self._chunks_at_once]
@@ -196,6 +197,10 @@ class ChunkMover:
     def _blocks_of(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         blocks = torch.tensor([block for chunk in chunks for block in chunk.blocks], dtype=torch.int64)
         return self._streams.to_device(blocks)
+
+
+def _group_of(chunk: Chunk) -> int:
+    return chunk.group
 
 
 def _runs(chunks: Sequence[Chunk]) -> Iterator[tuple[int, torch.Tensor]]:

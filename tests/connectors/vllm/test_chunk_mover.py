@@ -114,16 +114,29 @@ def test_bytes_are_moved_as_they_are_and_blocks_left_out_go_to_the_null_block():
         assert torch.equal(layer[1:20], old[1:20])
 
 
-def test_chunks_of_groups_go_through_their_own_codecs():
-    codecs = [CopiedChunks(layers(1), blocks_per_chunk=1), CopiedChunks(layers(1), blocks_per_chunk=1)]
-    cells = torch.zeros(3, codecs[0].cell_bytes, dtype=torch.uint8)
-    mover = ChunkMover(codecs, staging_bytes=1, is_save=True)
-    chunks = [Chunk(0, cells[0], [1]), Chunk(1, cells[1], [1]), Chunk(1, cells[2], [2])]
-    mover.submit({1: chunks}, mover.fence())
-    mover.wait({1})
+class Counted(CopiedChunks):
+    """Knows how many chunks it was given at once."""
+
+    def save(self, blocks: torch.Tensor, cells: torch.Tensor) -> None:
+        self.sizes = [*getattr(self, "sizes", []), len(cells)]
+        super().save(blocks, cells)
+
+
+def test_chunks_of_groups_go_through_their_own_codecs_those_of_all_jobs_together():
+    codecs = [Counted(layers(1), blocks_per_chunk=1), Counted(layers(1), blocks_per_chunk=1)]
+    cell_bytes = codecs[0].cell_bytes
+    cells = torch.zeros(5, cell_bytes, dtype=torch.uint8)
+    mover = ChunkMover(codecs, staging_bytes=2 * cell_bytes, is_save=True)
+    jobs = {
+        1: [Chunk(0, cells[0], [1]), Chunk(1, cells[1], [1]), Chunk(1, cells[2], [2])],
+        2: [Chunk(0, cells[3], [2]), Chunk(1, cells[4], [3])],
+    }
+    mover.submit(jobs, mover.fence())
+    mover.wait({1, 2})
     mover.close()
     first, second = (codec._layers[0] for codec in codecs)
-    assert torch.equal(cells, torch.stack([first[1], second[1], second[2]]))
+    assert torch.equal(cells, torch.stack([first[1], second[1], second[2], first[2], second[3]]))
+    assert [codec.sizes for codec in codecs] == [[2], [2, 1]]
 
 
 class Stuck:
