@@ -49,7 +49,7 @@ CASES = (
     "store-tq4@10",
 )
 _CHUNK_TOKENS = 256
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -83,13 +83,15 @@ def transfer_config(case: str, address: str | None, host_bytes: int) -> dict[str
 class Engine:
     """One vLLM in this process, stepped by hand so that every step can be timed."""
 
-    def __init__(self, options: argparse.Namespace, transfer: dict[str, Any] | None, model: str) -> None:
+    def __init__(
+        self, options: argparse.Namespace, transfer: dict[str, Any] | None, model: str, **more: Any
+    ) -> None:
         import vllm
 
-        more: dict[str, Any] = {"enforce_eager": True}
+        more["enforce_eager"] = not options.graphs
         if options.graphs:
             sizes = sorted({1, options.batch})
-            more = {
+            more |= {
                 "compilation_config": {
                     "mode": 0,
                     "cudagraph_mode": "FULL_DECODE_ONLY",
@@ -299,7 +301,7 @@ def main() -> None:
     if not options.one:
         for case in options.cases:
             command = [sys.executable, "-m", "benchmarks.vllm_offload_gpu", case, *_passed(options), "--one"]
-            done = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | _ENVIRONMENT)  # noqa: S603
+            done = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | ENVIRONMENT)  # noqa: S603
             if done.returncode:
                 print(f"{case} failed", flush=True)
         return
