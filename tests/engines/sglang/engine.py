@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from store.running_server import wait_until
+
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 
@@ -56,8 +58,8 @@ class Engine:
         return self.ask(do="generate", tokens=tokens, num_new=num_new)
 
     def flush(self) -> None:
-        """Forget all prefixes."""
-        assert self.ask(do="flush")
+        """Forget all prefixes, as soon as SGLang has nothing under way."""
+        wait_until(lambda: self.ask(do="flush"))
 
     def stop(self) -> None:
         """Let it end; an engine that does not is killed."""

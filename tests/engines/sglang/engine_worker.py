@@ -33,7 +33,7 @@ ARGUMENTS = {
 
 def answer(engine: Any, request: dict[str, Any]) -> Any:
     if request["do"] == "flush":
-        return bool(engine.flush_cache())
+        return engine.flush_cache().success
     sampling = {"temperature": 0, "max_new_tokens": request["num_new"], "ignore_eos": True}
     made = engine.generate(input_ids=request["tokens"], sampling_params=sampling)
     return [described(each) for each in made] if isinstance(made, list) else described(made)

@@ -112,6 +112,6 @@ def storage(**extra: Any) -> dict[str, Any]:
         "prefetch_threshold": 16,
         "revision": "r1",
         "codec": "none",
-        "lookup_timeout": "500ms",
-        "transfer_timeout": "2s",
+        "lookup_timeout": "1s",
+        "transfer_timeout": "10s",
     } | extra
