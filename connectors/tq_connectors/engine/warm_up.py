@@ -33,7 +33,7 @@ def compile_kernels(
     dense: DenseAttention | None,
     workspace: ExtendWorkspace | None,
 ) -> None:
-    """Launch what steps launch, but for decodes of drafts and, without `dense`, long chunks.
+    """Launch nearly all that steps launch; not decodes of drafts, nor merges of every size of a long chunk.
 
     What fails here is said and left to the request that needs it. The engine's random numbers stay as they
     are.
@@ -101,11 +101,11 @@ def _launch_all(
             assert together is not None  # the chunk is short
             together.attend(attention, query, pages, out)
     sink_row = nowhere[:1] if has_sinks else None
-    for num_new in (LONGEST_CHUNK + 1, SMALLEST_CHUNK):
+    for num_new in (LONGEST_CHUNK + 1, SMALLEST_CHUNK - 1, SMALLEST_CHUNK):
         new = (query[:num_new], keys[:num_new], values[:num_new])
-        for prefix_len in (page_tokens,) if dense else (page_tokens, 0):
-            cached = (pages, table, prefix_len)
-            if inflater and dense and inflater.serves(attention, num_new, prefix_len):
+        for prefix_pages in _PREFIX_PAGES if dense else (0, *_PREFIX_PAGES):
+            cached = (pages, table, prefix_pages * page_tokens)
+            if inflater and dense and inflater.serves(attention, num_new, prefix_pages * page_tokens):
                 inflater.attend(attention, dense, *new, *cached, sink_row=sink_row, out=out[:num_new])
             else:
                 attention.extend(*new, *cached, sink_row=sink_row, workspace=workspace, out=out[:num_new])
