@@ -98,6 +98,7 @@ def test_pages_of_128_tokens(tiny_model: str, tmp_path: Path, tokens: list[int])
         engine.stop()
 
 
+@pytest.mark.timeout(600)  # two engines start one after the other
 def test_two_ranks_answer_as_one(tiny_model: str, tmp_path: Path, tokens: list[int]) -> None:
     """Each holds the pages of its KV head."""
     prompt = [token % VOCABULARY for token in tokens[:PROMPT]]
