@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -12,9 +12,17 @@ Override = tuple[type, str, type]
 """One of our classes, the name of a method, and the engine's class that has it too."""
 
 
-def overrides_in(package: ModuleType, engine: str) -> Iterator[Override]:
-    """Everything in a package of ours that overrides something of an engine's."""
+def overrides_in(package: ModuleType, engine: str, *, without: Collection[str] = ()) -> Iterator[Override]:
+    """Everything in a package of ours that overrides something of an engine's.
+
+    Args:
+        package: Ours.
+        engine: Package of the engine.
+        without: Modules of ours that this release of the engine is not served with, and cannot import.
+    """
     for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if info.name.rpartition(".")[2] in without:
+            continue
         module = importlib.import_module(info.name)
         for ours in vars(module).values():
             if inspect.isclass(ours) and ours.__module__ == info.name:

@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tq_connectors.engine.layouts import DTYPES, PAGE_TOKENS, layout_for
-from tq_connectors.vllm.selector import BACKEND_NAME
+from tq_connectors.vllm.backend_name import backend_name
 
 _SMALLEST_HEAD, _LARGEST_HEAD = 32, 256
 """Channels for which there are kernels, and a centre that can mark a page."""
@@ -46,7 +46,7 @@ class TQAttentionBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         """The name under which the backend is registered, whichever subclass it is."""
-        return BACKEND_NAME
+        return backend_name()
 
     @staticmethod
     def get_impl_cls() -> type[Any]:

@@ -1,11 +1,12 @@
-"""What vLLM's own configuration says of an engine, for a connector. Served: vLLM 0.32 and 0.33."""
+"""What vLLM's own configuration says of an engine, for a connector. Served: vLLM 0.26 to 0.33."""
 
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
-from tq_connectors.vllm.offload_facts import platform_name
+from tq_connectors.vllm.layout_names import layout_of
 from tq_connectors.vllm.plan import EngineFacts
+from tq_connectors.vllm.process_facts import platform_name
 from tq_store.errors import ConfigError
 
 
@@ -42,7 +43,7 @@ def engine_facts(config: VllmConfig, kv_cache: KVCacheConfig, page_tokens: int) 
         tp_size=parallel.tensor_parallel_size,
         world_size=parallel.world_size,
         token_ranks=parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size,
-        layout=config.cache_config.kv_cache_layout,
+        layout=layout_of(config),
         platform=platform_name(),
         is_replicated=False,
     )

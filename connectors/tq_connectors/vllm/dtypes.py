@@ -3,16 +3,19 @@
 import torch
 
 from tq_connectors.engine.layouts import DTYPES
+from tq_connectors.vllm.releases import require_pages
 
 
 def register_dtypes() -> None:
     """Make vLLM know the names of `DTYPES`, as bytes whose meaning is the attention backend's.
 
-    vLLM 0.33 and later have a hook for that; `literal_dtypes` serves 0.32.
+    vLLM 0.33 and later have a hook for that; `literal_dtypes` serves 0.29 to 0.32.
 
     Raises:
+        ConfigError: This release is too old for what the dtypes stand for.
         Exception: Whatever a release of vLLM without either place raises.
     """
+    require_pages()
     from vllm.config import cache
 
     if not hasattr(cache, "register_kv_cache_dtype"):

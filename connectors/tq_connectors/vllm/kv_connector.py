@@ -4,7 +4,7 @@
 "tq_connectors.vllm.kv_connector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
 "kv_connector_extra_config": {"revision": "...", "address": "..."}}'``, with `StoreSettings` and the client's
 settings. Loads are asynchronous and saves follow the forward pass, with no hook in a layer, so that CUDA
-graphs stay whole. Served: vLLM 0.32 and 0.33.
+graphs stay whole. Served: vLLM 0.26 to 0.33.
 """
 
 import os
@@ -29,11 +29,12 @@ from vllm.v1.request import Request, RequestStatus
 from tq_connectors.engine.state import load_state
 from tq_connectors.vllm.connector_facts import engine_facts, heads_of_model, layers_as_bytes
 from tq_connectors.vllm.engine_codecs import chunk_codecs
-from tq_connectors.vllm.offload_facts import hash_seed
+from tq_connectors.vllm.layout_names import check_layout, required_layout
 from tq_connectors.vllm.page_mover import PageMover
 from tq_connectors.vllm.page_moves import StepMoves
 from tq_connectors.vllm.page_planner import PagePlanner, Progress
 from tq_connectors.vllm.plan import plan_offload
+from tq_connectors.vllm.process_facts import hash_seed
 from tq_connectors.vllm.settings import read_settings
 from tq_connectors.vllm.store_pages import rank_cache
 from tq_store.client import StoreClient
@@ -107,7 +108,7 @@ class TQStoreConnector(KVConnectorBase_V1):
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
         """Blocks of a layer in one run, one head after the other."""
-        return "LBHNC"
+        return required_layout()
 
     def shutdown(self) -> None:
         """Finish what runs, and close the connection."""
@@ -122,6 +123,7 @@ class TQStoreConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the engine's blocks, and try a page out on them."""
+        check_layout(self._facts.layout, kv_caches.values())
         (codec,) = chunk_codecs(
             [layers_as_bytes(self._cache_config, kv_caches)],
             self._plan,

@@ -1,21 +1,16 @@
 """What vLLM's offloading framework says of an engine, as the facts that `plan` decides from.
 
-Served: the `OffloadingConfig` of vLLM 0.32 and 0.33.
+Served: the `OffloadingConfig` of vLLM 0.30 to 0.33.
 """
 
-import logging
-import os
 from pathlib import Path
 
-from vllm.platforms import current_platform
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from tq_connectors.vllm.plan import EngineFacts
+from tq_connectors.vllm.process_facts import platform_name
 from tq_store.errors import ConfigError
 from tq_store.sizing import read_model
-
-logger = logging.getLogger(__name__)
 
 
 def engine_facts(config: OffloadingConfig) -> EngineFacts:
@@ -37,12 +32,6 @@ def engine_facts(config: OffloadingConfig) -> EngineFacts:
     )
 
 
-def platform_name() -> str:
-    """The engine's kind of device, with its capability where it has one."""
-    capability = current_platform.get_device_capability()
-    return f"{current_platform.device_type} {capability.as_version_str() if capability else ''}".strip()
-
-
 def heads_of_model(config: OffloadingConfig) -> tuple[int, int]:
     """KV heads and channels of each, from the config.json of the model that the engine has loaded.
 
@@ -59,17 +48,3 @@ def heads_of_model(config: OffloadingConfig) -> tuple[int, int]:
         folder = Path(file)
     model = read_model(folder)
     return model.num_kv_heads, model.head_dim
-
-
-def hash_seed() -> bytes:
-    """What the first block's hash is chained to: other algorithms and seeds have another.
-
-    Says so where no other process can have the same, and nothing that is saved will be found by one.
-    """
-    seed = kv_cache_utils.get_none_hash_seed()
-    if seed not in (kv_cache_utils.DEFAULT_NONE_HASH_SEED, os.environ.get("PYTHONHASHSEED")):
-        logger.warning(
-            "this engine seeds its hashes at random, so no other finds its pages in the store: start it with "
-            "--prefix-caching-hash-algo sha256_cbor"
-        )
-    return bytes(kv_cache_utils.NONE_HASH)

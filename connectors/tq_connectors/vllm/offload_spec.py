@@ -3,7 +3,7 @@
 In `kv_connector_extra_config` of the `OffloadingConnector`: ``"spec_name": "TQOffloadingSpec"``,
 ``"spec_module_path": "tq_connectors.vllm.offload_spec"``, vLLM's own `cpu_bytes_to_use`, and an object
 ``"tq_store"`` with `StoreSettings`; with an ``"address"`` in it, a tq-store server is the tier below. Served:
-vLLM 0.32 and 0.33.
+vLLM 0.30 to 0.33.
 """
 
 import os
@@ -24,6 +24,7 @@ from tq_connectors.vllm.engine_codecs import chunk_codecs
 from tq_connectors.vllm.offload_facts import engine_facts, heads_of_model
 from tq_connectors.vllm.offload_worker import TQOffloadingWorker
 from tq_connectors.vllm.plan import Mode, plan_offload
+from tq_connectors.vllm.releases import require_offloading
 from tq_connectors.vllm.settings import read_settings
 
 SETTINGS = "tq_store"
@@ -40,6 +41,7 @@ class TQOffloadingSpec(TieringOffloadingSpec):
     _worker: OffloadingWorker | None
 
     def __init__(self, config: OffloadingConfig) -> None:
+        require_offloading()
         written = dict(config.extra_config.get(SETTINGS, {}))
         self._settings, _ = read_settings(written, os.environ)
         self.plan = plan_offload(

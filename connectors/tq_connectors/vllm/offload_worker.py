@@ -1,7 +1,7 @@
 """TQOffloadingWorker: an engine's blocks to cells of host memory and back, coded on the way.
 
 It runs in every worker process of vLLM, whose connector asserts that transfers succeed: so all that can be
-wrong is found when the worker is made. Served: vLLM 0.32 and 0.33.
+wrong is found when the worker is made. Served: vLLM 0.30 to 0.33.
 """
 
 from collections.abc import Iterator, Sequence

@@ -8,7 +8,7 @@ logger = logging.getLogger("vllm.tq_connectors")  # below vLLM's own logger, whi
 
 _PARTS = {
     "--kv-cache-dtype": ("tq_connectors.vllm.dtypes", "register_dtypes"),
-    "--attention-backend TQ": ("tq_connectors.vllm.selector", "register_backend"),
+    "--attention-backend": ("tq_connectors.vllm.selector", "register_backend"),
     "the connector TQStoreConnector": ("tq_connectors.vllm.registries", "register_connector"),
     "the offloading TQOffloadingSpec": ("tq_connectors.vllm.registries", "register_offloading"),
 }

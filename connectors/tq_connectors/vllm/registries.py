@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tq_connectors.vllm.releases import require_offloading
+
 
 def register_connector() -> None:
     """``"kv_connector": "TQStoreConnector"``.
@@ -17,7 +19,10 @@ def register_connector() -> None:
 def register_offloading() -> None:
     """``"spec_name": "TQOffloadingSpec"``, and ``{"type": "TQStoreTier"}`` among the secondary tiers.
 
+    Where they are not served, they say so when they are made.
+
     Raises:
+        ConfigError: This release's framework is another one.
         Exception: Whatever a release without these registries raises.
     """
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
@@ -25,6 +30,7 @@ def register_offloading() -> None:
 
     _add(OffloadingSpecFactory.register_spec, "TQOffloadingSpec", "offload_spec")
     _add(SecondaryTierFactory.register_tier, "TQStoreTier", "secondary_tier")
+    require_offloading()
 
 
 def _add(register: Any, name: str, module: str) -> None:

@@ -1,19 +1,17 @@
 """TQStoreTier: tq-store as a tier below vLLM's host memory, for its `TieringOffloadingSpec` or ours.
 
 Named in `secondary_tiers` as ``{"type": "TQStoreTier", "module_path": "tq_connectors.vllm.secondary_tier",
-...}``. Served: vLLM 0.32 and 0.33.
+...}``. Served: vLLM 0.30 to 0.33.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_offload.base import (
-    Locality,
     LookupResult,
-    Medium,
     OffloadingSpec,
     OffloadKey,
     ReqContext,
@@ -23,20 +21,25 @@ from vllm.v1.kv_offload.base import (
     get_offload_group_idx,
 )
 from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
-from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
-from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.base import JobResult
 
 from tq_connectors.engine.state import load_state
 from tq_connectors.task_queue import TaskQueue
-from tq_connectors.vllm.offload_facts import engine_facts, hash_seed, heads_of_model
+from tq_connectors.vllm.offload_facts import engine_facts, heads_of_model
 from tq_connectors.vllm.plan import plan_offload
+from tq_connectors.vllm.process_facts import hash_seed
+from tq_connectors.vllm.releases import require_offloading
 from tq_connectors.vllm.settings import read_settings
 from tq_connectors.vllm.store_rows import Row, StoredRows
+from tq_connectors.vllm.tier_base import TierBase, job_result
 from tq_store.client import StoreClient
 from tq_store.keys import BlockKey
 
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.tiering.base import TransferJob
 
-class TQStoreTier(SecondaryTierManager):
+
+class TQStoreTier(TierBase):
     """Chunks of host memory as blocks of a tq-store server.
 
     Calls come from the engine's scheduler and never wait: threads of ours talk to the store. A lookup asks
@@ -47,25 +50,23 @@ class TQStoreTier(SecondaryTierManager):
         offloading_spec: The engine's; where it is ours, it has planned what a row is.
         primary_kv_view: ``[num_chunks, row bytes]`` of host memory.
         tier_type: What vLLM calls this tier.
-        backpressure_detector: vLLM's.
+        backpressure_detector: vLLM's, where it has one.
         **written: `StoreSettings` and the client's settings.
 
     Raises:
         ConfigError: A setting is missing, unknown or not allowed; the engine then does not start.
     """
 
-    medium = Medium.STORAGE
-
     def __init__(
         self,
         offloading_spec: OffloadingSpec,
         primary_kv_view: memoryview,
         tier_type: str,
-        backpressure_detector: BackpressureDetector | None = None,
+        backpressure_detector: Any = None,
         **written: Any,
     ) -> None:
+        require_offloading()
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        self.locality = Locality.REMOTE
         settings, connection = read_settings(written, os.environ)
         config = offloading_spec.config
         plan = getattr(offloading_spec, "plan", None) or plan_offload(
@@ -92,12 +93,12 @@ class TQStoreTier(SecondaryTierManager):
             return LookupResult.RETRY
         return LookupResult.HIT if found else LookupResult.MISS
 
-    def submit_store(self, job_metadata: TransferJob) -> None:
+    def submit_store(self, job_metadata: "TransferJob") -> None:
         """Put chunks that the store lacks; their memory is read until the job is done."""
         failed = JobResult(job_metadata.job_id, success=False)
         self._stores.submit(self._work(self._rows.put, job_metadata), failed)
 
-    def submit_load(self, job_metadata: TransferJob) -> None:
+    def submit_load(self, job_metadata: "TransferJob") -> None:
         """Get chunks; their memory is written until the job is done."""
         self._loading[job_metadata.job_id] = list(job_metadata.keys)
         failed = JobResult(job_metadata.job_id, success=False)
@@ -138,10 +139,12 @@ class TQStoreTier(SecondaryTierManager):
         self._client.close()
         self._memory.release()
 
-    def _work(self, move: Callable[[Sequence[Row]], list[bool]], job: TransferJob) -> Callable[[], JobResult]:
+    def _work(
+        self, move: Callable[[Sequence[Row]], list[bool]], job: "TransferJob"
+    ) -> Callable[[], JobResult]:
         keys = list(job.keys)
         chunks = [int(chunk) for chunk in job.chunk_ids]
-        size = self._block_size_bytes
+        size = self.row_bytes
 
         def work() -> JobResult:
             started = time.monotonic()
@@ -150,8 +153,8 @@ class TQStoreTier(SecondaryTierManager):
                 for key, chunk in zip(self._block_keys(keys), chunks, strict=True)
             ]
             done = [key for key, is_done in zip(keys, move(rows), strict=True) if is_done]
-            return JobResult(
-                job.job_id,
+            return job_result(
+                job_id=job.job_id,
                 success=len(done) == len(keys),
                 successful_keys=tuple(done),
                 transfer_time=time.monotonic() - started,

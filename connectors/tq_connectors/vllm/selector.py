@@ -3,15 +3,14 @@
 vLLM has no hook for that. Its platforms choose from lists of their own, on which a registered backend is not,
 and an explicit `--attention-backend TQ` is taken for every layer, also for those left in bf16. So the
 platform's `get_attn_backend_cls` is wrapped, on the one object that this process asks. Its signature is that
-of 0.26 to 0.33; it was run with 0.32 and 0.33.
+of 0.26 to 0.33.
 """
 
 from typing import Any
 
 from tq_connectors.engine.layouts import DTYPES
+from tq_connectors.vllm.releases import require_pages
 
-BACKEND_NAME = "TQ"
-"""What an operator may write after `--attention-backend`."""
 _BACKEND_PATH = "tq_connectors.vllm.backend.TQAttentionBackend"
 
 
@@ -19,26 +18,28 @@ def register_backend() -> None:
     """Register the backend, officially, and let this process's platform choose it by the layer's dtype.
 
     Raises:
+        ConfigError: This release is too old, or another plugin has its only name.
         Exception: Whatever a release of vLLM without a registry of backends raises.
     """
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backends import registry
 
-    if BACKEND_NAME not in registry.AttentionBackendEnum.__members__:
-        registry.register_backend(BACKEND_NAME, _BACKEND_PATH)
+    from tq_connectors.vllm.backend_name import backend_name, register_path
+
+    require_pages()
+    register_path(_BACKEND_PATH)
     if not isinstance(current_platform.get_attn_backend_cls, _ByDtype):
-        current_platform.get_attn_backend_cls = _ByDtype(current_platform)
+        current_platform.get_attn_backend_cls = _ByDtype(current_platform, backend_name())
 
 
 class _ByDtype:
     """A platform's choice of an attention backend, with layers of our dtypes taken out of it."""
 
-    def __init__(self, platform: Any) -> None:
-        self._platform = platform
+    def __init__(self, platform: Any, our_name: str) -> None:
+        self._platform, self._our_name = platform, our_name
         self._choose = platform.get_attn_backend_cls
 
     def __call__(self, selected_backend: Any, attn_selector_config: Any, **kwargs: Any) -> str:
-        is_ours_selected = selected_backend is not None and selected_backend.name == BACKEND_NAME
+        is_ours_selected = selected_backend is not None and selected_backend.name == self._our_name
         if attn_selector_config.kv_cache_dtype not in DTYPES:
             # a layer left in the model's dtype gets what it would have without us
             selected_backend = None if is_ours_selected else selected_backend

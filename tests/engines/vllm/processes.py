@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from engines.vllm.releases import HAS_FIXED_SEED
+
 WAIT_S = 240.0
 
 
@@ -20,6 +22,8 @@ class Engine:
         (folder / "config.json").write_text(json.dumps(config))
         # the interpreter is for tests of kernels; an engine on a CPU takes the reference ops
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        if not HAS_FIXED_SEED:
+            environment["PYTHONHASHSEED"] = "0"
         reader, writer = os.pipe()
         self._log = folder / "log"
         with self._log.open("wb") as log:

@@ -11,8 +11,8 @@ from vllm.utils.hashing import sha256_cbor, xxhash
 from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.kv_offload.base import LookupResult
 
-from tq_connectors.vllm.offload_facts import hash_seed
 from tq_connectors.vllm.offload_spec import TQOffloadingSpec
+from tq_connectors.vllm.process_facts import hash_seed
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError
 
