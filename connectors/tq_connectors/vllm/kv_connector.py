@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 
 class TQStoreMetadata(KVConnectorMetadata):
-    """What the scheduler's half tells the workers beside a step."""
+    """What the scheduler's half tells the workers beside a step, and whether the step computes anything."""
 
-    def __init__(self, moves: StepMoves) -> None:
-        self.moves = moves
+    def __init__(self, moves: StepMoves, *, computes: bool) -> None:
+        self.moves, self.computes = moves, computes
 
 
 class TQStoreConnector(KVConnectorBase_V1):
@@ -147,8 +147,14 @@ class TQStoreConnector(KVConnectorBase_V1):
             self._worker.wait_for_saves()
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
-        """Begin the loads of this step."""
-        self._worker.start(self._moves)
+        """Begin the loads of this step, and its saves where no forward pass comes before them.
+
+        vLLM before 0.31 does not call `wait_for_save` in such a step.
+        """
+        step = self._step
+        self._worker.start(step.moves)
+        if not step.computes:
+            self._worker.save(step.moves)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """No request runs before all of its pages are there."""
@@ -160,7 +166,9 @@ class TQStoreConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         """Begin the saves of this step; nothing is waited for."""
-        self._worker.save(self._moves)
+        step = self._step
+        if step.computes:
+            self._worker.save(step.moves)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Finished requests that are no longer read, and requests whose load has ended."""
@@ -193,7 +201,10 @@ class TQStoreConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """What is moved beside this step."""
         overwrites = bool(scheduler_output.preempted_req_ids)
-        return TQStoreMetadata(self._scheduler.step(self._progress(scheduler_output), overwrites=overwrites))
+        return TQStoreMetadata(
+            self._scheduler.step(self._progress(scheduler_output), overwrites=overwrites),
+            computes=bool(scheduler_output.total_num_scheduled_tokens),
+        )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """What the workers have done."""
@@ -228,10 +239,10 @@ class TQStoreConnector(KVConnectorBase_V1):
                 )
 
     @property
-    def _moves(self) -> StepMoves:
+    def _step(self) -> TQStoreMetadata:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, TQStoreMetadata)
-        return metadata.moves
+        return metadata
 
     @property
     def _worker(self) -> PageMover:
