@@ -1,4 +1,4 @@
-"""Names of cache dtypes for vLLM 0.29 to 0.32, which have a `Literal` and a table of them; 0.33 has a hook."""
+"""Names of cache dtypes for vLLM 0.29 to 0.32, which have a `Literal` and a table; 0.33 has a hook."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args

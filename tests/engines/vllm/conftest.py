@@ -11,7 +11,7 @@ import pytest
 warnings.simplefilter("ignore")  # vLLM's and its dependencies' own
 
 from engines.vllm.processes import Engine  # noqa: E402
-from engines.vllm.releases import HAS_OFFLOADING, HAS_PAGES  # noqa: E402
+from engines.vllm.releases import HAS_DRAFTS, HAS_OFFLOADING, HAS_PAGES  # noqa: E402
 from engines.vllm.store_process import StoreOnDisk  # noqa: E402
 from engines.vllm.valve import Valve  # noqa: E402
 
@@ -32,10 +32,10 @@ if not HAS_PAGES:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what wants an offloading framework that this release does not have."""
-    if HAS_OFFLOADING:
-        return
-    left_out = [item for item in items if "[offloading]" in item.name]
+    """Leave out what wants something of vLLM's that this release does not have."""
+    wanted = {"[offloading]": HAS_OFFLOADING, "test_drafts_": HAS_DRAFTS}
+    missing = [name for name, is_there in wanted.items() if not is_there]
+    left_out = [item for item in items if any(name in item.name for name in missing)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 
