@@ -4,8 +4,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from tq_connectors.codec import CacheGeometry, block_info
@@ -105,12 +106,16 @@ class RowCodec:
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
         packed = self.empty(len(pages))
-        copy_all([*packed.view(len(pages), *_by_head(pages[0]).shape)], [*map(_by_head, pages)])
+        for row, page in zip(packed.numpy(), pages, strict=True):
+            by_head = _by_head(page)
+            row.reshape(by_head.shape)[...] = by_head
         return packed
 
     def unpack(self, stored: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
         """Fill pages; each byte is copied once."""
-        copy_all([*map(_by_head, pages)], [*stored.view(len(pages), *_by_head(pages[0]).shape)])
+        for row, page in zip(stored.numpy(), pages, strict=True):
+            by_head = _by_head(page)
+            by_head[...] = row.reshape(by_head.shape)
 
 
 class _PresetCodec:
@@ -233,7 +238,8 @@ class QuantizedCodec(_PresetCodec):
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""
         with self._own_stream():
-            keys, values = (self._gathered([page[side] for page in pages]) for side in range(2))
+            order, sides = _in_memory_order(pages)
+            keys, values = (self._gathered(runs, order) for runs in sides)
             return self._pack_tokens(keys, values)
 
     def unpack(self, stored: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
@@ -244,10 +250,10 @@ class QuantizedCodec(_PresetCodec):
             keys, values = keys.view(shape), values.view(shape)
             if self._balance is not None:
                 keys = keys * self._balance
-            order = _memory_order(pages[0][0])
-            for side, tokens in enumerate((keys, values)):
+            order, sides = _in_memory_order(pages)
+            for targets, tokens in zip(sides, (keys, values), strict=True):
                 turned = narrowed(tokens, pages[0].dtype).permute(0, *(1 + axis for axis in order))
-                copy_all([page[side].permute(order) for page in pages], [*turned.contiguous()])
+                copy_all(targets, turned.contiguous().unbind())
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -259,12 +265,10 @@ class QuantizedCodec(_PresetCodec):
                 if self._stream is not None:
                     self._stream.synchronize()
 
-    def _gathered(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``[n, ...]`` on the device, of n pages of keys or values; turned there, so that each is one run."""
-        order = _memory_order(pages[0])
-        runs = [page.permute(order) for page in pages]
+    def _gathered(self, runs: Sequence[torch.Tensor], order: Sequence[int]) -> torch.Tensor:
+        """``[n, layers, tokens, heads, channels]`` on the device, of runs that are turned like `order`."""
         gathered = torch.empty(len(runs), *runs[0].shape, dtype=runs[0].dtype, device=self._device)
-        copy_all([*gathered], runs)
+        copy_all(gathered.unbind(), runs)
         return gathered.permute(0, *(1 + order.index(axis) for axis in range(len(order))))
 
     def _pack_tokens(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -289,9 +293,9 @@ class QuantizedCodec(_PresetCodec):
         return keys, values
 
 
-def _by_head(page: torch.Tensor) -> torch.Tensor:
+def _by_head(page: torch.Tensor) -> np.ndarray[Any, Any]:
     """A page as bytes ``[layers, heads, 2, tokens, bytes of a token]``; a view."""
-    return page.view(torch.uint8).permute(1, 3, 0, 2, 4)
+    return page.view(torch.uint8).numpy().transpose(1, 3, 0, 2, 4)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -323,7 +327,11 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
         torch._foreach_copy_([*targets], [*sources], non_blocking=True)
 
 
-def _memory_order(page: torch.Tensor) -> list[int]:
-    """Axes from the one with the largest stride on: turned so, what lies in one run is contiguous."""
-    strides = page.stride()
-    return sorted(range(page.dim()), key=lambda axis: -strides[axis])
+def _in_memory_order(
+    pages: Sequence[torch.Tensor],
+) -> tuple[list[int], tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Keys and values of pages, turned so that what lies in one run is contiguous; and the order of axes."""
+    strides = pages[0].stride()[1:]
+    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+    turned = [page.permute(0, *(1 + axis for axis in order)).unbind() for page in pages]
+    return order, ([keys for keys, _ in turned], [values for _, values in turned])

@@ -1,6 +1,7 @@
 """PageStore: SGLang's pages in tq-store, with every failure a miss."""
 
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,9 @@ logger = logging.getLogger(__name__)
 _WHAT = slice(HEADER_LAYOUT["codec_fingerprint"][0], HEADER_LAYOUT["header_checksum"][0])
 """What a header says besides whose block it is."""
 
-_MOST_AT_ONCE_BYTES = 8 << 20
-"""Of pages in one batch: what stays in a processor's cache between two copies, and in glibc's when freed."""
+_MOST_AT_ONCE_BYTES = 16 << 20
+"""Of stored pages in a batch: each one costs some waits for the interpreter's lock, and the store makes one
+while this process takes another."""
 _MOST_AT_ONCE = 256
 
 PageAt = Callable[[int], torch.Tensor]
@@ -77,8 +79,6 @@ class PageStore:
         self._client = client
         self._names = names
         self._codec = codec
-        at_once_bytes = min(_MOST_AT_ONCE_BYTES, staging_bytes // load_threads)
-        self._pages_at_once = max(1, min(_MOST_AT_ONCE, at_once_bytes // page_bytes))
         self._load_threads = load_threads
         self._threads = ThreadPoolExecutor(load_threads, thread_name_prefix="tq-store-load")
         self._known_headers: dict[Part, bytes] = {}
@@ -86,6 +86,9 @@ class PageStore:
         self._saved_blocks = PageBlocks(names, codec, names.saved_parts)
         header_bytes = HEADER_BYTES * len(names.loaded_parts)
         self._loaded_page_bytes = self.stored_page_bytes + header_bytes
+        in_staging = staging_bytes // (page_bytes * load_threads)
+        at_once = _MOST_AT_ONCE_BYTES // self.stored_page_bytes
+        self._most_at_once = max(1, min(_MOST_AT_ONCE, in_staging, at_once))
         self._lock = threading.Lock()
         self.guard = StoreGuard()
         self.counters = PageCounters()
@@ -139,14 +142,14 @@ class PageStore:
 
         def batches() -> Iterator[list[PlacedBlock]]:
             nonlocal stored
-            for start in range(0, len(hashes), self._pages_at_once):
+            for start, end in self._batches(len(hashes)):
                 if is_over:
                     return
-                end = min(start + self._pages_at_once, len(hashes))
                 pages[:] = map(page_at, range(start, end))
                 pieces = self._pieces(pages)
                 if pieces is None:
-                    stored = self._codec.empty(len(pages)) if stored is None else stored
+                    if stored is None:
+                        stored = self._codec.empty(min(self._most_at_once, len(hashes)))
                     pieces = _rows(stored[: len(pages)])
                 yield self._loaded_blocks.of(keys[start * parts_of_page : end * parts_of_page], pieces)
 
@@ -168,6 +171,12 @@ class PageStore:
             logger.warning(
                 "%d blocks hold something else than their keys promise, which is a miss", num_unlike
             )
+
+    def _batches(self, num_pages: int) -> Iterator[tuple[int, int]]:
+        """Where each batch of pages begins and ends: as few as may be, of about the same length."""
+        num_batches = -(-num_pages // self._most_at_once)
+        cuts = [num_pages * batch // max(1, num_batches) for batch in range(num_batches + 1)]
+        return itertools.pairwise(cuts)
 
     def _pieces(self, pages: Sequence[torch.Tensor]) -> list[list[memoryview]] | None:
         """Where the bytes of each page lie in it; None where they have to be made."""
@@ -218,8 +227,8 @@ class PageStore:
             missing = [position for position, is_present in enumerate(is_saved) if not is_present]
             with self._lock:
                 self.counters.present_pages += sum(is_saved)
-            for start in range(0, len(missing), self._pages_at_once):
-                self._put(hashes, missing[start : start + self._pages_at_once], page_at, is_saved)
+            for start, end in self._batches(len(missing)):
+                self._put(hashes, missing[start:end], page_at, is_saved)
 
         self.guard.attempt(send)
         with self._lock:
