@@ -170,7 +170,7 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
         for number, length in shapes:
             write_row(parsed.out, common | measure_shape(engine, number, length))
         if parsed.mixes:
-            measure_mix(engine, parsed.mixes[0], parsed.requests // 4)
+            measure_mix(engine, parsed.mixes[0], max(1, parsed.requests // 4))
         for at_once in parsed.mixes:
             write_row(parsed.out, common | measure_mix(engine, at_once, parsed.requests))
         engine.shutdown()
