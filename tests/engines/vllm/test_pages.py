@@ -95,8 +95,8 @@ def test_pages_go_to_another_process_through_the_store_as_they_are(
     assert found["tokens"] == known["tokens"]
 
 
-def test_answers_are_likely_to_the_same_model_in_bf16(pages, plain, fresh):
-    prompt = fresh(250)
+def test_answers_are_likely_to_the_same_model_in_bf16(pages, plain, text):
+    prompt = text[2379:2629]  # one prompt whichever tests ran before: how long answers agree is the prompt's
     (answer,) = pages.run([prompt], 8, logprobs=1)
     (judged,) = plain.run([prompt], 8, logprobs=20)
     assert answer["tokens"][0] == judged["tokens"][0]
