@@ -96,7 +96,7 @@ def test_pages_go_to_another_process_through_the_store_as_they_are(
 
 
 def test_answers_are_likely_to_the_same_model_in_bf16(pages, plain, text, fresh):
-    fresh(250)  # its turn, and the same prompt whichever tests ran before: how long answers agree depends on it
+    fresh(250)  # its turn; the prompt is one whichever tests ran before, as it decides how long answers agree
     prompt = text[2379:2629]
     (answer,) = pages.run([prompt], 8, logprobs=1)
     (judged,) = plain.run([prompt], 8, logprobs=20)

@@ -45,9 +45,11 @@ def test_an_override_takes_every_call_of_what_it_overrides(override):
     assert what_differs(*OVERRIDES[override]) == []
 
 
-@pytest.mark.parametrize(
-    "ours", sorted({ours for ours, _, _ in OVERRIDES.values()}, key=lambda each: each.__name__)
-)
+OURS = {ours for ours, _, _ in OVERRIDES.values()}
+MADE = {ours for ours in OURS if not any(each is not ours and issubclass(each, ours) for each in OURS)}
+
+
+@pytest.mark.parametrize("ours", sorted(MADE, key=lambda each: each.__name__))
 def test_nothing_abstract_is_left(ours):
     assert not inspect.isabstract(ours)
 

@@ -35,7 +35,7 @@ class Hopper:
 @pytest.fixture
 def hopper(monkeypatch):
     platform = Hopper()
-    monkeypatch.setattr(current_platform, "get_attn_backend_cls", selector._ByDtype(platform))
+    monkeypatch.setattr(current_platform, "get_attn_backend_cls", selector._ByDtype(platform, "TQ"))
     vllm_selector._cached_get_attn_backend.cache_clear()
     yield platform
     vllm_selector._cached_get_attn_backend.cache_clear()
