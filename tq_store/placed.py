@@ -1,6 +1,6 @@
 """Blocks whose payload lies in several places of the caller's memory, and is never put together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tq_store.block import HEADER_BYTES, BlockKind
@@ -40,18 +40,3 @@ class PlacedBlock:
         for piece in self.pieces:
             piece[:] = payload[start : start + len(piece)]
             start += len(piece)
-
-
-def runs_of(
-    blocks: Sequence[PlacedBlock], *, most_bytes: int, most_blocks: int
-) -> Iterator[Sequence[PlacedBlock]]:
-    """Blocks in order, as many at a time as are within both limits; at least one."""
-    start, num_bytes = 0, 0
-    for end, block in enumerate(blocks):
-        is_full = end - start == most_blocks or num_bytes + block.num_bytes > most_bytes
-        if end > start and is_full:
-            yield blocks[start:end]
-            start, num_bytes = end, 0
-        num_bytes += block.num_bytes
-    if start < len(blocks):
-        yield blocks[start:]

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import LengthMismatch, RpcError, RpcTimeout, RpcUnavailable
 from tq_store.keys import BlockKey
-from tq_store.placed import PlacedBlock, runs_of
+from tq_store.placed import PlacedBlock
 from tq_store.results import GetOutcome, PutOutcome
 from tq_store.rpc.connection import Connection
 from tq_store.rpc.segment import Segment
+from tq_store.runs import runs_of
 from tq_store.server import service as service_module
 
 STORED, PRESENT = PutOutcome.STORED, PutOutcome.PRESENT
@@ -290,14 +292,14 @@ def test_a_server_with_a_small_window_copies_block_after_block(
 ) -> None:
     blocks = sample_blocks(6, 1000)
     groups: list[int] = []
-    cut = service_module._groups_of
+    cut = service_module.runs_of
 
-    def noting(*arguments: Any) -> Iterator[list[tuple[BlockKey, int]]]:
-        for group in cut(*arguments):
+    def noting(*arguments: Any, **limits: int) -> Iterator[Sequence[tuple[BlockKey, int]]]:
+        for group in cut(*arguments, **limits):
             groups.append(len(group))
             yield group
 
-    monkeypatch.setattr(service_module, "_groups_of", noting)
+    monkeypatch.setattr(service_module, "runs_of", noting)
     limits = {"max_inflight_bytes": 20_000, "max_outflight_bytes": 8000}
     with running_server(local_socket=path, **limits) as server, client_at(path) as client:
         assert server.address
@@ -307,11 +309,11 @@ def test_a_server_with_a_small_window_copies_block_after_block(
 
 
 def test_runs_keep_both_limits() -> None:
-    blocks = places_for(sample_blocks(7, 744))
-    assert [len(run) for run in runs_of(blocks, most_bytes=3000, most_blocks=9)] == [3, 3, 1]
-    assert [len(run) for run in runs_of(blocks, most_bytes=9000, most_blocks=2)] == [2, 2, 2, 1]
-    assert [len(run) for run in runs_of(blocks, most_bytes=1, most_blocks=9)] == [1] * 7
-    assert list(runs_of([], most_bytes=1, most_blocks=1)) == []
+    blocks, size_of = places_for(sample_blocks(7, 744)), attrgetter("num_bytes")
+    assert [len(run) for run in runs_of(blocks, size_of, most_bytes=3000, most_items=9)] == [3, 3, 1]
+    assert [len(run) for run in runs_of(blocks, size_of, most_bytes=9000, most_items=2)] == [2, 2, 2, 1]
+    assert [len(run) for run in runs_of(blocks, size_of, most_bytes=1, most_items=9)] == [1] * 7
+    assert list(runs_of([], size_of, most_bytes=1, most_items=1)) == []
 
 
 @pytest.mark.parametrize("payload_bytes", [256, 200_000, 3 * MIB])

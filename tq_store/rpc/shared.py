@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 
 from tq_store.block import HEADER_BYTES, MAX_BLOCK_BYTES, Buffer
 from tq_store.errors import RpcDenied, RpcError, RpcOverLimit, RpcTimeout, RpcUnavailable
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
-from tq_store.placed import PlacedBlock, runs_of
+from tq_store.placed import PlacedBlock
 from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.segment import Segment, SegmentPool
+from tq_store.runs import runs_of
 
 _KEYS_PER_CALL = 256
 
@@ -95,7 +97,8 @@ class SharedRoad:
         with self._segments.lend(attempts.remaining_s) as segment:
             if segment is None:
                 return outcomes
-            for run in runs_of(blocks, most_bytes=segment.num_bytes, most_blocks=MAX_KEYS):
+            size_of = attrgetter("num_bytes")
+            for run in runs_of(blocks, size_of, most_bytes=segment.num_bytes, most_items=MAX_KEYS):
                 if run[0].num_bytes > segment.num_bytes:
                     break
                 pieces: list[Buffer] = []

@@ -4,9 +4,10 @@ import importlib.metadata
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+from tq_store.runs import runs_of
 from tq_store.server.calls import CALL
 from tq_store.server.gate import CallGate, Context
 from tq_store.server.metrics import Metrics
@@ -213,7 +215,7 @@ class BlockStoreService:
         outcomes: list[PutOutcome] = []
         offset = 0
         most_bytes = min(_MOST_COPIED_BYTES, self._inward.limit_bytes // _COPIES_IN_WINDOW)
-        for group in _groups_of(blocks, most_bytes):
+        for group in runs_of(blocks, itemgetter(1), most_bytes=most_bytes):
             held_bytes = sum(num_bytes for _, num_bytes in group)
             await self._inward.take(held_bytes)
             try:
@@ -238,22 +240,6 @@ class BlockStoreService:
     def _find_segment(self, handle: bytes) -> Segment:
         assert self._segments is not None, "the methods are served only with segments"
         return self._segments.find(handle)
-
-
-def _groups_of(
-    blocks: Sequence[tuple[BlockKey, int]], most_bytes: int
-) -> Iterator[list[tuple[BlockKey, int]]]:
-    """Keys and sizes of blocks in order, as many at a time as come to so many bytes; at least one."""
-    group: list[tuple[BlockKey, int]] = []
-    group_bytes = 0
-    for block in blocks:
-        if group and group_bytes + block[1] > most_bytes:
-            yield group
-            group, group_bytes = [], 0
-        group.append(block)
-        group_bytes += block[1]
-    if group:
-        yield group
 
 
 async def _inspect_tier(tier: Backend, key: BlockKey, verify: Verify) -> convert.TierCopy:
