@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from tq_connectors.vllm.engine_pages import EnginePages, token_slots
+from tq_kernels.cache_layers import dequantize_layers, quantize_layers
 from tq_kernels.layout import PageLayout
 from tq_store.errors import ConfigError
 
@@ -92,14 +93,18 @@ class QuantizedChunks:
     def save(self, blocks: torch.Tensor, cells: torch.Tensor) -> None:
         """Quantize blocks into cells."""
         slots = token_slots(blocks.clamp(min=0), self._pages.shape.block_tokens)
-        pages, page_slots = self._pages_by_layer(cells), self._slots[: len(slots)]
-        self._pages.save(slots, pages, page_slots, self._layout, self._balance)
+        cache, sources = self._pages.reading(slots)
+        page_slots, pages = self._slots[: len(slots)], self._pages_by_layer(cells)
+        quantize_layers(cache, sources, page_slots, pages, self._layout, key_balance=self._balance)
 
     def load(self, cells: torch.Tensor, blocks: torch.Tensor) -> None:
         """Dequantize cells into blocks."""
         indices = self._page_indices[: len(cells) * self._pages_per_chunk]
         slots = token_slots(blocks, self._pages.shape.block_tokens)
-        self._pages.load(self._pages_by_layer(cells), indices, slots, self._layout, self._balance)
+        with self._pages.writing(slots) as (cache, targets):
+            dequantize_layers(
+                self._pages_by_layer(cells), indices, cache, targets, self._layout, key_balance=self._balance
+            )
 
     def _pages_by_layer(self, cells: torch.Tensor) -> torch.Tensor:
         """Pages of all cells from each layer's first on, so that slots and indices serve every layer."""

@@ -1,13 +1,13 @@
 """Where keys and values lie in the pages of an engine that keeps them in bf16 or fp16."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from tq_kernels.cache_layers import cache_layers, dequantize_layers, quantize_layers
-from tq_kernels.layout import PageLayout
+from tq_kernels.cache_layers import CacheLayers, cache_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +26,9 @@ class BlockShape:
 
 
 class EnginePages(ABC):
-    """Blocks of one group of an engine's layers, read and written by the slots of their tokens.
+    """Blocks of one group of an engine's layers, as caches that kernels read and write by tokens' slots.
 
-    A slot is block * block_tokens + offset. Pages of all layers are ``[num_layers, num_pages, page_bytes]``
-    uint8; a balance is ``[num_layers, num_kv_heads, head_dim]`` float32, or None.
+    A slot is block * block_tokens + offset.
 
     Args:
         layers: Views of each layer, a block a row, as a subclass needs them.
@@ -50,42 +49,19 @@ class EnginePages(ABC):
         return self._layers[0].device
 
     @abstractmethod
-    def save(
-        self,
-        slots: torch.Tensor,
-        pages: torch.Tensor,
-        page_slots: torch.Tensor,
-        layout: PageLayout,
-        key_balance: torch.Tensor | None,
-    ) -> None:
-        """Pack tokens of all layers.
+    def reading(self, slots: torch.Tensor) -> tuple[CacheLayers, torch.Tensor]:
+        """Caches that hold tokens of whole blocks, and ``[num_tokens]`` int64 their slots there.
 
         Args:
-            slots: ``[num_tokens]`` int64 of whole blocks.
-            pages: Written.
-            page_slots: ``[num_tokens]`` int64 page * page_tokens + offset of each token in every layer.
-            layout: Of the pages.
-            key_balance: With which to make them.
+            slots: ``[num_tokens]`` int64.
         """
 
     @abstractmethod
-    def load(
-        self,
-        pages: torch.Tensor,
-        page_indices: torch.Tensor,
-        slots: torch.Tensor,
-        layout: PageLayout,
-        key_balance: torch.Tensor | None,
-    ) -> None:
-        """Fill blocks of all layers with what packed pages stand for.
+    def writing(self, slots: torch.Tensor) -> AbstractContextManager[tuple[CacheLayers, torch.Tensor]]:
+        """The same for tokens to be written, but for slots of -1; they are in the blocks at the end.
 
         Args:
-            pages: Of these blocks, and others.
-            page_indices: ``[m]`` int32: the pages of these blocks in every layer, in token order.
-            slots: ``[m * page_tokens]`` int64 of whole blocks: where each token of these pages goes, or -1 to
-                leave it out.
-            layout: Of the pages.
-            key_balance: With which they were made.
+            slots: ``[num_tokens]`` int64 of whole blocks, or -1 for all tokens of one.
         """
 
 
@@ -107,27 +83,13 @@ class StridedPages(EnginePages):
         sides = [view.split(shape.head_dim, dim=-1) for view in self._layers]
         self._cache = cache_layers([keys for keys, _ in sides], [values for _, values in sides])
 
-    def save(
-        self,
-        slots: torch.Tensor,
-        pages: torch.Tensor,
-        page_slots: torch.Tensor,
-        layout: PageLayout,
-        key_balance: torch.Tensor | None,
-    ) -> None:
-        """Pack tokens of all layers, in one launch."""
-        quantize_layers(self._cache, slots, page_slots, pages, layout, key_balance=key_balance)
+    def reading(self, slots: torch.Tensor) -> tuple[CacheLayers, torch.Tensor]:
+        """The blocks themselves."""
+        return self._cache, slots
 
-    def load(
-        self,
-        pages: torch.Tensor,
-        page_indices: torch.Tensor,
-        slots: torch.Tensor,
-        layout: PageLayout,
-        key_balance: torch.Tensor | None,
-    ) -> None:
-        """Fill blocks of all layers, in one launch."""
-        dequantize_layers(pages, page_indices, self._cache, slots, layout, key_balance=key_balance)
+    def writing(self, slots: torch.Tensor) -> AbstractContextManager[tuple[CacheLayers, torch.Tensor]]:
+        """The blocks themselves."""
+        return nullcontext((self._cache, slots))
 
 
 class PermutedPages(EnginePages):
@@ -152,15 +114,8 @@ class PermutedPages(EnginePages):
         self._orders = (key_order, value_order)
         self._places = tuple(order.argsort() for order in self._orders)
 
-    def save(
-        self,
-        slots: torch.Tensor,
-        pages: torch.Tensor,
-        page_slots: torch.Tensor,
-        layout: PageLayout,
-        key_balance: torch.Tensor | None,
-    ) -> None:
-        """Pack tokens of all layers, by way of plain rows."""
+    def reading(self, slots: torch.Tensor) -> tuple[CacheLayers, torch.Tensor]:
+        """Plain rows that these tokens are copied to."""
         tokens, head_dim = self.shape.block_tokens, self.shape.head_dim
         raw = [layer[slots[::tokens] // tokens] for layer in self._layers]
         sides = [
@@ -170,35 +125,24 @@ class PermutedPages(EnginePages):
             ]
             for side, places in enumerate(self._places)
         ]
-        every_row = torch.arange(len(slots), device=self.device)
-        rows = cache_layers(*sides)
-        quantize_layers(rows, every_row, page_slots, pages, layout, key_balance=key_balance)
+        return cache_layers(*sides), torch.arange(len(slots), device=self.device)
 
-    def load(
-        self,
-        pages: torch.Tensor,
-        page_indices: torch.Tensor,
-        slots: torch.Tensor,
-        layout: PageLayout,
-        key_balance: torch.Tensor | None,
-    ) -> None:
-        """Fill blocks of all layers, by way of plain rows."""
+    @contextmanager
+    def writing(self, slots: torch.Tensor) -> Iterator[tuple[CacheLayers, torch.Tensor]]:
+        """Plain rows that are copied to the blocks."""
         tokens = self.shape.block_tokens
-        shape = (len(page_indices), layout.page_tokens, layout.num_kv_heads, layout.head_dim)
+        shape = (len(slots) // tokens, tokens, self.shape.num_kv_heads, self.shape.head_dim)
         rows = [
             [torch.empty(shape, dtype=self.shape.dtype, device=self.device) for _ in self._layers]
             for _ in range(2)
         ]
-        every_row = torch.arange(shape[0] * shape[1], device=self.device)
-        dequantize_layers(
-            pages, page_indices, cache_layers(*rows), every_row, layout, key_balance=key_balance
-        )
+        yield cache_layers(*rows), torch.arange(len(slots), device=self.device)
         firsts = slots[::tokens]
         wanted = firsts >= 0
         blocks = firsts[wanted] // tokens
         for side, (of_layers, order) in enumerate(zip(rows, self._orders, strict=True)):
             for layer, numbers in zip(self._layers, of_layers, strict=True):
-                by_block = numbers.view(len(firsts), tokens, *shape[2:])[wanted].transpose(1, 2)
+                by_block = numbers[wanted].transpose(1, 2)
                 layer[blocks, :, side] = by_block.flatten(2)[..., order]
 
 
