@@ -2,6 +2,9 @@
 
 import logging
 import time
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
 
 import torch
 
@@ -14,6 +17,7 @@ from tq_kernels.layout import PageLayout
 from tq_kernels.step import prepare_step
 
 logger = logging.getLogger(__name__)
+_Given = ParamSpec("_Given")
 
 _WRITTEN_TOKENS = (640, 16)
 """A launch of many tokens and one of few, which are different kernels."""
@@ -23,6 +27,25 @@ _MANY_CHUNKS = 48
 """Short chunks that fill a device, so that no prefix is cut."""
 
 
+def _told(launch: Callable[_Given, None]) -> Callable[_Given, None]:
+    """Say how long it took, or why it failed, which is no failure of the engine's."""
+
+    @wraps(launch)
+    def told(*arguments: _Given.args, **named: _Given.kwargs) -> None:
+        started = time.monotonic()
+        try:
+            launch(*arguments, **named)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+        except Exception:
+            logger.warning("tq-store: kernels could not be compiled before the first request", exc_info=True)
+        else:
+            logger.info("tq-store: kernels are compiled, in %.1f s", time.monotonic() - started)
+
+    return told
+
+
+@_told
 def compile_kernels(
     attention: PagedAttention,
     *,
@@ -47,26 +70,6 @@ def compile_kernels(
         dense: Its attention for the inflater.
         workspace: The engine's for `PagedAttention.extend`.
     """
-    started = time.monotonic()
-    try:
-        _launch_all(attention, num_query_heads, dtype, device, inflater, dense, workspace)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception:
-        logger.warning("tq-store: kernels could not be compiled before the first request", exc_info=True)
-        return
-    logger.info("tq-store: kernels are compiled, in %.1f s", time.monotonic() - started)
-
-
-def _launch_all(
-    attention: PagedAttention,
-    num_query_heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    inflater: Inflater | None,
-    dense: DenseAttention | None,
-    workspace: ExtendWorkspace | None,
-) -> None:
     layout = attention.layout
     page_tokens = layout.page_tokens
     num_tokens = max(_WRITTEN_TOKENS)
