@@ -14,3 +14,10 @@ def circumstances() -> dict[str, str]:
         "python": platform.python_version(),
         "commit": subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip(),  # noqa: S603
     }
+
+
+def device_name() -> str:
+    """The GPU, or ``cpu``."""
+    import torch  # takes seconds, and most measurements have no use for it
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

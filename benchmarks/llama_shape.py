@@ -1,5 +1,6 @@
-"""The model that engines are timed on: Llama-3.1-8B with fewer layers, for weights that mean nothing."""
+"""What engines are timed on: Llama-3.1-8B with fewer layers and weights that mean nothing, and prompts."""
 
+import random
 from typing import Any
 
 
@@ -26,3 +27,9 @@ def model_config(layers: int) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
     }
+
+
+def prompts_of(number: int, length: int, seed: int) -> list[list[int]]:
+    """Prompts of so many tokens that share nothing."""
+    numbers = random.Random(seed)
+    return [[numbers.randrange(10, 31000) for _ in range(length)] for _ in range(number)]

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.circumstances import circumstances
-from benchmarks.llama_shape import model_config
+from benchmarks.circumstances import circumstances, device_name
+from benchmarks.llama_shape import model_config, prompts_of
 from benchmarks.plugins import plugin_path
 
 ROOT = Path(__file__).parents[1]
@@ -67,15 +67,9 @@ def engine_arguments(case: str, model: Path, context: int, more: dict[str, Any])
     return arguments | ({"attention_backend": backend} if backend else {}) | more
 
 
-def prompts(number: int, length: int, seed: int) -> list[list[int]]:
-    """Prompts that share nothing."""
-    generator = random.Random(seed)
-    return [[generator.randrange(10, 31000) for _ in range(length)] for _ in range(number)]
-
-
 def measure_shape(engine: Any, number: int, length: int) -> Row:
     """Times of a batch: prefill, a prefix hit and decode."""
-    inputs, seconds, cached = prompts(number, length, seed=number * length), {}, []
+    inputs, seconds, cached = prompts_of(number, length, seed=number * length), {}, []
     for name, tokens in (("cold", 1), ("hit", 1), ("short", _SHORT), ("long", _LONG)):
         start = time.perf_counter()
         answers = engine.generate(input_ids=inputs, sampling_params=_sampling(tokens))
@@ -98,7 +92,7 @@ def measure_mix(engine: Any, at_once: int, requests: int) -> Row:
     """Throughput of requests of 512 to 8192 tokens with answers of 128 to 512, so many at a time."""
     generator = random.Random(at_once)
     sizes = [(generator.randrange(512, 8193), generator.randrange(128, 513)) for _ in range(requests)]
-    inputs = [prompts(1, length, seed=10_000 + i)[0] for i, (length, _) in enumerate(sizes)]
+    inputs = [prompts_of(1, length, seed=10_000 + i)[0] for i, (length, _) in enumerate(sizes)]
     engine.flush_cache()
     first: list[float] = []
     per_token: list[float] = []
@@ -158,12 +152,12 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
             "layers": parsed.layers,
             "pool_tokens": pool_tokens,
             "sglang": sglang.__version__,
-            "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+            "device": device_name(),
             "torch": torch.__version__,
             "commit": commit(),
         }
         # kernels are compiled on the way
-        engine.generate(input_ids=prompts(8, 600, seed=1), sampling_params=_sampling(20))
+        engine.generate(input_ids=prompts_of(8, 600, seed=1), sampling_params=_sampling(20))
         for number, length in ((8, 600), (1, 1000), (2, 12000)):
             if length <= longest:
                 measure_shape(engine, number, length)

@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import sglang_gpu
-from benchmarks.llama_shape import model_config
-from benchmarks.sglang_gpu import RESULTS, Row, engine_arguments, prompts
+from benchmarks.circumstances import device_name
+from benchmarks.llama_shape import model_config, prompts_of
+from benchmarks.sglang_gpu import RESULTS, Row, engine_arguments
+from benchmarks.store_processes import TqStore
 
 CASES = ("auto/fa3:none", "auto/fa3:tq4", "tq4:tq4")
 PAGE_TOKENS = 64
@@ -87,7 +89,7 @@ def wait_until_saved(client: Any, num_blocks: int) -> Any:
 
 def measure(engine: Any, client: Any, length: int, number: int) -> tuple[dict[str, float], Row]:
     """Medians of the time to first token, computed and restored, and the bytes of a page in the store."""
-    inputs = prompts(number, length, seed=length)
+    inputs = prompts_of(number, length, seed=length)
     pages = (length - 1) // PAGE_TOKENS
     times: dict[str, list[float]] = {"recompute": [], "storage": []}
     for tokens in inputs:
@@ -127,7 +129,7 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
         arguments = engine_arguments(engine_case, model, parsed.context + 1024, more | parsed.engine)
         engine = sglang.Engine(**arguments)
         for length in (parsed.context, parsed.context):  # kernels are compiled on the way
-            first_token_ms(engine, prompts(1, length, seed=1)[0])
+            first_token_ms(engine, prompts_of(1, length, seed=1)[0])
         flush(engine)
         client.purge(None)
         medians, pages = measure(engine, client, parsed.context, parsed.prompts)
@@ -149,7 +151,7 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
                 "layers": parsed.layers,
                 "pool_tokens": engine.get_server_info()["max_total_num_tokens"],
                 "sglang": sglang.__version__,
-                "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+                "device": device_name(),
                 "torch": torch.__version__,
                 "commit": sglang_gpu.commit(),
             }
@@ -185,25 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found_by = {"PYTHONPATH": sglang_gpu.plugin_path(Path(folder))}
         environment = sglang_gpu.ENVIRONMENT | os.environ | found_by
-        address = f"unix:{folder}/store"
-        serve = [sys.executable, "-m", "tq_store", "serve", "--listen", address]
-        serve += ["--memory-budget", parsed.memory, "--max-inflight", "1GiB", "--max-outflight", "1GiB"]
-        server = subprocess.Popen(serve, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603
-        try:
-            if server.stdout is None or not server.stdout.readline():
-                print("the server did not start")
-                return 1
+        options = ["--memory-budget", parsed.memory, "--max-inflight", "1GiB", "--max-outflight", "1GiB"]
+        with TqStore(Path(folder), *options) as server:
             for case in parsed.cases:
                 command = [sys.executable, "-m", "benchmarks.sglang_hicache_gpu", *own]
-                command += ["--in-process", case, "--address", address]
+                command += ["--in-process", case, "--address", server.local_address]
                 try:
                     done = subprocess.run(command, env=environment, timeout=parsed.timeout).returncode == 0  # noqa: S603
                 except subprocess.TimeoutExpired:
                     done = False
                 failed += [] if done else [case]
-        finally:
-            server.terminate()
-            server.wait()
     if failed:
         print(f"failed: {', '.join(failed)}")
     return int(bool(failed))

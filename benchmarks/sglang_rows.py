@@ -18,6 +18,8 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
+from benchmarks.circumstances import device_name
+
 PAGE, HEADS = 64, 8
 ROWS = {
     "tq4": 1088,
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     about = {
         "sglang": sglang.__version__,
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "device": device_name(),
         "tokens": parsed.tokens,
         "layers": parsed.layers,
     }

@@ -16,7 +16,8 @@ from typing import Any, Self
 from benchmarks.store_load import Command
 
 ROOT = Path(__file__).parents[1]
-_ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
+_PATH = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+_ENVIRONMENT = dict(os.environ, PYTHONPATH=os.pathsep.join(_PATH))
 _START_S = 20.0
 _AHEAD_S = 0.2
 """How far ahead a start is agreed on; clients that connect more slowly start late, and end late too."""

@@ -17,7 +17,6 @@ with VLLM_ENABLE_V1_MULTIPROCESSING=0. Nothing of ours need be installed. Before
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llama_shape import model_config
+from benchmarks.circumstances import circumstances, device_name
+from benchmarks.llama_shape import model_config, prompts_of
 from benchmarks.plugins import plugin_path
 
 ROOT = Path(__file__).parents[1]
@@ -111,16 +111,8 @@ class Engine:
         return first - started, time.perf_counter() - first, answers
 
 
-def prompts_of(number: int, length: int, seed: int) -> list[list[int]]:
-    """Prompts that share nothing."""
-    numbers = random.Random(seed)
-    return [[numbers.randrange(10, 31000) for _ in range(length)] for _ in range(number)]
-
-
 def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]:
     """The rows of a dtype."""
-    import torch
-
     longest = max(context for _, context in options.shapes)
     more: dict[str, Any] = {"enforce_eager": True}
     if options.graphs:
@@ -140,7 +132,7 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
         "mode": _mode(options, dtype),
         "pool_tokens": engine.pool_tokens,
         "vllm": engine.version,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device_name(),
         "commit": options.commit,
     }
     engine.run(prompts_of(2, 300, 99), 4)
@@ -223,10 +215,7 @@ def main() -> None:
     parser.add_argument("--commit", help="what to write down where this is no git checkout")
     parser.add_argument("--one", choices=("check", "measure"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.commit:
-        from benchmarks.circumstances import circumstances
-
-        options.commit = circumstances()["commit"]
+    options.commit = options.commit or circumstances()["commit"]
     if not options.one:
         for dtype in options.dtypes:
             is_ours = dtype not in ("auto", "fp8") and not dtype.startswith("turboquant")

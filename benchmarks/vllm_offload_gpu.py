@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -33,9 +32,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.circumstances import circumstances
-from benchmarks.llama_shape import model_config
-from benchmarks.plugins import plugin_path
+from benchmarks.circumstances import circumstances, device_name
+from benchmarks.llama_shape import model_config, prompts_of
+from benchmarks.shaped_link import shaped_process
+from benchmarks.store_processes import TqStore
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
@@ -166,12 +166,6 @@ def _yield_when_idle(core: Any) -> None:
     core.post_step = post_step
 
 
-def prompts_of(number: int, length: int, seed: int) -> list[list[int]]:
-    """Prompts that share nothing."""
-    numbers = random.Random(seed)
-    return [[numbers.randrange(10, 31000) for _ in range(length)] for _ in range(number)]
-
-
 def measure(
     options: argparse.Namespace, case: str, address: str | None, model: str
 ) -> Iterator[dict[str, Any]]:
@@ -183,7 +177,7 @@ def measure(
         "mode": case,
         "pool_tokens": engine.pool_tokens,
         "vllm": engine.version,
-        "device": _device(),
+        "device": device_name(),
         "commit": options.commit,
     }
     if "decode" in options.parts:
@@ -240,39 +234,20 @@ def found_prefix(options: argparse.Namespace, case: str, engine: Engine) -> dict
     }
 
 
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
 @contextmanager
 def serving(case: str, host_gib: int) -> Iterator[str | None]:
     """The address of a server of its own for a case that needs one, behind a link where the case has one."""
     if not case.startswith("store"):
         yield None
         return
-    from benchmarks.shaped_link import shaped_process
-
-    command = [sys.executable, "-m", "tq_store", "serve", "--listen", "127.0.0.1:0", "--metrics-port", "0"]
-    command += ["--memory-budget", f"{host_gib}GiB"]
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPATH": plugin_path(Path(folder))}
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603
-        line = server.stdout.readline() if server.stdout else ""
-    try:
-        found = re.search(r"127\.0\.0\.1:(\d+)", line)
-        if not found:
-            raise SystemExit("no server: it needs what the docstring names")
+    options = ["--metrics-port", "0", "--memory-budget", f"{host_gib}GiB"]
+    with tempfile.TemporaryDirectory() as folder, TqStore(Path(folder), *options) as server:
         gbit = case.partition("@")[2]
         if gbit:
-            with shaped_process(int(found[1]), float(gbit)) as link:
+            with shaped_process(int(server.address.rpartition(":")[2]), float(gbit)) as link:
                 yield link
         else:
-            yield found[0]
-    finally:
-        server.kill()
-        server.wait()
+            yield server.address
 
 
 def main() -> None:

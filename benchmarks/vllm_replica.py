@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from benchmarks.circumstances import device_name
 from benchmarks.llama_shape import model_config
 from benchmarks.vllm_offload_gpu import Engine, transfer_config
 from tq_store.client import StoreClient
@@ -33,14 +34,12 @@ class Served:
 
     def about(self) -> dict[str, Any]:
         """What is the same in all rows."""
-        import torch
-
         shape = model_config(self._options.layers)
         return {
             "kv_cache_dtype": self._dtype,
             "pool_tokens": self._engine.pool_tokens,
             "vllm": self._engine.version,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": device_name(),
             "bf16_token_bytes": 4 * self._options.layers * shape["num_key_value_heads"] * shape["head_dim"],
         }
 

@@ -23,25 +23,26 @@ vLLM and the packages of `tq-store[server]` must be importable.
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import circumstances
-from benchmarks.llama_shape import model_config
+from benchmarks.llama_shape import model_config, prompts_of
 from benchmarks.plugins import plugin_path
-from benchmarks.vllm_offload_gpu import ENVIRONMENT, RESULTS, ROOT, prompts_of
+from benchmarks.store_processes import TqStore
+from benchmarks.vllm_offload_gpu import ENVIRONMENT, RESULTS, ROOT
 
 CASES = ("auto:none", "auto:tq4", "tq4")
 _CHUNK_TOKENS = 256
 _ANSWER = 8
+_IN_FLIGHT = ("--metrics-port", "0", "--max-inflight", "1GiB", "--max-outflight", "1GiB")
 
 Row = dict[str, Any]
 
@@ -98,25 +99,6 @@ class Replica:
             self._process.wait()
 
 
-@contextmanager
-def serving(memory: str) -> Iterator[str]:
-    """The address of a server for replicas on this host."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tq_store", "serve", "--listen", f"unix:{folder}/store"]
-        command += ["--memory-budget", memory, "--max-inflight", "1GiB", "--max-outflight", "1GiB"]
-        entry_points = Path(folder, "about")
-        entry_points.mkdir()
-        environment = os.environ | {"PYTHONPATH": plugin_path(entry_points)}
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603
-        try:
-            if server.stdout is None or not re.search("unix:", server.stdout.readline()):
-                raise SystemExit("no server: it needs what the docstring names")
-            yield f"unix:{folder}/store"
-        finally:
-            server.terminate()
-            server.wait()
-
-
 def measure(options: argparse.Namespace, case: str) -> Iterator[Row]:
     """The rows of a case."""
     with ExitStack() as stack:
@@ -125,10 +107,10 @@ def measure(options: argparse.Namespace, case: str) -> Iterator[Row]:
         entry_points = folder / "about"
         entry_points.mkdir()
         path = plugin_path(entry_points)
-        address = stack.enter_context(serving(options.server_memory))
+        store = stack.enter_context(TqStore(folder, "--memory-budget", options.server_memory, *_IN_FLIGHT))
         replicas = []
         for number in range(options.replicas):
-            written = {**vars(options), "case": case, "address": address, "folder": str(folder)}
+            written = {**vars(options), "case": case, "address": store.local_address, "folder": str(folder)}
             arguments = [json.dumps(written, default=str)]
             environment = {"CUDA_VISIBLE_DEVICES": str(number), "PYTHONPATH": path}
             replica = Replica(arguments, environment, folder / f"replica-{number}.log")
