@@ -7,12 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.plugins import plugin_path
 from benchmarks.store_load import Command
 
 ROOT = Path(__file__).parents[1]
@@ -86,19 +88,22 @@ class TqStore:
         path = directory / "tq.sock"
         self.local_address = f"unix:{path}"
         command = [sys.executable, "-m", "tq_store", "serve", "--listen", "127.0.0.1:0"]
-        self._process = subprocess.Popen(  # noqa: S603 - our own server
-            [*command, "--local-socket", str(path), *options],
-            cwd=ROOT,
-            env=_ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        said = directory / "tq-store.log"
+        with said.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603 - our own server
+                [*command, "--local-socket", str(path), *options],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": plugin_path(Path(tempfile.mkdtemp(dir=directory)))},
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if "serves on " not in line:
             self.__exit__()
-            raise BenchmarkError(f"tq-store did not start; try: {' '.join([*command, *options])}")
+            why = said.read_text(errors="replace").strip().splitlines()[-1:] or [line.strip()]
+            raise BenchmarkError(f"tq-store did not start: {why[0]}; try: {' '.join([*command, *options])}")
         self.address = line.split("serves on ")[1].split(",")[0].strip()
 
     def cpu_s(self) -> float:
