@@ -85,7 +85,8 @@ class ChunkMover:
         shape = (self._chunks_at_once, self._cell_bytes)
         self._buffers = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2)]
         self._streams = streams_of(device)
-        self._free = [self._streams.event(), self._streams.event()]
+        # memory that the engine's work may still use until it has come here
+        self._free = [self._streams.engine_event(), self._streams.engine_event()]
         self._jobs: dict[int, _Job] = {}
         self._pool = (
             ThreadPoolExecutor(1, thread_name_prefix=f"tq-{'save' if is_save else 'load'}")
@@ -98,7 +99,11 @@ class ChunkMover:
         return self._streams.engine_event()
 
     def submit(self, jobs: Mapping[int, Sequence[Chunk]], ready: Event) -> None:
-        """Move the chunks of jobs as soon as `ready` has happened; together they are done, or fail."""
+        """Move the chunks of jobs; together they are done, or fail.
+
+        The engine's blocks are neither read nor written before `ready` has happened. Cells of a load are read
+        at once.
+        """
         chunks = [chunk for of_job in jobs.values() for chunk in of_job]
         if self._pool is not None:
             given = self._pool.submit(self._move, chunks, ready)
@@ -140,13 +145,14 @@ class ChunkMover:
 
     def _save(self, chunks: Sequence[Chunk], ready: Event) -> Event:
         def quantize(part: Sequence[Chunk], cells: torch.Tensor) -> None:
+            ready.wait()
             self._codecs[part[0].group].save(self._blocks_of(part), cells)
 
         def copy(part: Sequence[Chunk], cells: torch.Tensor) -> None:
             for start, rows in _runs(part):
                 rows.copy_(cells[start : start + len(rows)], non_blocking=True)
 
-        return self._pipeline(chunks, ready, self._streams.compute, quantize, self._streams.copy, copy)
+        return self._pipeline(chunks, self._streams.compute, quantize, self._streams.copy, copy)
 
     def _load(self, chunks: Sequence[Chunk], ready: Event) -> Event:
         def copy(part: Sequence[Chunk], cells: torch.Tensor) -> None:
@@ -154,14 +160,14 @@ class ChunkMover:
                 cells[start : start + len(rows)].copy_(rows, non_blocking=True)
 
         def dequantize(part: Sequence[Chunk], cells: torch.Tensor) -> None:
+            ready.wait()
             self._codecs[part[0].group].load(cells, self._blocks_of(part))
 
-        return self._pipeline(chunks, ready, self._streams.copy, copy, self._streams.compute, dequantize)
+        return self._pipeline(chunks, self._streams.copy, copy, self._streams.compute, dequantize)
 
     def _pipeline(
         self,
         chunks: Sequence[Chunk],
-        ready: Event,
         first: Callable[[], AbstractContextManager[object]],
         fill: Callable[[Sequence[Chunk], torch.Tensor], None],
         second: Callable[[], AbstractContextManager[object]],
@@ -172,12 +178,10 @@ class ChunkMover:
             cells, free = self._buffers[turn][: len(part)], self._free[turn]
             filled = self._streams.event()
             with first():
-                ready.wait()
                 free.wait()
                 fill(part, cells)
                 filled.record()
             with second():
-                ready.wait()
                 filled.wait()
                 drain(part, cells)
                 free.record()

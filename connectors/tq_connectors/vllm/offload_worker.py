@@ -58,7 +58,7 @@ class TQOffloadingWorker(OffloadingWorker):
     def submit_load(
         self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
     ) -> bool:
-        """Load blocks once the engine's device has done what it was given so far."""
+        """Load blocks: over the bus at once, into them when the device has done what it was given so far."""
         self._loads.submit({job_id: list(self._chunks(dst_spec, src_spec))}, self._loads.fence())
         return True
 

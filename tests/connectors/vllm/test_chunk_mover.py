@@ -1,10 +1,13 @@
 """Chunks from an engine's blocks to cells and back, on the CPU through the reference ops."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from connectors.vllm.rows_of import page_layout, random_cache
+from store.running_server import wait_until
 
 from tq_connectors.vllm.chunk_codec import CopiedChunks, QuantizedChunks
 from tq_connectors.vllm.chunk_mover import Chunk, ChunkMover, chunks_at_once
@@ -220,6 +223,109 @@ def test_a_device_with_streams_is_given_everything_at_once(monkeypatch, caplog):
     mover.wait({2})
     assert [moved.success for moved in mover.take_finished()] == [False]
     assert "moving chunks" in caplog.text
+    mover.close()
+
+
+class Step:
+    """Work of the engine's in flight, for which threads wait."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+
+    def wait(self) -> None:
+        assert self.may_end.wait(10)
+
+
+def test_cells_are_copied_beside_the_step_in_flight_and_blocks_are_written_after_it():
+    codec = CopiedChunks(layers(1), blocks_per_chunk=1)
+    (layer,) = codec._layers
+    before, cell, step = layer.clone(), layer[3].clone(), Step()
+    mover = ChunkMover([codec], staging_bytes=codec.cell_bytes, is_save=False)
+    mover._buffers[0].zero_()
+    mover.submit({1: [Chunk(0, cell, [9])]}, step)
+    wait_until(lambda: torch.equal(mover._buffers[0][0], cell))
+    assert torch.equal(layer, before)
+    step.may_end.set()
+    mover.wait({1})
+    assert torch.equal(layer[9], before[3])
+    mover.close()
+
+
+class Point:
+    """An event: what has happened for certain when it has."""
+
+    def __init__(self, device: "Queued", before: frozenset[str] = frozenset()) -> None:
+        self.device, self.before = device, before
+
+    def record(self) -> None:
+        self.before = self.device.did()
+
+    def wait(self) -> None:
+        self.device.before[self.device.stream] |= self.before
+
+    def has_happened(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Queued:
+    """A device that knows what each of its streams has waited for or done."""
+
+    calls_take_time = False
+
+    def __init__(self) -> None:
+        self.before: dict[str, frozenset[str]] = {"compute": frozenset(), "copy": frozenset()}
+        self.steps: dict[str, list[frozenset[str]]] = {"compute": [], "copy": []}
+        self.stream = ""
+
+    def did(self) -> frozenset[str]:
+        """A step of the stream is over; what has happened by then."""
+        steps = self.steps[self.stream]
+        self.before[self.stream] |= {f"{self.stream} {len(steps)}"}
+        steps.append(self.before[self.stream])
+        return steps[-1]
+
+    @contextmanager
+    def _on(self, stream: str) -> Iterator[None]:
+        self.stream = stream
+        yield
+        self.stream = ""
+
+    def compute(self) -> AbstractContextManager[None]:
+        return self._on("compute")
+
+    def copy(self) -> AbstractContextManager[None]:
+        return self._on("copy")
+
+    def event(self) -> Point:
+        return Point(self)
+
+    def engine_event(self) -> Point:
+        return Point(self, frozenset({"memory is free"}))
+
+    def to_device(self, numbers: torch.Tensor) -> torch.Tensor:
+        return numbers
+
+
+@pytest.mark.parametrize("is_save", [True, False])
+def test_what_waits_for_what(monkeypatch, is_save):
+    device = Queued()
+    monkeypatch.setattr("tq_connectors.vllm.chunk_mover.streams_of", lambda _: device)
+    codec = CopiedChunks(layers(1), blocks_per_chunk=1)
+    mover = ChunkMover([codec], staging_bytes=codec.cell_bytes, is_save=is_save)
+    cells = torch.zeros(4, codec.cell_bytes, dtype=torch.uint8)
+    step = Point(device, frozenset({"step is over"}))
+    mover.submit({1: [Chunk(0, cell, [block]) for block, cell in enumerate(cells, 1)]}, step)
+    fill, drain = ("compute", "copy") if is_save else ("copy", "compute")
+    filled, drained = device.steps[fill], device.steps[drain][: len(cells)]
+    assert len(filled) == len(drained) == len(cells)
+    assert all("memory is free" in before for before in filled)
+    assert all(f"{fill} {turn}" in before for turn, before in enumerate(drained))
+    assert all(f"{drain} {turn}" in before for turn, before in enumerate(filled[2:]))  # a buffer is free
+    assert all("step is over" in before for before in device.steps["compute"])
+    assert is_save or "step is over" not in device.steps["copy"][0] | device.steps["copy"][1]
     mover.close()
 
 
