@@ -75,7 +75,12 @@ class Engine:
         pages = torch.randperm(max_seqs * pages_each, generator=generator).view(max_seqs, pages_each) + 1
         slots = pages[..., None] * page_size + torch.arange(page_size)
         self.req_to_token = slots.flatten(1).to(device, torch.int32)
+        self.layers = torch.nn.ModuleList(
+            RadixAttention(query_heads, head_dim, head_dim**-0.5, kv_heads, number)
+            for number in range(LAYERS)
+        )
         runner = SimpleNamespace(
+            model=self.layers,
             token_to_kv_pool=self.pool,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token, size=max_seqs),
             model_config=SimpleNamespace(
@@ -89,10 +94,6 @@ class Engine:
         )
         with get_parallel().override(attn_tp_size=1, attn_tp_rank=0):
             self.backend = TurboQuantBackend(runner)
-        self.layers = [
-            RadixAttention(query_heads, head_dim, head_dim**-0.5, kv_heads, number)
-            for number in range(LAYERS)
-        ]
         shape = (LAYERS, max_seqs, max_tokens)
         # keys have a mean and tokens that stand out, as those of models do
         self.keys = torch.randn(*shape, kv_heads, head_dim, generator=generator).to(device, dtype)

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import torch
 
-from tq_kernels._compiled import launch
 from tq_kernels._dispatch import has_nvidia_assembly
 from tq_kernels._page_shape import page_shape
+from tq_kernels.compiled import launch
 from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.device.decode import attend_split
 from tq_kernels.device.merge import merge_splits

@@ -2,10 +2,10 @@
 
 import torch
 
-from tq_kernels._compiled import launch
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted
 from tq_kernels._launch import cap_log2, channels_at_once, score_factor, whole_rotation
 from tq_kernels._page_shape import page_shape
+from tq_kernels.compiled import launch
 from tq_kernels.device.extend import attend_prefix, attend_raw
 from tq_kernels.extend_plan import ExtendPlan
 from tq_kernels.layout import PageLayout

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import torch
 
-from tq_kernels._compiled import launch
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted
 from tq_kernels._page_shape import page_shape
+from tq_kernels.compiled import launch
 from tq_kernels.device.quantize import quantize_runs
 from tq_kernels.layout import PageLayout
 from tq_kernels.quantize_plan import LaunchPlan

@@ -2,11 +2,11 @@
 
 import torch
 
-from tq_kernels._compiled import launch
 from tq_kernels._dispatch import takes_kernel
 from tq_kernels.cold_layout import LANES, ColdLayout
 from tq_kernels.cold_page import dequantize
 from tq_kernels.cold_sections import OpenSections, read_symbols
+from tq_kernels.compiled import launch
 from tq_kernels.device.read_cold import read_cold_sections
 from tq_kernels.entropy import reading_table
 

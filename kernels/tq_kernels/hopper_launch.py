@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 
 from tq_kernels import hopper
-from tq_kernels._compiled import launch
 from tq_kernels._page_shape import page_shape
 from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
+from tq_kernels.compiled import launch
 from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.device.hopper_append import append_tokens
 from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
@@ -156,6 +156,7 @@ def launch_merge(
         p_out=out,
         p_lse=lse,
         num_kv_heads=layout.num_kv_heads,
+        num_columns=rows * group,
         num_splits=num_splits,
         query_seq_stride=query.stride(0),
         query_row_stride=query.stride(1),
@@ -173,7 +174,6 @@ def launch_merge(
         cap_log2=(softcap or 0.0) * math.log2(math.e),
         window=sliding_window or 0,
         GROUP=group,
-        COLUMNS=rows * group,
         D=head_dim,
         W=num_warps,
         U=min(_SPLITS_AT_ONCE, 1 << (num_splits - 1).bit_length()),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from tq_kernels import reference_step
-from tq_kernels._compiled import launch
 from tq_kernels._dispatch import takes_kernel
 from tq_kernels._guards import check_pages, check_tensor
+from tq_kernels.compiled import launch
 from tq_kernels.layout import PageLayout
 
 MARK_BYTES = 64

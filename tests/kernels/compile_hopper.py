@@ -73,8 +73,8 @@ def _split(name: str, head_dim: int, page_tokens: int, rows: int, group: int) ->
 
 def _columns(head_dim: int) -> list[dict[str, object]]:
     """Launches before and after the split, with everything optional switched on."""
-    shape = {"GROUP": 4, "COLUMNS": 8, "D": head_dim}
-    before = shape | {"PADDED": 8, "R": 4}
+    shape = {"GROUP": 4, "D": head_dim}
+    before = shape | {"COLUMNS": 8, "PADDED": 8, "R": 4}
     after = shape | {"W": 4, "U": 8, "SINKS": 4, "WINDOW": True, "SOFTCAP": True}
     return [
         _report(f"prepare {head_dim}", prepare_columns, before, POINTERS, num_warps=4),

@@ -117,7 +117,7 @@ def test_a_miss_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_what_cannot_start_says_what_to_try(tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match="tq-store did not start: .*memory.*; try: "):
+    with pytest.raises(BenchmarkError, match=r"tq-store did not start: .*memory.*; try: "):
         TqStore(tmp_path, "--memory-budget", "0")
     with pytest.raises(BenchmarkError, match="no such thing"):
         output_of([sys.executable, "-c", "raise SystemExit('no such thing')"])

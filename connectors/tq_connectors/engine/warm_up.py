@@ -1,8 +1,8 @@
-"""compile_kernels: a layer's kernels run once on pages of nobody, so that no request waits for a compiler."""
+"""compile_kernels: layers' kernels run once on pages of nobody, so that no request waits for a compiler."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import ParamSpec
 
@@ -12,6 +12,7 @@ from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.inflate import SMALLEST_CHUNK, DenseAttention, Inflater
 from tq_connectors.engine.short_chunks import LONGEST_CHUNK, ROWS, Chunk, short_chunks
 from tq_connectors.engine.sink_pool import NUM_SINKS, SinkPool
+from tq_kernels.compiled import compile_ahead
 from tq_kernels.extend_attention import ExtendWorkspace
 from tq_kernels.layout import PageLayout
 from tq_kernels.step import prepare_step
@@ -47,8 +48,40 @@ def _told(launch: Callable[_Given, None]) -> Callable[_Given, None]:
 
 @_told
 def compile_kernels(
-    attention: PagedAttention,
+    layers: Iterable[tuple[PagedAttention, DenseAttention | None]],
     *,
+    num_query_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    inflater: Inflater | None,
+    workspace: ExtendWorkspace | None,
+) -> None:
+    """Launch nearly all that steps launch; not decodes of drafts, nor merges of every size of a long chunk.
+
+    All is compiled at once, then launched. What fails here is said and left to the request that needs it. The
+    engine's random numbers stay as they are.
+
+    Args:
+        layers: Layers of one layout, each with its attention for the inflater, if the engine has that; one of
+            every window and cap is tried. Their sinks are neither read nor written.
+        num_query_heads: Query heads of this process.
+        dtype: Of the model.
+        device: Where the pages are.
+        inflater: The engine's, if it has one.
+        workspace: The engine's for `PagedAttention.extend`.
+    """
+    kinds = {(attention.sliding_window, attention.softcap): (attention, dense) for attention, dense in layers}
+
+    def launch() -> None:
+        for attention, dense in kinds.values():
+            _launch(attention, num_query_heads, dtype, device, inflater, dense, workspace)
+
+    compile_ahead(launch)
+    launch()
+
+
+def _launch(
+    attention: PagedAttention,
     num_query_heads: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -56,20 +89,7 @@ def compile_kernels(
     dense: DenseAttention | None,
     workspace: ExtendWorkspace | None,
 ) -> None:
-    """Launch nearly all that steps launch; not decodes of drafts, nor merges of every size of a long chunk.
-
-    What fails here is said and left to the request that needs it. The engine's random numbers stay as they
-    are.
-
-    Args:
-        attention: A layer; its sinks are neither read nor written.
-        num_query_heads: Query heads of this process.
-        dtype: Of the model.
-        device: Where the pages are.
-        inflater: The engine's, if it has one; comes with `dense`.
-        dense: Its attention for the inflater.
-        workspace: The engine's for `PagedAttention.extend`.
-    """
+    """All kernels of a layer."""
     layout = attention.layout
     page_tokens = layout.page_tokens
     num_tokens = max(_WRITTEN_TOKENS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import get_parallel
 
 from tq_connectors.engine.attention import PagedAttention
@@ -87,8 +88,7 @@ class TurboQuantBackend(AttentionBackend):
             layout, max_tokens=self._max_tokens, dtype=runner.dtype, device=self._device, fresh=fresh
         )
         if self._device.type == "cuda":
-            first = self._on_pages(0, softmax_scale=layout.head_dim**-0.5)
-            self._prefill.compile_kernels(first, self._num_query_heads, runner.dtype)
+            self.compile_kernels(runner.model, runner.dtype)
         self._layers: dict[int, PagedAttention] = {}
         self._graphs: Batch | None = None
         self._workspaces: DecodeWorkspaces | None = None
@@ -101,6 +101,12 @@ class TurboQuantBackend(AttentionBackend):
             row_bytes(layout),
             "FlashAttention 3" if fresh else "tq_kernels",
         )
+
+    def compile_kernels(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        """Compile what a model launches, whatever windows and caps its layers have, before its first request."""
+        layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+        kinds = [self._on_pages(0, **_mask_of(layer)) for layer in layers]
+        self._prefill.compile_kernels(kinds, self._num_query_heads, dtype)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Take the memory that graphs of up to max_bs sequences know."""
@@ -245,10 +251,7 @@ class TurboQuantBackend(AttentionBackend):
             raise NotImplementedError("the attention backend turboquant serves causal attention alone")
         return self._on_pages(
             layer.layer_id - self._pool.first_layer,
-            softmax_scale=layer.scaling,
-            # SGLang counts the positions before a query, we count its own as well
-            sliding_window=layer.sliding_window_size + 1 if layer.sliding_window_size > -1 else None,
-            softcap=layer.logit_cap or None,
+            **_mask_of(layer),
         )
 
     def _on_pages(self, number: int, **options: Any) -> PagedAttention:
@@ -263,3 +266,13 @@ class TurboQuantBackend(AttentionBackend):
 
     def _by_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(-1, self._num_query_heads, self._pool.page_layout.head_dim)
+
+
+def _mask_of(layer: Any) -> dict[str, Any]:
+    """What a layer of SGLang does with scores."""
+    return {
+        "softmax_scale": layer.scaling,
+        # SGLang counts the positions before a query, we count its own as well
+        "sliding_window": layer.sliding_window_size + 1 if layer.sliding_window_size > -1 else None,
+        "softcap": layer.logit_cap or None,
+    }

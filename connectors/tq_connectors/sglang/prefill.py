@@ -1,5 +1,6 @@
 """Prefill: attention of new tokens among themselves and, over pages, to the prefixes before them."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -46,16 +47,17 @@ class Prefill:
         if fresh is not None:
             self._inflater = Inflater(layout, dtype=dtype, device=device, max_tokens=max_tokens)
 
-    def compile_kernels(self, attention: PagedAttention, num_query_heads: int, dtype: torch.dtype) -> None:
-        """Compile what passes of a layer launch, before one of them has to wait for it."""
+    def compile_kernels(
+        self, layers: Iterable[PagedAttention], num_query_heads: int, dtype: torch.dtype
+    ) -> None:
+        """Compile what passes of layers launch, before one of them has to wait for it."""
         fresh = self._fresh_attention
         compile_kernels(
-            attention,
+            [(layer, None if fresh is None else partial(_dense, fresh, layer)) for layer in layers],
             num_query_heads=num_query_heads,
             dtype=dtype,
             device=self._device,
             inflater=self._inflater,
-            dense=None if fresh is None else partial(_dense, fresh, attention),
             workspace=self._room(),
         )
 

@@ -140,12 +140,17 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
             self._inflater = Inflater(layout, dtype=model.dtype, device=device, max_tokens=max_tokens)
         if device.type == "cuda":
             compile_kernels(
-                self._group.attention(layer_names[0]),
+                [
+                    (
+                        self._group.attention(name),
+                        None if layer.impl.flash is None else layer.impl.flash.dense,
+                    )
+                    for name, layer in layers.items()
+                ],
                 num_query_heads=first.num_heads,
                 dtype=model.dtype,
                 device=device,
                 inflater=self._inflater,
-                dense=None if first.impl.flash is None else first.impl.flash.dense,
                 workspace=self._chunk_workspace,
             )
 

@@ -88,7 +88,7 @@ def prepare_columns(
             gl.store(p_positions + i_seq, gl.load(p_lengths + i_seq) - 1)
 
 
-@gluon.jit(do_not_specialize=["num_splits", "lse_seq_stride", "lse_row_stride", "window"])
+@gluon.jit(do_not_specialize=["num_columns", "num_splits", "lse_seq_stride", "lse_row_stride", "window"])
 def merge_columns(
     p_partial,
     p_partial_lse,
@@ -101,6 +101,7 @@ def merge_columns(
     p_out,
     p_lse,
     num_kv_heads,
+    num_columns,
     num_splits,
     query_seq_stride,
     query_row_stride,
@@ -118,7 +119,6 @@ def merge_columns(
     cap_log2,
     window,
     GROUP: gl.constexpr,
-    COLUMNS: gl.constexpr,
     D: gl.constexpr,
     W: gl.constexpr,
     U: gl.constexpr,
@@ -155,7 +155,7 @@ def merge_columns(
     row0 = (i_seq * num_kv_heads + i_head) * num_splits
     for start in range(0, num_splits, W * U):
         m_split = start + o_split < num_splits
-        row = (row0 + start + o_split) * COLUMNS + column
+        row = (row0 + start + o_split) * num_columns + column
         b_lse = gl.load(p_partial_lse + row, mask=m_split, other=-float("inf"))
         p_part = p_partial + gl.expand_dims(row * D, 1) + gl.expand_dims(o_channel, 0)
         b_part = gl.load(p_part, mask=gl.expand_dims(m_split, 1), other=0.0)
@@ -188,7 +188,7 @@ def merge_columns(
         i_sinks = gl.load(p_sink_rows + i_seq).to(gl.int64)
     for i_sink in gl.static_range(SINKS):
         # raw token i_sink of the sequence
-        position = gl.load(p_positions + i_seq) - (COLUMNS // GROUP - 1) + i_row
+        position = gl.load(p_positions + i_seq) - (num_columns // GROUP - 1) + i_row
         o_sink = gl.maximum(i_sinks, 0) * sink_seq_stride + i_head * sink_head_stride
         o_sink += gl.to_tensor(i_sink).to(gl.int64) * sink_token_stride
         p_q = p_query + i_seq * query_seq_stride + i_row * query_row_stride + i_query_head * query_head_stride

@@ -52,22 +52,44 @@ def test_every_way_of_attending_is_tried(
     state = torch.get_rng_state()
     attention = PagedAttention(layout=LAYOUT, softmax_scale=0.1, sink_keys=sinks[0], sink_values=sinks[1])
     compile_kernels(
-        attention,
+        [(attention, dense if is_dense else None)] * 2,
         num_query_heads=2,
         dtype=torch.float32,
         device=CPU,
         inflater=Inflater(LAYOUT, dtype=torch.float32, device=CPU, max_tokens=1024) if is_dense else None,
-        dense=dense if is_dense else None,
         workspace=None,
     )
-    assert [size for name, size in calls if name == "write"] == [640, 16, 1]
+    assert [size for name, size in calls if name == "write"] == [640, 16, 1] * 2  # compiled, then launched
     assert {size for name, size in calls if name == "decode"} == {1, 4, 16}
     extended = [65, 65, 255, 255] if is_dense else [65] * 3 + [255] * 3 + [256] * 3
-    assert [size for name, size in calls if name == "extend"] == extended
-    assert [size for name, size in calls if name == "dense"] == [256, 256] * is_dense
+    assert [size for name, size in calls if name == "extend"] == extended * 2
+    assert [size for name, size in calls if name == "dense"] == [256, 256] * 2 * is_dense
     assert torch.equal(torch.get_rng_state(), state)
     for side, before in zip(sinks, kept, strict=True):
         assert side is before or torch.equal(side, before)
+
+
+def test_a_layer_of_every_window_and_cap_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int | None, float | None]] = []
+
+    def note(self: PagedAttention, *given: Any, **named: Any) -> None:
+        tried.append((self.sliding_window, self.softcap))
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for name in ("write", "decode", "extend"):
+        monkeypatch.setattr(PagedAttention, name, note)
+    kinds = [(None, None), (100, None), (None, 30.0), (100, 30.0)]
+    layers = [PagedAttention(layout=LAYOUT, softmax_scale=0.1, sliding_window=w, softcap=c) for w, c in kinds]
+    compile_kernels(
+        [(layer, None) for layer in (*layers, *layers)],
+        num_query_heads=2,
+        dtype=torch.float32,
+        device=CPU,
+        inflater=None,
+        workspace=None,
+    )
+    assert list(dict.fromkeys(tried)) == kinds
+    assert len({tried.count(kind) for kind in kinds}) == 1  # however many layers are of a kind
 
 
 def test_what_cannot_be_compiled_stops_no_engine(
@@ -78,12 +100,11 @@ def test_what_cannot_be_compiled_stops_no_engine(
 
     monkeypatch.setattr(PagedAttention, "write", fail)
     compile_kernels(
-        PagedAttention(layout=LAYOUT, softmax_scale=0.1),
+        [(PagedAttention(layout=LAYOUT, softmax_scale=0.1), None)],
         num_query_heads=2,
         dtype=torch.float32,
         device=CPU,
         inflater=None,
-        dense=None,
         workspace=None,
     )
     assert "no compiler here" in caplog.text

@@ -1,5 +1,6 @@
 """SGLang's classes with ours in them, without a model: attention, and rows that move."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from sglang.srt.plugins import load_plugins
 from benchmarks.sglang_attention import LARGEST_ERROR, LAYERS, Engine, cases, check
 from tq_connectors.codec import CacheGeometry, namespace_for
 from tq_connectors.codec_state import CodecState, pack_state
+from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.layouts import layout_for
 from tq_connectors.engine.state import STATE_VARIABLE
 from tq_connectors.sglang.attention_registration import add_backend
@@ -149,6 +151,19 @@ def test_layers_that_are_not_served_are_refused(
         one.backend.forward_extend(query, side, side, other, batch, **given)
     with pytest.raises(NotImplementedError, match="share keys"):
         one.backend.forward_extend(query, None, None, other, batch)
+
+
+def test_kernels_are_compiled_for_every_window_and_cap_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[int | None, float | None]] = []
+
+    def note(layers: Iterable[tuple[PagedAttention, Any]], **named: Any) -> None:
+        compiled.extend((layer.sliding_window, layer.softcap) for layer, _ in layers)
+
+    monkeypatch.setattr("tq_connectors.sglang.prefill.compile_kernels", note)
+    masks: list[dict[str, Any]] = [{}, {"sliding_window_size": 15}, {"logit_cap": 30.0}]
+    layers = [RadixAttention(4, 32, 0.2, 2, number, **mask) for number, mask in enumerate(masks)]
+    engine().backend.compile_kernels(torch.nn.ModuleList([torch.nn.Identity(), *layers]), torch.float32)
+    assert compiled == [(None, None), (16, None), (None, 30.0)]
 
 
 def test_passes_that_are_not_served_are_refused() -> None:
