@@ -103,7 +103,7 @@ class TurboQuantBackend(AttentionBackend):
         )
 
     def compile_kernels(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
-        """Compile what a model launches, whatever windows and caps its layers have, before its first request."""
+        """Compile what a model launches, with all its windows and caps, before its first request."""
         layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
         kinds = [self._on_pages(0, **_mask_of(layer)) for layer in layers]
         self._prefill.compile_kernels(kinds, self._num_query_heads, dtype)
