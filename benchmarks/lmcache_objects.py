@@ -5,8 +5,12 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, Tensor
 
 
 def memory_object(tensor: torch.Tensor) -> TensorMemoryObj:
-    """An object as LMCache's allocator makes it, with a copy of the tensor's numbers."""
-    raw = tensor.contiguous().view(-1).view(torch.uint8).clone()
+    """An object as LMCache's allocator makes it, with a copy of the tensor's numbers.
+
+    Where there is a GPU, LMCache's memory on the host is pinned.
+    """
+    raw = tensor.contiguous().view(-1).view(torch.uint8)
+    raw = raw.pin_memory() if torch.cuda.is_available() and not raw.is_cuda else raw.clone()
     metadata = MemoryObjMetadata(
         shape=tensor.shape,
         dtype=tensor.dtype,

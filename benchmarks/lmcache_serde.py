@@ -3,8 +3,9 @@
 Runs in LMCache's environment; ``make bench-lmcache`` first writes a real model's keys and values in ours.
 
 Bytes and errors are those of a chunk of the real model. MB/s are of bfloat16, from buffer to buffer on the
-host through LMCache's interface, on one thread: by its processor time, or by the clock where a GPU works.
-With a GPU there are also those from device to device, which leave out every copy to the host.
+host through LMCache's interface, on one thread: by its processor time, or by the clock where a GPU works,
+whose copies count. With a GPU the buffers are pinned, as LMCache's are, and there are also MB/s from device
+to device, which leave out every copy to the host, and our checksums.
 Speed and outliers are measured on a chunk of 8 heads of 128 channels. With outliers, four channels of each
 head are 20 times the others, and the error is the relative squared one; ``uniform 4 bits`` is what LMCache's
 turboquant does to values, computed here. A link is shaped in user space; "loaded" is from the lookup until
@@ -39,10 +40,10 @@ def read_chunks(path: Path) -> tuple[list[torch.Tensor], int, int]:
     return [chunk.contiguous() for chunk in cache.flatten(-2).split(CHUNK_TOKENS, dim=2)], heads, dim
 
 
-def large_chunk(*, outliers: bool) -> torch.Tensor:
+def large_chunk(tokens: int = CHUNK_TOKENS, *, outliers: bool) -> torch.Tensor:
     """Gaussian numbers in a chunk of a larger model, with outlier channels if wanted."""
     layers = 32 if torch.cuda.is_available() else 8
-    shape = (2, layers, CHUNK_TOKENS, LARGE_HEADS, LARGE_DIM)
+    shape = (2, layers, tokens, LARGE_HEADS, LARGE_DIM)
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     if outliers:
         numbers[..., :: LARGE_DIM // NUM_OUTLIERS] *= OUTLIER
@@ -63,13 +64,13 @@ def uniform_4_bits(values: torch.Tensor, dim: int) -> torch.Tensor:
     return (((vectors - low) / step).round().clamp(0, 15) * step + low).flatten(-2)
 
 
-def measure(serde: Serde, large: Serde, chunk: torch.Tensor, repeats: int) -> dict[str, Any]:
-    """One row: a serde made for the real chunk, and the same made for the large one."""
+def measure(serde: Serde, large: Serde, chunk: torch.Tensor, tokens: int, repeats: int) -> dict[str, Any]:
+    """One row: a serde made for the real chunk, and the same made for the large one of some tokens."""
     source, packed, back = serde.buffers(chunk)
     size = serde.pack(source, packed)
     serde.unpack(packed, back)
     clock = time.process_time if large.on_device is None else time.perf_counter
-    plain = large_chunk(outliers=False)
+    plain = large_chunk(tokens, outliers=False)
     much, much_packed, much_back = large.buffers(plain)
     pack_s = seconds(lambda: large.pack(much, much_packed), repeats, clock)
     unpack_s = seconds(lambda: large.unpack(much_packed, much_back), repeats, clock)
@@ -83,6 +84,7 @@ def measure(serde: Serde, large: Serde, chunk: torch.Tensor, repeats: int) -> di
             there[f"{name}_mb_per_s"] = plain.nbytes / seconds(work, 10 * repeats, clock) / 1e6
     return {
         "serde": serde.name,
+        "timed_tokens": tokens,
         "bytes": size,
         "over_bf16": chunk.nbytes / size,
         "pack_mb_per_s": plain.nbytes / pack_s / 1e6,
@@ -106,6 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="Gbit/s; none leaves the links out",
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--tokens", type=int, default=CHUNK_TOKENS, help="of the chunk that is timed (default: %(default)s)"
+    )
+    parser.add_argument("--only", nargs="*", default=[""], help="serdes with one of these in their names")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to write down where this is no git checkout")
     options = parser.parse_args(arguments)
@@ -119,8 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(*(f"not run: {reason}" for reason in missing), sep="\n")
     larger, _ = all_serdes(LARGE_HEADS, LARGE_DIM)
     rows = [
-        measure(serde, large, chunks[-1], options.repeats)
+        measure(serde, large, chunks[-1], options.tokens, options.repeats)
         for serde, large in zip(serdes, larger, strict=True)
+        if any(part in serde.name for part in options.only)
     ]
     hard, values = large_chunk(outliers=True)[1], chunks[-1][1]
     rows.append(

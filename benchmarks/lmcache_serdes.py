@@ -14,10 +14,9 @@ from lmcache.v1.memory_management import TensorMemoryObj
 
 from benchmarks.lmcache_objects import memory_object
 from tq_connectors.lmcache.chunk_codec import ChunkCodec
-from tq_connectors.lmcache.kv_layout import sides
+from tq_connectors.lmcache.group_codecs import DeviceGroup
 from tq_connectors.lmcache.serde import TQDeserializer, TQSerializer
 from tq_connectors.lmcache.serde_settings import read_serde_settings
-from tq_connectors.page_transfer import dequantize_on, quantize_on
 from tq_kernels import PageLayout
 
 KEY = ObjectKey(chunk_hash=bytes(32), model_name="bench", kv_rank=0)
@@ -119,14 +118,19 @@ def _built_in(head_dim: int) -> list[Serde]:
         TurboQuantSerializer,
     )
 
-    configs = [
-        TurboQuantSerdeConfig(preset=name, head_dim=head_dim, skip_first_layers=0, skip_last_layers=0)
-        for name in BUILT_IN
-    ]
-    return [
-        _built_in_serde(config.preset, TurboQuantSerializer(config), TurboQuantDeserializer(config))
-        for config in configs
-    ]
+    serdes = []
+    # at every call it asks nvidia-smi which GPU to take; LMCache's settings cannot tell it, a caller can
+    for name, told, device in (
+        *((name, "", "") for name in BUILT_IN),
+        (BUILT_IN[0], ", told its GPU", "cuda"),
+    ):
+        config = TurboQuantSerdeConfig(
+            preset=name, head_dim=head_dim, skip_first_layers=0, skip_last_layers=0, cuda_device=device
+        )
+        serdes.append(
+            _built_in_serde(name + told, TurboQuantSerializer(config), TurboQuantDeserializer(config))
+        )
+    return serdes
 
 
 def _built_in_serde(name: str, serializer: Any, deserializer: Any) -> Serde:
@@ -144,12 +148,9 @@ def _built_in_serde(name: str, serializer: Any, deserializer: Any) -> Serde:
 
 
 def _ours_on_device(layout: PageLayout, chunk: torch.Tensor) -> Calls:
-    keys, values = sides(chunk, layout.num_kv_heads, layout.head_dim)
-    pages = quantize_on(chunk.device, keys, values, layout)
-    return (
-        partial(quantize_on, chunk.device, keys, values, layout),
-        partial(dequantize_on, chunk.device, pages, layout),
-    )
+    there = DeviceGroup(layout, chunk.device, chunk.shape, chunk.dtype)
+    there.group.copy_(chunk)
+    return there.quantize, there.dequantize
 
 
 def _call(method: Callable[..., Any], *objects: TensorMemoryObj) -> Any:

@@ -14,12 +14,11 @@ from tq_connectors.codec import block_info
 from tq_connectors.codec_state import CodecState
 from tq_connectors.engine.state import balances_of_layers
 from tq_connectors.envelope import pack_object, unpack_object
-from tq_connectors.lmcache.kv_layout import KVLayout, UnsupportedLayout, num_bytes, read_layout, sides
+from tq_connectors.lmcache.group_codecs import group_codec
+from tq_connectors.lmcache.kv_layout import KVLayout, UnsupportedLayout, num_bytes, read_layout
 from tq_connectors.lmcache.object_layout import describe
 from tq_connectors.lmcache.serde_settings import SerdeSettings
 from tq_connectors.lmcache.settings import UNCODED
-from tq_connectors.page_transfer import dequantize_on, quantize_on
-from tq_kernels import host
 from tq_store.block import HEADER_BYTES, BlockInfo, pack_header, verify_block
 from tq_store.errors import ConfigError, IdentityMismatch
 from tq_store.keys import BlockKey
@@ -51,10 +50,10 @@ class ChunkCodec:
     """
 
     def __init__(self, settings: SerdeSettings, state: CodecState | None = None) -> None:
-        self._settings = settings
-        self._device = settings.codec_device()
-        self._on_host = self._device.type == "cpu"
+        device = settings.codec_device()
         self._pages = None if settings.preset == UNCODED else settings.page_layout()
+        if self._pages is not None:
+            self._groups = group_codec(self._pages, device)
         self._state = None if self._pages is None else state
         if self._state is not None:
             _, heads, channels = self._state.key_balance.shape
@@ -106,11 +105,7 @@ class ChunkCodec:
         payload = packed[HEADER_BYTES:size]
         balances = self._balances(chunk, rank)
         for pages, tensor, balance in zip(self._by_group(payload, chunk), tensors, balances, strict=True):
-            keys, values = sides(tensor, self._pages.num_kv_heads, self._pages.head_dim)
-            if balance is not None:
-                keys, values = keys.float().view(len(balance), -1, *keys.shape[1:]), values.float()
-                keys = (keys / balance[:, None]).flatten(0, 1)
-            self._quantize(keys, values, pages)
+            self._groups.quantize(tensor, balance, pages)
         _bytes_of(packed)[:HEADER_BYTES] = pack_header(self._header(key, chunk), _bytes_of(payload))
         return size
 
@@ -151,18 +146,9 @@ class ChunkCodec:
         chunk = self._read(shapes, dtypes)
         if info != self._header(key, chunk):
             raise IdentityMismatch("the chunk was packed by another preset, or from another dtype or shape")
-        groups = zip(
-            self._by_group(packed[HEADER_BYTES:], chunk), tensors, self._balances(chunk, rank), strict=True
-        )
-        for pages, tensor, balance in groups:
-            keys, values = sides(tensor, self._pages.num_kv_heads, self._pages.head_dim)
-            if balance is None:
-                self._dequantize(pages, keys, values)
-                continue
-            balanced = torch.empty(keys.shape, dtype=torch.float32)
-            self._dequantize(pages, balanced, values)
-            by_layer = balanced.view(len(balance), -1, *keys.shape[1:])
-            keys.copy_((by_layer * balance[:, None]).flatten(0, 1))
+        pages_of = self._by_group(packed[HEADER_BYTES:], chunk)
+        for pages, tensor, balance in zip(pages_of, tensors, self._balances(chunk, rank), strict=True):
+            self._groups.dequantize(pages, balance, tensor)
 
     def _read(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> KVLayout:
         assert self._pages is not None
@@ -213,21 +199,6 @@ class ChunkCodec:
         per_layer = chunk.num_tokens // self._pages.page_tokens
         pages = payload.view(-1, self._pages.page_bytes)
         return torch.split(pages, [layers * per_layer for layers, _ in chunk.groups])
-
-    def _quantize(self, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor) -> None:
-        assert self._pages is not None
-        if self._on_host:
-            host.quantize(keys, values, self._pages, pages)
-            return
-        pages.copy_(quantize_on(self._device, keys, values, self._pages))
-
-    def _dequantize(self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        assert self._pages is not None
-        if self._on_host:
-            host.dequantize(pages, self._pages, keys, values)
-            return
-        for target, side in zip((keys, values), dequantize_on(self._device, pages, self._pages), strict=True):
-            target.copy_(side)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -5,6 +5,7 @@ import torch
 
 from tq_connectors.codec_state import CodecState
 from tq_connectors.lmcache.chunk_codec import ChunkCodec, RankOf, chunk_key
+from tq_connectors.lmcache.group_codecs import DeviceGroups, group_codec
 from tq_connectors.lmcache.kv_layout import UnsupportedLayout, read_layout, sides
 from tq_connectors.lmcache.serde_settings import SerdeSettings, read_serde_settings
 from tq_kernels import PageLayout, preset, reference
@@ -219,15 +220,15 @@ def test_views_share_the_memory_of_the_chunk():
 def test_the_kernels_pack_and_unpack_the_same_numbers(dtype, generator, monkeypatch):
     written = settings(page_tokens=16, device="cuda" if torch.cuda.is_available() else "cpu")
     tensors = chunk([(2, 1, 16, HEADS * DIM)], dtype, generator)
-    results = []
-    for on_host in (True, False):
+    pages, results = written.page_layout(), []
+    for groups in (group_codec(pages, torch.device("cpu")), DeviceGroups(pages, written.codec_device())):
         codec = ChunkCodec(written)
-        monkeypatch.setattr(codec, "_on_host", on_host)
+        monkeypatch.setattr(codec, "_groups", groups)
         back = blank(tensors)
         codec.unpack(KEY, packed(codec, tensors), back)
         results.append(back[0].float())
-    # kernels give so few tokens their nearest levels, the host searches: each errs by 0.009, e5m2 adds 0.01
-    assert (results[0] - results[1]).square().mean() < 0.03
+    # a level is another now and then; where e5m2 is, bfloat16 lies before it, and some are rounded twice
+    assert (results[0] - results[1]).square().mean() < (1e-4 if dtype is torch.bfloat16 else 1e-3)
 
 
 def test_values_with_outlier_channels_lose_a_fifth_of_what_even_steps_lose(generator):
