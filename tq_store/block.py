@@ -189,12 +189,21 @@ class BlockKind:
         num_bytes = sum(map(len, pieces))
         if num_bytes != self.payload_bytes:
             raise LengthMismatch(f"payload has {num_bytes} bytes, its geometry says {self.payload_bytes}")
-        head = b"".join((self._before, _checksum(pieces), *split_key(key), self._after))
-        return head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))
+        return self._header(key, _checksum(pieces))
+
+    def is_block(self, key: BlockKey, data: memoryview) -> bool:
+        """Whether bytes are the sound block with this key, as `verify_block` would say, and of this kind."""
+        if len(data) != HEADER_BYTES + self.payload_bytes:
+            return False
+        return data[:HEADER_BYTES] == self._header(key, _checksum([data[HEADER_BYTES:]]))
 
     def is_kind_of(self, header: bytes) -> bool:
         """Whether a sound block with this header is one of these."""
         return header[: _OWN.start] == self._before and header[_OWN.stop : -_CHECKSUM.size] == self._after
+
+    def _header(self, key: BlockKey, checksum: bytes) -> bytes:
+        head = b"".join((self._before, checksum, *split_key(key), self._after))
+        return head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))
 
 
 def _checksum(pieces: Sequence[memoryview]) -> bytes:

@@ -107,7 +107,7 @@ class StoreClient:
     ) -> Generator[list[GetOutcome], None, None]:
         """Write blocks to places of the caller's; one outcome per block of each batch, in order.
 
-        What is filled was verified where it lies now. A batch is taken when the outcomes of the last one have
+        What is filled was verified on this side. A batch is taken when the outcomes of the last one have
         been looked at, so its places may be the same. All have one deadline, and are tried again, as a `get`.
 
         Args:
@@ -296,14 +296,11 @@ class StoreClient:
             except RpcUnavailable as error:
                 self._connection.wait_or_raise(attempts, error)
 
-    def _placed(self, block: PlacedBlock, found: bytes | None) -> GetOutcome:
+    def _placed(self, block: PlacedBlock, found: bytes | bool) -> GetOutcome:
         """What became of a block of which the road has found this."""
-        if found is None:
-            return GetOutcome.MISSING
-        if found == block.pack_header():
-            return GetOutcome.FILLED
-        data = found if len(found) > HEADER_BYTES else b"".join((found, *block.pieces))
-        return GetOutcome.MISSING if self._verified(block.key, data) is None else GetOutcome.UNLIKE
+        if isinstance(found, bool):
+            return GetOutcome.FILLED if found else GetOutcome.MISSING
+        return GetOutcome.MISSING if self._verified(block.key, found) is None else GetOutcome.UNLIKE
 
     def _verified(self, key: BlockKey, data: bytes | None) -> bytes | None:
         if data is None:

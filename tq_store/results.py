@@ -22,7 +22,7 @@ class GetOutcome(Enum):
     """What became of one block that was to be written to places of the caller's."""
 
     FILLED = 1
-    """The places hold its payload, which was verified there."""
+    """The places hold its payload, which was verified."""
     MISSING = 2
     """It is not there, or not sound; the places may hold anything, as with the next one."""
     UNLIKE = 3

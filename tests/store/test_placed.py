@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -176,17 +177,17 @@ def test_more_pieces_than_one_system_call_takes(near: StoreClient) -> None:
 def test_a_bit_that_flips_in_shared_memory_is_a_miss(
     near: StoreClient, monkeypatch: pytest.MonkeyPatch, position: int
 ) -> None:
-    """In the header, or in the payload, which is checked where it lies in the end."""
+    """In the header, or in the payload."""
     blocks = sample_blocks(3)
     near.put(blocks)
-    read = Segment.read_into
+    view = Segment.view
 
-    def flipped(segment: Segment, offset: int, pieces: Sequence[memoryview]) -> None:
+    def flipped(segment: Segment) -> AbstractContextManager[memoryview]:
         byte = segment.read(512 + position, 1)[0]
         segment.write(512 + position, bytes([byte ^ 1]))
-        read(segment, offset, pieces)
+        return view(segment)
 
-    monkeypatch.setattr(Segment, "read_into", flipped)
+    monkeypatch.setattr(Segment, "view", flipped)
     assert got(near, [places_for(blocks)]) == [[FILLED, MISSING, FILLED]]
     assert near.counters["rejected_blocks"] == 1
 

@@ -76,8 +76,14 @@ class Segment:
         self._map[offset : offset + len(data)] = data
 
     def read(self, offset: int, num_bytes: int) -> bytes:
-        """Copy bytes out; only the copy is safe to check."""
+        """Copy bytes out."""
         return self._map[offset : offset + num_bytes]
+
+    @contextlib.contextmanager
+    def view(self) -> Iterator[memoryview]:
+        """The bytes where they lie, until the context is left; slices of it must be gone by then."""
+        with memoryview(self._map) as view:
+            yield view
 
     def write_from(self, offset: int, pieces: Sequence[Buffer]) -> None:
         """Copy bytes in from several places, by as few system calls as there can be.

@@ -63,11 +63,12 @@ class SharedRoad:
         except RpcError:
             return
 
-    def get_into(self, blocks: Sequence[PlacedBlock], attempts: Attempts) -> Iterator[bytes | None]:
-        """What the server has under the leading keys, unverified; for the others a stream has to be asked.
+    def get_into(self, blocks: Sequence[PlacedBlock], attempts: Attempts) -> Iterator[bytes | bool]:
+        """What became of the leading blocks; for the others a stream has to be asked.
 
-        Of a block that is as long as it should be, the header; its payload has been copied to its places, by
-        the kernel and all at once. Of another the whole block, and None for a miss.
+        True where the places hold the payload: the block was verified in shared memory, which the server has
+        written and leaves alone until it is asked again, and then copied, by the kernel and all at once. Of
+        another block that is there its bytes, unverified, and False for a miss.
 
         Raises:
             RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit: A stream would fare no better.
@@ -147,25 +148,24 @@ class SharedRoad:
 
 def _copy_out(
     segment: Segment, blocks: Sequence[PlacedBlock], sizes_bytes: Sequence[int]
-) -> Iterator[bytes | None]:
+) -> Iterator[bytes | bool]:
     """What lies in a segment, block after block from its first byte on, as `SharedRoad.get_into` gives it."""
-    headers = memoryview(bytearray(HEADER_BYTES * len(sizes_bytes)))
-    header_of = [headers[start : start + HEADER_BYTES] for start in range(0, len(headers), HEADER_BYTES)]
-    odd: dict[int, bytes] = {}
+    found: list[bytes | bool] = []
+    header = memoryview(bytearray(HEADER_BYTES))
     run: list[memoryview] = []
     offset = run_offset = 0
-    for position, num_bytes in enumerate(sizes_bytes):
-        block = blocks[position]
-        if num_bytes == block.num_bytes:
-            run += (header_of[position], *block.pieces)
-        elif num_bytes:
-            segment.read_into(run_offset, run)
-            odd[position] = segment.read(offset, num_bytes)
-            run, run_offset = [], offset + num_bytes
-        offset += num_bytes
+    with segment.view() as view:
+        for block, num_bytes in zip(blocks, sizes_bytes, strict=False):
+            is_sound = block.kind.is_block(block.key, view[offset : offset + num_bytes])
+            if is_sound:
+                run += (header, *block.pieces)
+            elif num_bytes:
+                segment.read_into(run_offset, run)
+                run, run_offset = [], offset + num_bytes
+            found.append(is_sound or segment.read(offset, num_bytes) or False)
+            offset += num_bytes
     segment.read_into(run_offset, run)
-    for position, num_bytes in enumerate(sizes_bytes):
-        yield odd.get(position, bytes(header_of[position])) if num_bytes else None
+    yield from found
 
 
 class _Batch:

@@ -281,13 +281,13 @@ def test_a_page_that_is_damaged_on_the_way_is_a_miss_and_so_are_later_ones(near_
     saved, loaded = (packed_pool(1), packed_pool()) if codec == "tq4" else (pool_of(seed=1), pool_of())
     settings = dataclasses.replace(SETTINGS, codec=codec, load_threads=1)
     store = save(near_client, saved, settings)
-    read, block_bytes = Segment.read_into, store.stored_page_bytes + HEADER_BYTES
+    view, block_bytes = Segment.view, store.stored_page_bytes + HEADER_BYTES
 
-    def damaged(segment, offset, pieces):
+    def damaged(segment):
         segment.write(2 * block_bytes + 1000, bytes([segment.read(2 * block_bytes + 1000, 1)[0] ^ 1]))
-        read(segment, offset, pieces)
+        return view(segment)
 
-    monkeypatch.setattr(Segment, "read_into", damaged)
+    monkeypatch.setattr(Segment, "view", damaged)
     assert store.load(HASHES, page_at(loaded)) == [True, True, False, False]
     assert all(torch.equal(page_at(loaded)(place), page_at(saved)(place)) for place in range(2))
     assert near_client.counters["rejected_blocks"] == 1

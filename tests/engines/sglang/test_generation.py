@@ -45,7 +45,7 @@ def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
 
 
 def test_the_engine_says_what_it_runs_on(engine: Engine) -> None:
-    assert "tq-store: all 5 hooks took" in engine.log
+    assert "tq-store: all 6 hooks took" in engine.log
     assert "4096 tokens in pages of 64, 210 bytes a token and layer" in engine.log
 
 

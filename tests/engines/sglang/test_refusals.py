@@ -31,7 +31,7 @@ def test_every_hook_took(caplog: pytest.LogCaptureFixture) -> None:
     installed.require_hooks.cache_clear()
     with caplog.at_level("INFO"):
         installed.require_hooks()
-    assert "all 5 hooks took in SGLang" in caplog.text
+    assert "all 6 hooks took in SGLang" in caplog.text
 
 
 @pytest.mark.parametrize(
