@@ -3,14 +3,13 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.quality.arguments import conditions_of, parse_arguments
+from benchmarks.quality.arguments import conditions_of, parse_arguments, retrieval_of
 from benchmarks.quality.bars import judged
 from benchmarks.quality.conditions import Conditions
 from benchmarks.quality.measure import (
@@ -90,9 +89,7 @@ def measured(
     if "store" in parsed.metrics:
         rows += measure_store(loaded, methods, conditions, advance)
     if "retrieval" in parsed.metrics:
-        for num_tokens in parsed.contexts:
-            at_length = replace(conditions, num_tokens=num_tokens)
-            rows += measure_ruler(loaded, methods, at_length, parsed.tasks, parsed.samples, advance)
+        rows += measure_ruler(loaded, methods, conditions, retrieval_of(parsed), advance)
     return rows
 
 

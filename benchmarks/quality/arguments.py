@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.quality.conditions import Conditions
 from benchmarks.quality.measure import TEXT_METRICS
+from benchmarks.quality.retrieval import Retrieval
 from benchmarks.quality.rows import RESULTS
 from benchmarks.quality.ruler.tasks import TASKS
 from tq_connectors.hf.models import KNOWN_MODELS
@@ -89,12 +90,26 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--contexts",
         nargs="+",
         type=_at_least(512),
-        default=[1024, 2048],
+        default=Retrieval().contexts,
         metavar="N",
         help="tokens of RULER's prompts with their answers (default: 1024 2048)",
     )
     parser.add_argument(
         "--samples", type=_at_least(1), default=25, metavar="N", help="of each task (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_at_least(1),
+        default=Retrieval().batch_samples,
+        metavar="N",
+        help="samples that are answered together (default: %(default)s; a GPU takes 50)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_at_least(1),
+        default=Retrieval().num_jobs,
+        metavar="N",
+        help="processes that answer, each with the model in its memory (default: %(default)s)",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
@@ -125,6 +140,17 @@ def conditions_of(parsed: argparse.Namespace) -> Conditions:
         page_tokens=parsed.page_tokens,
         state_from=parsed.state_from,
         state_tokens=parsed.state_tokens,
+    )
+
+
+def retrieval_of(parsed: argparse.Namespace) -> Retrieval:
+    """What the command line says of retrieval."""
+    return Retrieval(
+        tasks=parsed.tasks,
+        contexts=parsed.contexts,
+        num_samples=parsed.samples,
+        batch_samples=parsed.batch,
+        num_jobs=parsed.jobs,
     )
 
 

@@ -61,6 +61,10 @@ class CacheView:
         group = self._method.group_tokens
         return seen.updated((keys, values), read, self._num_sinks, num_tokens // group * group)
 
+    def state(self, layer: int) -> Any:
+        """State of a layer that was read."""
+        return self._states[layer]
+
 
 class _Seen:
     """What attention sees of one layer: what is finished, and room for more."""

@@ -1,6 +1,7 @@
 """Measure methods on one model: a row for each."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from benchmarks.quality.logits import LogitLoss, compare, summary
 from benchmarks.quality.methods.base import Method
 from benchmarks.quality.models import LoadedModel
 from benchmarks.quality.passes import States, logits_of, states_of_text, view_of
-from benchmarks.quality.retrieval import measure_retrieval
+from benchmarks.quality.retrieval import Retrieval, scored, scores_entries
 from benchmarks.quality.rows import Row
-from benchmarks.quality.ruler.material import load_material
 from benchmarks.quality.store import decode_through_store, running_store
 from benchmarks.quality.tensors import LayerLoss, TensorLosses, measure_tensors
 from tq_kernels import PRESETS
@@ -108,27 +108,33 @@ def measure_ruler(
     loaded: LoadedModel,
     methods: Sequence[Method],
     conditions: Conditions,
-    tasks: Sequence[str],
-    num_samples: int,
+    retrieval: Retrieval,
     advance: Advance,
 ) -> list[Row]:
-    """Rows of all methods on RULER's tasks at contexts of `conditions.num_tokens` tokens."""
-    states = None
-    if conditions.state_from == "other":
-        (other,) = token_sequences(loaded.tokenizer, 1, conditions.state_tokens)
-        states = states_of_text(loaded, other, methods, conditions)
-    scores = measure_retrieval(
-        loaded, load_material(), methods, conditions, states, tasks, num_samples, advance
-    )
+    """Rows of all methods on RULER's tasks, for each length of context.
+
+    Raises:
+        OSError: A process died.
+    """
+    batches = retrieval.batches(methods, conditions)
+    found: dict[tuple[int, str], dict[str, dict[int, float]]] = {}
+    done, total = 0, sum(len(batch.samples) for batch in batches)
+    for batch, scores in scored(loaded, batches, retrieval.num_jobs):
+        by_task = found.setdefault((batch.conditions.num_tokens, batch.method.name), {})
+        by_task.setdefault(batch.task, {}).update(zip(batch.samples, scores, strict=True))
+        advance("retrieval", done := done + len(scores), total)
     return [
         {
             **{"measure": "retrieval", "model": loaded.name, "preset": method.name},
-            **size_of(loaded, method, conditions),
-            **scores[method.name],
-            **conditions.row(),
+            **size_of(loaded, method, at_length),
+            **scores_entries(
+                {task: found[at_length.num_tokens, method.name][task] for task in retrieval.tasks}
+            ),
+            **at_length.row(),
             **environment(loaded),
             "texts": None,
         }
+        for at_length in (replace(conditions, num_tokens=num_tokens) for num_tokens in retrieval.contexts)
         for method in methods
     ]
 

@@ -22,6 +22,7 @@ class LoadedModel:
 
     Args:
         name: What rows call it.
+        source: What `load_model` was asked for.
         folder: Where it was loaded from.
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
@@ -29,6 +30,7 @@ class LoadedModel:
     """
 
     name: str
+    source: str
     folder: Path
     model: PreTrainedModel
     tokenizer: Any
@@ -68,7 +70,14 @@ def load_model(name_or_path: str, *, device: torch.device, dtype: torch.dtype) -
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return LoadedModel(name=name, folder=folder, model=model, tokenizer=tokenizer, geometry=geometry)
+    return LoadedModel(
+        name=name,
+        source=name_or_path,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        geometry=geometry,
+    )
 
 
 def _converted(path: Path) -> Path:

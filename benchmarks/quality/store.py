@@ -71,33 +71,36 @@ def decode_through_store(
     before = loaded.model.config._attn_implementation  # noqa: SLF001 - there is no public way to read it
     half = len(token_ids) // 2 // page_tokens * page_tokens
     try:
-        with StoreClient(address) as client:
-
-            def connect() -> TQConnector:
-                return TQConnector(
-                    loaded.model,
-                    client,
-                    spec,
-                    model_name=loaded.name,
-                    revision=weights_revision(loaded.folder),
-                    page_tokens=page_tokens,
-                )
-
-            with connect() as saving:
-                saving.prefill(
-                    token_ids[:half],
-                    saving.open_cache(token_ids[:half]),
-                    chunk_tokens=page_tokens,
-                    last_only=True,
-                )
-            with connect() as loading:
-                cache = loading.open_cache(token_ids)
-                num_blocks = cache.num_pages
-                if num_blocks != half // page_tokens:
-                    raise ValueError(
-                        f"{num_blocks} blocks came back of {half // page_tokens} that were saved"
-                    )
-                logits = loading.prefill(token_ids, cache, chunk_tokens=1)
+        with _connected(loaded, spec, address, page_tokens) as saving:
+            saving.prefill(
+                token_ids[:half],
+                saving.open_cache(token_ids[:half]),
+                chunk_tokens=page_tokens,
+                last_only=True,
+            )
+        with _connected(loaded, spec, address, page_tokens) as loading:
+            cache = loading.open_cache(token_ids)
+            num_blocks = cache.num_pages
+            if num_blocks != half // page_tokens:
+                raise ValueError(f"{num_blocks} blocks came back of {half // page_tokens} that were saved")
+            logits = loading.prefill(token_ids, cache, chunk_tokens=1)
     finally:
         loaded.model.set_attn_implementation(before)
     return compare(reference[half:], logits, token_ids[half:]), num_blocks
+
+
+@contextmanager
+def _connected(loaded: LoadedModel, spec: CodecSpec, address: str, page_tokens: int) -> Iterator[TQConnector]:
+    """A replica with a connection of its own; what it saves has been sent when the block ends."""
+    with (
+        StoreClient(address) as client,
+        TQConnector(
+            loaded.model,
+            client,
+            spec,
+            model_name=loaded.name,
+            revision=weights_revision(loaded.folder),
+            page_tokens=page_tokens,
+        ) as connector,
+    ):
+        yield connector

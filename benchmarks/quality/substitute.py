@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION_NAME = "quality"
@@ -58,9 +58,16 @@ def reading_through(
         seen_key, seen_value = (
             side.transpose(0, 1)[None].to(query.dtype) for side in (read_keys, read_values)
         )
-        return sdpa_attention_forward(
-            module, query, seen_key, seen_value, attention_mask, scaling=scale, **kwargs
+        group = query.shape[1] // key.shape[1]  # repeated heads spare attention the whole matrix of scores
+        output = scaled_dot_product_attention(
+            query,
+            seen_key.repeat_interleave(group, 1),
+            seen_value.repeat_interleave(group, 1),
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None and query.shape[2] > 1,
+            scale=scale,
         )
+        return output.transpose(1, 2), None
 
     before = model.config._attn_implementation  # noqa: SLF001 - there is no public way to read it
     AttentionInterface.register(ATTENTION_NAME, attend)

@@ -1,6 +1,7 @@
 """The quality harness: its methods, texts, metrics and rows."""
 
 import bz2
+import json
 import os
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from connectors.test_models import write_gguf
 from connectors.tiny_models import VOCABULARY, tiny_model, tokens
 from project import readme_quality
+from transformers import DynamicCache
 
 from benchmarks.quality.__main__ import main
+from benchmarks.quality.answers import answers_to, prompt_of
 from benchmarks.quality.articles import plain_text, token_sequences
 from benchmarks.quality.bars import judged
 from benchmarks.quality.cache_view import CacheView
@@ -20,15 +23,18 @@ from benchmarks.quality.measure import TEXT_METRICS, measure_ruler, measure_stor
 from benchmarks.quality.methods.base import Geometry, Place
 from benchmarks.quality.methods.catalogue import catalogue, selected
 from benchmarks.quality.models import LoadedModel, load_model
+from benchmarks.quality.passes import states_of_text, view_of
 from benchmarks.quality.report import main as report
 from benchmarks.quality.report import page
-from benchmarks.quality.retrieval import prompt_of
+from benchmarks.quality.retrieval import Retrieval, scored
 from benchmarks.quality.rows import KEYS, merged, ordered, read_rows, write_rows
 from benchmarks.quality.ruler.material import Material, Question, Template
 from benchmarks.quality.ruler.scores import score
 from benchmarks.quality.ruler.tasks import TASKS, Sample, sample_of
+from benchmarks.quality.step_view import StepView
 from benchmarks.quality.substitute import reading_through
 from benchmarks.quality.tensors import layer_loss
+from benchmarks.quality.wheel_data import ADJECTIVES, ESSAYS, NOUNS, RULER_TEMPLATES, SQUAD, WIKIPEDIA
 from tq_kernels.codebook import LEVELS, TARGETS, distortion
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -291,7 +297,7 @@ MATERIAL = Material(
     essay_words=["One", "two", "three.", "Four", "five."] * 400,
     adjectives=["red", "green", "blue"],
     nouns=["tree", "sea", "stone", "star"],
-    questions=[Question(text="Who?", answers=["she", "her"], document=1, related=[0])],
+    questions=[Question(text="Who?", answers=["she", "her"], document=1, related=[0])] * 2,
     documents=["he was", "she was", "it was", "they were"],
 )
 
@@ -329,8 +335,14 @@ def loaded(tmp_path) -> LoadedModel:
     model = tiny_model("llama", head_dim=64)
     model.save_pretrained(tmp_path / "model")
     geometry = Geometry(num_layers=3, num_kv_heads=2, head_dim=64)
+    folder = tmp_path / "model"
     return LoadedModel(
-        name="tiny", folder=tmp_path / "model", model=model, tokenizer=Letters(), geometry=geometry
+        name="tiny",
+        source=str(folder),
+        folder=folder,
+        model=model,
+        tokenizer=Letters(),
+        geometry=geometry,
     )
 
 
@@ -339,7 +351,8 @@ def texts(monkeypatch) -> None:
     def of_length(tokenizer: object, count: int, num_tokens: int) -> list[list[int]]:
         return [tokens(num_tokens, seed) for seed in range(count)]
 
-    monkeypatch.setattr("benchmarks.quality.measure.token_sequences", of_length)
+    for module in ("measure", "retrieval"):
+        monkeypatch.setattr(f"benchmarks.quality.{module}.token_sequences", of_length)
 
 
 def test_a_whole_run_makes_rows_and_a_report(loaded, texts, tmp_path, capsys):
@@ -494,12 +507,144 @@ def test_a_second_half_is_decoded_on_blocks_from_a_store(loaded, texts):
 
 
 def test_retrieval_is_scored_for_every_method(loaded, texts, monkeypatch):
-    monkeypatch.setattr("benchmarks.quality.measure.load_material", lambda: MATERIAL)
-    methods = [METHODS["fp8"], METHODS["tq4"]]
-    rows = measure_ruler(
-        loaded, methods, Conditions(num_tokens=900), ("niah_single_2", "qa_1"), 1, lambda *_: None
+    monkeypatch.setattr("benchmarks.quality.retrieval._material", lambda: MATERIAL)
+    methods, steps = [METHODS["fp8"], METHODS["tq4"]], []
+    retrieval = Retrieval(
+        tasks=("niah_single_2", "qa_1"), contexts=(700, 900), num_samples=2, batch_samples=1
     )
-    assert [row["preset"] for row in rows] == ["fp8", "tq4"]
-    assert all(set(row["ruler"]) == {"niah_single_2", "qa_1"} for row in rows)
-    assert all(tuple(ordered(row))[: len(KEYS)] == KEYS and row["tokens"] == 900 for row in rows)
+    rows = measure_ruler(loaded, methods, Conditions(), retrieval, lambda *step: steps.append(step))
+    assert [(row["tokens"], row["preset"]) for row in rows] == [
+        *((700, "fp8"), (700, "tq4"), (900, "fp8"), (900, "tq4"))
+    ]
+    assert all({len(scores) for scores in row["ruler_scores"].values()} == {2} for row in rows)
+    assert all(set(row["ruler"]) == {"niah_single_2", "qa_1"} and row["samples"] == 2 for row in rows)
+    assert all(tuple(ordered(row))[: len(KEYS)] == KEYS for row in rows)
+    assert steps == [("retrieval", done, 16) for done in range(1, 17)]
     assert page(rows).count("<td>tq4</td>") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tail", "state_from"),
+    [
+        *(("bf16", 0, "other"), ("kivi2", 0, "other"), ("tq3", 0, "other"), ("tq3", 40, "same")),
+        *(("vllm-3bit_nc", 40, "same"), ("paper-2.5", 40, "same"), ("tq2-cold", 40, "same")),
+    ],
+)
+def test_answers_in_step_are_those_of_one_prompt_after_the_other(loaded, name, tail, state_from):
+    conditions = Conditions(tail=tail, state_from=state_from, state_tokens=64)
+    states = states_of_text(loaded, tokens(64, 9), [METHODS[name]], conditions)
+    if state_from == "same":
+        states = None
+    samples = [
+        Sample(user=Letters().decode(tokens(count, count), True), answer_prefix=">", answers=answers, **most)
+        for count, answers, most in (
+            (188, ["never written"], {"max_new_tokens": 12}),
+            (150, ["never written"], {"max_new_tokens": 9}),
+            (255, [""], {"max_new_tokens": 12}),
+            (170, ["never written"], {"max_new_tokens": 2}),
+        )
+    ]
+    one_by_one = [_answer(loaded, sample, METHODS[name], states, conditions) for sample in samples]
+    assert [len(text) for text in one_by_one] == [12, 9, 1, 2]
+    assert answers_to(loaded, samples, METHODS[name], states, conditions) == one_by_one
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def _answer(loaded, sample, method, states, conditions) -> str:
+    """One answer with a cache of transformers: a slower way to the same."""
+    view, cache = view_of(loaded, method, states, conditions), DynamicCache(config=loaded.model.config)
+    inputs, written = prompt_of(loaded.tokenizer, sample), []
+    with torch.inference_mode(), reading_through(loaded.model, view, tail=conditions.tail):
+        while len(written) < sample.max_new_tokens:
+            logits = loaded.model(input_ids=torch.tensor([inputs]), past_key_values=cache).logits
+            inputs = [int(logits[0, -1].argmax())]
+            written += inputs
+            text = loaded.tokenizer.decode(written, True)
+            if sample.answers[0] in text:
+                break
+    return text
+
+
+def test_answers_end_at_the_end_token(loaded, monkeypatch):
+    user = Letters().decode(tokens(188, 188), True)
+    sample = Sample(user=user, answer_prefix=">", answers=["never written"], max_new_tokens=12)
+    arguments = METHODS["bf16"], None, Conditions()
+    (text,) = answers_to(loaded, [sample], *arguments)
+    end = next(letter for letter in text if letter != text[0])
+    monkeypatch.setattr(Letters, "eos_token_id", ord(end))
+    assert answers_to(loaded, [sample], *arguments) == [text[: text.index(end)]]
+
+
+def test_a_step_before_the_first_token_is_refused():
+    view = StepView(METHODS["bf16"], 3, Conditions(), [100], 4)
+    with pytest.raises(ValueError, match="advance before the first step"):
+        view.step(0, *sides(1))
+
+
+def test_sliding_windows_hide_old_tokens_in_steps_too(tmp_path):
+    model = tiny_model("mistral")
+    geometry = Geometry(num_layers=3, num_kv_heads=2, head_dim=32)
+    loaded = LoadedModel(
+        name="m", source="m", folder=tmp_path, model=model, tokenizer=Letters(), geometry=geometry
+    )
+    sample = Sample(user="abcdefg" * 20, answer_prefix=">", answers=["never written"], max_new_tokens=8)
+    with torch.inference_mode():
+        ids = prompt_of(Letters(), sample)
+        for _ in range(8):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    (text,) = answers_to(loaded, [sample], METHODS["none"], None, Conditions())
+    assert text == Letters().decode(ids[-8:], True)
+
+
+def test_several_processes_score_as_one_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TQ_CONNECTORS_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "small.gguf", "qwen2")
+    words = " ".join(f"Word {number} is a word." for number in range(600))
+    paragraph = {"context": "She was.", "qas": [{"question": "Who?", "answers": [{"text": "she"}]}]}
+    paragraph["qas"][0]["is_impossible"] = False
+    template = "{{'niah': {niah}, 'qa': {qa}}}".format(
+        **{
+            kind: {
+                "template": f"{{context}} {query}",
+                "answer_prefix": " It is",
+                "tokens_to_generate": 5,
+            }
+            for kind, query in (("niah", "Some {type_needle_v} for {query} are"), ("qa", "{query}"))
+        }
+    )
+    wiki = f'<page><text xml:space="preserve">{words}</text></page>'
+    for file, content in (
+        (ESSAYS, json.dumps({"text": words}).encode()),
+        (SQUAD, json.dumps({"data": [{"paragraphs": [paragraph] * 4}]}).encode()),
+        (RULER_TEMPLATES, f"TASKS = {template}".encode()),
+        (NOUNS, b"tree\nsea\nstone\nstar"),
+        (ADJECTIVES, b"red\ngreen"),
+        (WIKIPEDIA, bz2.compress(wiki.encode())),
+    ):
+        path = tmp_path / "cache" / "data" / f"{file.sha256[:12]}-{file.member.rpartition('/')[2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    options = ["--model", str(tmp_path / "small.gguf"), "--metrics", "retrieval", "--only", "fp8", "tq4"]
+    options += ["--tasks", "niah_single_2", "niah_multikey_1", "--contexts", "512", "--samples", "3"]
+    options += ["--batch", "2", "--state-tokens", "64"]
+    rows = []
+    for number_jobs in ("1", "2"):
+        output = tmp_path / number_jobs / "quality.jsonl"
+        assert main([*options, "--jobs", number_jobs, "--output", str(output)]) == 0
+        rows.append(read_rows(output))
+    assert rows[0] == rows[1]
+    assert [row["samples"] for row in rows[0]] == [3, 3]
+    assert "niah" not in capsys.readouterr().err
+
+
+def _die(*arguments: object) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_named(loaded, monkeypatch):
+    monkeypatch.setattr("benchmarks.quality.retrieval._scores_elsewhere", _die)
+    batches = Retrieval(num_samples=2, batch_samples=1, contexts=(600,), num_jobs=2).batches(
+        [METHODS["bf16"]], Conditions()
+    )
+    with pytest.raises(OSError, match="a process that answers died"):
+        list(scored(loaded, batches, 2))
