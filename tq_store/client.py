@@ -18,11 +18,10 @@ from tq_store.placed import PlacedBlock
 from tq_store.results import GetOutcome, PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.connection import Attempts, Connection
-from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
-from tq_store.rpc.lanes import Stop, fetch_in_order
-from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.segment import SegmentPool
-from tq_store.rpc.shared import SharedRoad, is_possible
+from tq_store.rpc.shared import SharedRoad
+from tq_store.rpc.streamed import StreamRoad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +57,8 @@ class StoreClient:
         self._config = config or ClientConfig()
         self._connection = Connection(address or self._config.address, self._config)
         self._segments = SegmentPool(self.address, self._config.shared_memory_bytes)
-        self._road = SharedRoad(self._connection, self._segments)
+        self._shared = SharedRoad(self._connection, self._segments)
+        self._streams = StreamRoad(self._connection, self._verified)
 
     @property
     def address(self) -> str:
@@ -142,7 +142,7 @@ class StoreClient:
     def put_from(self, blocks: Sequence[PlacedBlock]) -> list[PutOutcome]:
         """Store blocks from where they lie; one outcome per block, in order. Never tried again, as `put`."""
         attempts = self._connection.attempts(self._config.transfer_timeout_s)
-        outcomes = self._road.put_from(blocks, attempts)
+        outcomes = self._shared.put_from(blocks, attempts)
         # made before any of them is sent: grpc may read on for a while after the call has failed
         rest = [(each.key, b"".join((each.pack_header(), *each.pieces))) for each in blocks[len(outcomes) :]]
         return outcomes + self._put(rest, attempts)
@@ -222,66 +222,27 @@ class StoreClient:
             end = position + len(chunk)
             while position < end:
                 try:
-                    for data in self._road.get(keys[position:end], attempts):
+                    for data in self._shared.get(keys[position:end], attempts):
                         yield position, self._verified(keys[position], data)
                         position += 1
                     if position == end:
                         break
-                    for block in self._receive(keys[position:end], attempts):
+                    for block in self._streams.get(keys[position:end], attempts):
                         yield position, block
                         position += 1
                 except RpcUnavailable as error:
                     self._connection.wait_or_raise(attempts, error)
-
-    def _receive(self, keys: Sequence[BlockKey], attempts: Attempts) -> Iterator[bytes | None]:
-        """One answer per key, from one call as they arrive, or from calls on all connections."""
-        num_connections = self._connection.num_connections
-        if num_connections == 1 or len(keys) == 1:
-            yield from self._fetch(keys, Stop(), attempts)
-        else:
-
-            def fetch(run: Sequence[BlockKey], stop: Stop) -> list[bytes | None]:
-                return [*self._fetch(run, stop, attempts)]
-
-            yield from fetch_in_order(fetch, keys, num_connections=num_connections)
-
-    def _fetch(self, keys: Sequence[BlockKey], stop: Stop, attempts: Attempts) -> Iterator[bytes | None]:
-        """One answer per key from one Get."""
-        request, timeout_s = convert.pack_keys(keys), attempts.remaining_s
-        with closing(self._connection.receive("Get", request, timeout_s=timeout_s, stop=stop)) as frames:
-            yield from self._read(keys, frames)
-
-    def _read(self, keys: Sequence[BlockKey], frames: Iterator[bytes]) -> Iterator[bytes | None]:
-        """One answer per key from one Get. A server that breaks the order of frames is not read further."""
-        received = 0
-        assembler = Assembler(num_blocks=len(keys), keyed=False)
-        try:
-            for raw in frames:
-                block = assembler.add(parse_frame(raw))
-                if block is not None:
-                    received += 1
-                    yield self._verified(keys[block.index], block.data)
-        except ValueError:
-            self._connection.count("broken_streams")
-        except RpcError:
-            if received < len(keys):
-                raise
-        yield from [None] * (len(keys) - received)
 
     def _put(self, blocks: Iterable[tuple[BlockKey, bytes]], attempts: Attempts) -> list[PutOutcome]:
         outcomes: list[PutOutcome] = []
         source = _guarded(blocks)
         next_block = next(source, None)
         while next_block is not None:
-            sent, next_block = self._road.put(next_block, source, attempts)
+            sent, next_block = self._shared.put(next_block, source, attempts)
             outcomes += sent
-            if next_block is None:
-                break
-            batch = _PutBatch(next_block, source)
-            outcomes += self._connection.send(
-                "Put", batch.frames(), batch.parse_outcomes, timeout_s=attempts.remaining_s
-            )
-            next_block = batch.left_over
+            if next_block is not None:
+                sent, next_block = self._streams.put(next_block, source, attempts)
+                outcomes += sent
         return outcomes
 
     def _fill_shared(
@@ -290,7 +251,7 @@ class StoreClient:
         """Fill blocks through shared memory, as far as it goes."""
         while True:
             try:
-                for found in self._road.get_into(batch[len(outcomes) :], attempts):
+                for found in self._shared.get_into(batch[len(outcomes) :], attempts):
                     outcomes.append(self._placed(batch[len(outcomes)], found))
                 return
             except RpcUnavailable as error:
@@ -329,47 +290,6 @@ def _guarded(blocks: Iterable[tuple[BlockKey, bytes]]) -> Iterator[tuple[BlockKe
         yield from blocks
     except Exception as error:
         raise RpcError(f"the blocks to put could not be had: {error}") from error
-
-
-class _PutBatch:
-    """The blocks of one Put: taken from the caller's iterator until a limit of the contract is reached."""
-
-    def __init__(self, first: tuple[BlockKey, bytes], source: Iterator[tuple[BlockKey, bytes]]) -> None:
-        self.left_over: tuple[BlockKey, bytes] | None = None
-        self._first = first
-        self._source = source
-        self._was_sent: list[bool] = []
-        self._is_complete = False
-
-    def frames(self) -> Iterator[bytes]:
-        """Serialized frames of the blocks that can be sound; read from a thread of grpc's."""
-        block: tuple[BlockKey, bytes] | None = self._first
-        index, total_bytes = 0, 0
-        while block is not None:
-            key, data = block
-            is_sent = is_possible(key, data)
-            if is_sent and (index == MAX_KEYS or total_bytes + len(data) > MAX_PUT_BYTES):
-                self.left_over = block
-                break
-            self._was_sent.append(is_sent)
-            if is_sent:
-                total_bytes += len(data)
-                for frame in cut_block(index, data, key=key):
-                    yield pack_frame(frame)
-                index += 1
-            block = next(self._source, None)
-        self._is_complete = True
-
-    def parse_outcomes(self, raw: bytes) -> list[PutOutcome]:
-        """Outcomes of all blocks of the batch; those that were not worth sending are invalid.
-
-        Raises:
-            ValueError: Not one outcome per block sent, or an answer before the last block was sent.
-        """
-        if not self._is_complete:
-            raise ValueError("the server answered before it had all blocks")
-        sent = iter(convert.parse_outcomes(raw, num_blocks=sum(self._was_sent)))
-        return [next(sent) if was_sent else PutOutcome.INVALID for was_sent in self._was_sent]
 
 
 def _chunks(keys: Sequence[BlockKey]) -> Iterator[Sequence[BlockKey]]:

@@ -13,12 +13,12 @@ import pytest
 from store.running_server import WAIT_S, foreign_server, running_server, wait_until, write_token
 from store.sample_blocks import NAMESPACE, bytes_of, keys_of, sample_block, sample_blocks, sample_key
 
-from tq_store import client as client_module
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError, RpcError, RpcTimeout, RpcUnavailable
 from tq_store.keys import BlockKey
 from tq_store.results import PutOutcome
+from tq_store.rpc import streamed
 from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
 from tq_store.rpc.v1 import block_store_pb2 as pb
@@ -98,7 +98,7 @@ class Counting(stubs.BlockStoreServicer):
 def test_more_blocks_than_a_put_takes_are_sent_in_several(
     monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
-    monkeypatch.setattr(client_module, limit, value)
+    monkeypatch.setattr(streamed, limit, value)
     blocks = sample_blocks(8)
     impossible = [(sample_key(20), b""), (BlockKey(b"short"), blocks[0][1])]
     servicer = Counting()
@@ -111,7 +111,7 @@ def test_more_blocks_than_a_put_takes_are_sent_in_several(
 
 def test_a_block_over_the_limit_is_not_sent(client: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tq_store.rpc.shared.MAX_BLOCK_BYTES", 600)
-    monkeypatch.setattr(client_module, "MAX_PUT_BYTES", 600)
+    monkeypatch.setattr(streamed, "MAX_PUT_BYTES", 600)
     assert client.put([sample_block(1, 345), sample_block(2, 344)]) == [INVALID, STORED]
 
 
