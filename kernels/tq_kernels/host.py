@@ -29,8 +29,6 @@ from tq_kernels.spec import Code, KeyCenter
 
 _TILE_ELEMENTS = 1 << 17
 """Elements of keys, or of values, that are worked on at once: half a megabyte of float32."""
-_MAX_EIGHTHS = 1 << 14
-"""More eighths than any boundary has; more still would not fit 16 bits."""
 _EXACT_SQUARES = {Code.LM2: 1024, Code.LM3: 512, Code.LM4: 256}
 """Channels up to which float32 holds a sum of squared levels exactly, whatever the order."""
 
@@ -174,32 +172,25 @@ def _closest(sizes: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tenso
     """
     halves = (sizes.view(torch.int32) & 0x7FFFE000).view(torch.float32)
     halves = halves.clamp(max=127.5).mul_(2).round_()
-    # boundaries are whole eighths, so whole eighths of an element decide, and 16-bit integers hold them
-    eighths = sizes.mul_(8).clamp_(max=_MAX_EIGHTHS).to(torch.int16)
+    table = _magnitude_table(code)
+    eighths = sizes.mul_(8).clamp_(max=len(table) - 1).to(torch.int32)
+    of_sets = table.index_select(0, eighths.flatten()).view(sizes.shape)
     best = best_squares = best_likeness = torch.empty(0)
-    for i, boundaries in enumerate(BOUNDARIES[code]):
-        magnitude = _magnitudes(eighths, boundaries)
-        words = _nibbles(magnitude.view(torch.int32)).flatten()
-        squares = _square_table(code).index_select(0, words).view(*magnitude.shape[:-1], -1)
+    for i in range(len(BOUNDARIES[code])):
+        fours = (of_sets >> (8 * i)).to(torch.uint8).view(torch.int32)
+        words = _nibbles(fours).flatten()
+        squares = _square_table(code).index_select(0, words).view(fours.shape)
         squares = squares.sum(dim=-1, keepdim=True)
-        levels = _level_table(code).index_select(0, words).view(magnitude.shape)
+        levels = _level_table(code).index_select(0, words).view(sizes.shape)
         product = levels.mul_(halves).sum(dim=-1, keepdim=True)
         likeness = product * product / squares
         if i:
             closer = likeness > best_likeness
-            magnitude = torch.where(closer, magnitude, best)
+            fours = torch.where(closer, fours, best)
             squares = torch.where(closer, squares, best_squares)
             likeness = torch.where(closer, likeness, best_likeness)
-        best, best_squares, best_likeness = magnitude, squares, likeness
-    return best, best_squares, best_likeness
-
-
-def _magnitudes(eighths: torch.Tensor, boundaries: tuple[float, ...]) -> torch.Tensor:
-    """Magnitude of every element as a byte: how many boundaries do not lie above it."""
-    magnitude, step = torch.zeros_like(eighths), torch.empty_like(eighths)
-    for boundary in boundaries:
-        magnitude.add_(torch.sub(eighths, int(8 * boundary) - 1, out=step).clamp_(0, 1))
-    return magnitude.to(torch.uint8)
+        best, best_squares, best_likeness = fours, squares, likeness
+    return best.view(torch.uint8), best_squares, best_likeness
 
 
 def _nibbles(fours: torch.Tensor) -> torch.Tensor:
@@ -268,6 +259,19 @@ def _split(words: torch.Tensor, signs: torch.Tensor | None, code: Code) -> list[
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a constant first used in inference mode must serve outside it too
+def _magnitude_table(code: Code) -> torch.Tensor:
+    """Magnitudes by whole eighths, which decide as boundaries are such; the last entry is of all above too.
+
+    A magnitude is how many boundaries do not lie above; each set of them has a byte of an int32.
+    """
+    edges = [torch.tensor([int(8 * boundary) for boundary in each]) for each in BOUNDARIES[code]]
+    eighths = torch.arange(1 + max(int(each[-1]) for each in edges))
+    counts = [torch.bucketize(eighths, each, right=True) << (8 * i) for i, each in enumerate(edges)]
+    return torch.stack(counts).sum(dim=0).to(torch.int32)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _square_table(code: Code) -> torch.Tensor:
     """Sum of the squared levels of four magnitudes, by their 16-bit word of nibbles: float32."""
     squares = torch.zeros(8)
