@@ -34,6 +34,7 @@ def launch_dequantize(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     layout: PageLayout,
+    *,
     key_balance: torch.Tensor | None,
     rotated: bool,
     layers: tuple[torch.Tensor, torch.Tensor] | None = None,

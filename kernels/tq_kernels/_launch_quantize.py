@@ -42,6 +42,7 @@ def launch_quantize(
     slot_mapping: torch.Tensor,
     pages: torch.Tensor,
     layout: PageLayout,
+    *,
     seed_pages: torch.Tensor | None,
     key_balance: torch.Tensor | None,
     sinks: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],

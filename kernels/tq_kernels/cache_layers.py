@@ -121,9 +121,9 @@ def quantize_layers(
         slot_mapping,
         pages,
         layout,
-        None,
-        key_balance,
-        (None, None, None),
+        seed_pages=None,
+        key_balance=key_balance,
+        sinks=(None, None, None),
         layers=cache.offsets,
         source_slots=source_slots,
     )
@@ -179,7 +179,7 @@ def dequantize_layers(
         cache.values[0],
         slot_mapping,
         layout,
-        key_balance,
+        key_balance=key_balance,
         rotated=False,
         layers=cache.offsets,
     )

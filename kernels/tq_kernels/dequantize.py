@@ -77,5 +77,13 @@ def dequantize_pages(
 
     plan = plan_dequantize(count, shape, rotated=rotated)
     launch_dequantize(
-        plan, pages, page_indices, key_cache, value_cache, slot_mapping, layout, key_balance, rotated
+        plan,
+        pages,
+        page_indices,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        layout,
+        key_balance=key_balance,
+        rotated=rotated,
     )

@@ -121,7 +121,17 @@ def quantize_slots(
         return
     from tq_kernels._launch_quantize import launch_quantize  # Triton is imported where it is used
 
-    launch_quantize(plan, keys, values, slot_mapping, pages, layout, seed_pages, key_balance, sinks)
+    launch_quantize(
+        plan,
+        keys,
+        values,
+        slot_mapping,
+        pages,
+        layout,
+        seed_pages=seed_pages,
+        key_balance=key_balance,
+        sinks=sinks,
+    )
 
 
 def _check_strides(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> None:

@@ -255,7 +255,9 @@ def test_a_cpu_without_the_interpreter_takes_the_reference(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     calls = []
-    monkeypatch.setattr(_launch_dequantize, "launch_dequantize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(
+        _launch_dequantize, "launch_dequantize", lambda *arguments, **_: calls.append(arguments)
+    )
     _check(layout_of("tq4"), CPU, generator, variant="copy", rotated=True, dtype=torch.bfloat16)
 
     assert not calls

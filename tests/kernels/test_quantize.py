@@ -524,7 +524,7 @@ def _launched_plan(
     """The plan with which many tokens to skip are launched."""
     plans: list[LaunchPlan] = []
     patch.setattr(quantize, "takes_kernel", lambda _: True)
-    patch.setattr(_launch_quantize, "launch_quantize", lambda plan, *_: plans.append(plan))
+    patch.setattr(_launch_quantize, "launch_quantize", lambda plan, *_, **__: plans.append(plan))
     shape = (layout.num_kv_heads, layout.head_dim)
     tokens = torch.zeros(SMALLEST_PAGES_LAUNCH, *shape, dtype=dtype, device=device)
     slots = torch.full((SMALLEST_PAGES_LAUNCH,), -1, device=device)
@@ -601,7 +601,7 @@ def test_a_cpu_without_the_interpreter_takes_the_reference(
     slots = _mixed_slots(16)
     exact = exact_tokens(layout, slots, 10, generator)
     calls = []
-    monkeypatch.setattr(_launch_quantize, "launch_quantize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(_launch_quantize, "launch_quantize", lambda *arguments, **_: calls.append(arguments))
     result = guarded(exact.pages, CPU)
     quantize_slots(exact.keys, exact.values, torch.tensor(slots), result.pages, layout)
 

@@ -7,6 +7,7 @@ all of it. A reader with another preset, dtype or shape, another key, or a chang
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -22,6 +23,9 @@ from tq_connectors.lmcache.settings import UNCODED
 from tq_store.block import HEADER_BYTES, BlockInfo, pack_header, verify_block
 from tq_store.errors import ConfigError, IdentityMismatch
 from tq_store.keys import BlockKey
+
+_MOST_RANKS = 64
+"""Whose balances are kept; a rank of more is sliced again."""
 
 
 def chunk_key(model: str, part: str, salt: str, chunk_hash: bytes) -> BlockKey:
@@ -55,6 +59,7 @@ class ChunkCodec:
         if self._pages is not None:
             self._groups = group_codec(self._pages, device)
         self._state = None if self._pages is None else state
+        self._balance_of_rank = lru_cache(maxsize=_MOST_RANKS)(self._slice_balance)
         if self._state is not None:
             _, heads, channels = self._state.key_balance.shape
             if channels != settings.head_dim or heads % settings.num_kv_heads:
@@ -174,24 +179,29 @@ class ChunkCodec:
         """
         if self._state is None or self._pages is None:
             return [None] * len(chunk.groups)
-        num_layers, total_kv_heads, _ = self._state.key_balance.shape
+        num_layers = len(self._state.key_balance)
         if chunk.num_layers != num_layers:
             raise UnsupportedLayout(
                 f"a chunk has {chunk.num_layers} layers, the codec state {num_layers}: a state serves models "
                 "whose chunks hold all layers"
             )
-        balance = torch.stack(
-            balances_of_layers(
-                self._state,
-                self._pages,
-                range(num_layers),
-                num_model_layers=num_layers,
-                total_kv_heads=total_kv_heads,
-                tp_rank=rank.rank,
-                tp_size=rank.size,
-            )
+        return list(self._balance_of_rank(rank).split([layers for layers, _ in chunk.groups]))
+
+    def _slice_balance(self, rank: RankOf) -> torch.Tensor:
+        """Of all layers, the heads of a rank."""
+        assert self._state is not None
+        assert self._pages is not None
+        num_layers, total_kv_heads, _ = self._state.key_balance.shape
+        balances = balances_of_layers(
+            self._state,
+            self._pages,
+            range(num_layers),
+            num_model_layers=num_layers,
+            total_kv_heads=total_kv_heads,
+            tp_rank=rank.rank,
+            tp_size=rank.size,
         )
-        return list(balance.split([layers for layers, _ in chunk.groups]))
+        return torch.stack(balances)
 
     def _by_group(self, payload: torch.Tensor, chunk: KVLayout) -> tuple[torch.Tensor, ...]:
         """Pages ``[n, page_bytes]`` of each group of layers."""

@@ -244,25 +244,9 @@ def _quantize_run(
         o_tail = SHAPE.used_bytes // 4 + tl.arange(0, SHAPE.tail_tile)
         m_tail = (o_tail < SHAPE.section_bytes // 4) & (i_opening >= 0)
         tl.store(p_section.to(tl.pointer_type(tl.uint32)) + o_tail, o_tail * 0, mask=m_tail)
-    if ROWS == P:
-        _quantize_tile(
-            p_values,
-            p_section,
-            value_stride,
-            value_page_stride,
-            p_sources,
-            b_rotation,
-            b_index,
-            b_center,
-            y,
-            0,
-            tables,
-            SHAPE,
-            MODE,
-        )
-    else:
-        for i_tile in range(P // ROWS):
-            if ((tokens_of_tiles >> (8 * i_tile)) & 0xFF) != 0:
+    for i_tile in range(P // ROWS):
+        if ROWS == P or ((tokens_of_tiles >> (8 * i_tile)) & 0xFF) != 0:
+            if ROWS != P:
                 b_index = index_of_rows(b_offset, first_offset, facts, i_tile, ROWS, SHAPE)
                 y = _key_rows(
                     p_keys,
@@ -275,21 +259,21 @@ def _quantize_run(
                     SHAPE,
                     MODE,
                 )
-                _quantize_tile(
-                    p_values,
-                    p_section,
-                    value_stride,
-                    value_page_stride,
-                    p_sources,
-                    b_rotation,
-                    b_index,
-                    b_center,
-                    y,
-                    i_tile,
-                    tables,
-                    SHAPE,
-                    MODE,
-                )
+            _quantize_tile(
+                p_values,
+                p_section,
+                value_stride,
+                value_page_stride,
+                p_sources,
+                b_rotation,
+                b_index,
+                b_center,
+                y,
+                i_tile,
+                tables,
+                SHAPE,
+                MODE,
+            )
 
 
 @triton.jit

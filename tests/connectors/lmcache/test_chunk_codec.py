@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tq_connectors.codec_state import CodecState
+from tq_connectors.engine.state import balances_of_layers
 from tq_connectors.lmcache.chunk_codec import ChunkCodec, RankOf, chunk_key
 from tq_connectors.lmcache.group_codecs import DeviceGroups, group_codec
 from tq_connectors.lmcache.kv_layout import UnsupportedLayout, read_layout, sides
@@ -280,6 +281,22 @@ def test_a_state_keeps_keys_with_outliers_and_is_a_rank_s_part_of_it(layout, ran
         errors.append(squares / len(tensors))
     assert errors[0] < 0.012
     assert errors[1] > 5 * errors[0]
+
+
+def test_a_state_is_sliced_once_for_every_rank(generator, monkeypatch):
+    sliced: list[int] = []
+
+    def note(*given, tp_rank: int, **named) -> list[torch.Tensor]:
+        sliced.append(tp_rank)
+        return balances_of_layers(*given, tp_rank=tp_rank, **named)
+
+    monkeypatch.setattr("tq_connectors.lmcache.chunk_codec.balances_of_layers", note)
+    codec, tensors = ChunkCodec(settings(), state_of()), chunk(SPLIT, torch.float32, generator)
+    buffer = torch.zeros(codec.packed_bytes(SPLIT, [torch.float32]), dtype=torch.uint8)
+    for rank in (0, 1, 1, 0):
+        codec.pack(KEY, tensors, buffer, RankOf(rank, 2))
+        codec.unpack(KEY, buffer, blank(tensors), RankOf(rank, 2))
+    assert sliced == [0, 1]
 
 
 def test_a_chunk_of_another_state_is_not_taken(generator):
