@@ -181,7 +181,7 @@ def _closest(sizes: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tenso
         words = _nibbles(fours).flatten()
         squares = _square_table(code).index_select(0, words).view(fours.shape)
         squares = squares.sum(dim=-1, keepdim=True)
-        levels = _level_table(code).index_select(0, words).view(sizes.shape)
+        levels = _levels(words, code).view(sizes.shape)
         product = levels.mul_(halves).sum(dim=-1, keepdim=True)
         likeness = product * product / squares
         if i:
@@ -230,7 +230,7 @@ def _read_side(tile: torch.Tensor, layout: PageLayout, side: str, code: Code) ->
     words = _turned(words, along_tokens)
     if code in _EXACT_SQUARES:
         fours = torch.cat(_split(words, signs, code), dim=-1)
-        levels = _level_table(code).index_select(0, fours.flatten()).view(*fours.shape[:-1], -1)
+        levels = _levels(fours.flatten(), code).view(*fours.shape[:-1], -1)
     else:
         cast = torch.bfloat16 if code is Code.BF16 else torch.float8_e4m3fn
         levels = words.contiguous().view(cast).float()
@@ -280,11 +280,20 @@ def _square_table(code: Code) -> torch.Tensor:
     return torch.stack([squares[(words >> shift) & 7] for shift in (0, 4, 8, 12)]).sum(dim=0)
 
 
+def _levels(words: torch.Tensor, code: Code) -> torch.Tensor:
+    """Levels of ``[n]`` 16-bit words of nibbles, four of each: ``[4 n]`` float32."""
+    return _level_table(code).index_select(0, words).view(torch.float32)
+
+
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _level_table(code: Code) -> torch.Tensor:
-    """Levels of four indices, by their 16-bit word of nibbles: ``[65536, 4]`` float32."""
+    """Levels of four indices, by their 16-bit word of nibbles: ``[65536]``, each four float32 in a complex128.
+
+    PyTorch gathers numbers three times as fast as rows.
+    """
     levels = level_table(code, torch.device("cpu"))
     words = torch.arange(1 << 16)
     mask = levels.shape[0] - 1
-    return torch.stack([levels[(words >> shift) & mask] for shift in (0, 4, 8, 12)], dim=-1)
+    rows = torch.stack([levels[(words >> shift) & mask] for shift in (0, 4, 8, 12)], dim=-1)
+    return rows.view(torch.complex128).flatten()
