@@ -288,7 +288,7 @@ def _levels(words: torch.Tensor, code: Code) -> torch.Tensor:
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _level_table(code: Code) -> torch.Tensor:
-    """Levels of four indices, by their 16-bit word of nibbles: ``[65536]``, each four float32 in a complex128.
+    """Levels of four indices, by their 16-bit word of nibbles: ``[65536]`` complex128, each of four float32.
 
     PyTorch gathers numbers three times as fast as rows.
     """
