@@ -24,7 +24,6 @@ def prepare_step(
     num_sinks: int,
     clock: int,
     opens: bool,
-    most_seeded: int,
 ) -> None:
     """See `step.prepare_step`."""
     seeds = [-1] * len(seed_pages)
@@ -43,7 +42,7 @@ def prepare_step(
         for token in range(count):
             position = context + token
             before = position - layout.page_tokens
-            if position % layout.page_tokens == 0 and 0 <= before < context and count <= most_seeded:
+            if position % layout.page_tokens == 0 and 0 <= before < context:
                 seeds[start + token] = int(block_table[seq, position // layout.page_tokens - 1])
             if row >= 0 and position < num_sinks:
                 slots[start + token] = row * num_sinks + position

@@ -18,7 +18,6 @@ from tq_kernels.layout import PageLayout
 MARK_BYTES = 64
 """Of the first page's first centre: what tells that a page still is the one that it was."""
 _TILE = 128
-_ALL = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +63,6 @@ def prepare_step(
     num_sinks: int = 0,
     clock: int = 0,
     opens: bool = False,
-    most_seeded: int = _ALL,
 ) -> None:
     """Fill in what `quantize_slots` and `decode_attention` take as `seed_pages`, `sink_slots`, `sink_rows`.
 
@@ -84,8 +82,6 @@ def prepare_step(
         num_sinks: Tokens in a row.
         clock: Number of the step, for `SinkTable.last_used`.
         opens: Whether sequences that begin in this step have been given rows for it.
-        most_seeded: A sequence that brings more tokens gives its pages their own mean: for engines in which
-            the page before may be another sequence's, who opens it in the same step.
 
     Raises:
         ValueError: An argument of another shape, dtype or device.
@@ -123,7 +119,6 @@ def prepare_step(
             num_sinks=num_sinks,
             clock=clock,
             opens=opens,
-            most_seeded=most_seeded,
         )
         return
     from tq_kernels.device.step import prepare  # Triton is there on some platforms only
@@ -148,7 +143,6 @@ def prepare_step(
         num_tokens=len(seed_pages),
         num_pages=len(pages) if pages is not None else 0,
         clock=clock,
-        most_seeded=most_seeded,
         mark_offset=offset,
         OPENS=opens,
         SINKS=num_sinks,

@@ -33,7 +33,6 @@ for module, names in launched.items():
 _VARY = {
     "clock",
     "first_position",
-    "most_seeded",
     "num_columns",
     "num_pages",
     "num_seqs",

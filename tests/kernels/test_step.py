@@ -40,22 +40,6 @@ def test_a_page_opened_with_the_one_before_it_or_first_of_all_takes_none(device:
     assert whole_second == [5, *[-1] * (2 * P - 1)]
 
 
-@pytest.mark.parametrize("most_seeded", [1, 2])
-def test_longer_chunks_take_their_own_mean_where_others_may_open_the_page_before(
-    most_seeded: int, device: torch.device
-) -> None:
-    seeds = torch.full((6,), 77, dtype=torch.int32, device=device)
-    prepare_step(
-        _int32([[5, 7], [3, 4], [1, 2]], device),
-        _int32([P + 1, P + 2, P + 3], device),
-        _int32([0, 1, 3, 6], device),
-        LAYOUT,
-        seed_pages=seeds,
-        most_seeded=most_seeded,
-    )
-    assert seeds.tolist() == [5, 3 if most_seeded == 2 else -1, *[-1] * 4]
-
-
 def test_sequences_without_tokens_and_tokens_of_nobody_get_nothing(device: torch.device) -> None:
     seeds = _seeds([[5, 7], [0, 0], [3, 4]], [P + 1, 0, P + 1], [1, 0, 1], device, spare=300)
     assert seeds == [5, 3, *[-1] * 300]
@@ -111,7 +95,6 @@ def test_a_row_is_believed_while_its_page_is_what_it_was(
             num_sinks=4,
             clock=9,
             opens=opens,
-            most_seeded=1 << 30,
         )
         found.append((seeds.tolist(), slots.tolist(), rows.tolist(), last_used.tolist()))
     assert found[0] == found[1]

@@ -6,8 +6,8 @@ import torch
 class OpenedPages:
     """Pages and the steps that opened them.
 
-    An engine may find a prefix that another sequence computes in the very same step. The page before a new
-    one is then written by the launch that would read its centre.
+    An engine may find a prefix that another sequence computes in the very same step, or that is loaded while
+    the step runs. The page before a new one is then written when its centre would be read.
 
     Args:
         num_pages: Of the pool.
@@ -24,14 +24,20 @@ class OpenedPages:
         """Pages of the pool."""
         return len(self._opened_at) - 1
 
-    def drop(self, seed_pages: torch.Tensor, slot_mapping: torch.Tensor, clock: int) -> None:
+    def drop(
+        self, seed_pages: torch.Tensor, slot_mapping: torch.Tensor, clock: int, *, num_decode_tokens: int
+    ) -> None:
         """Take seeds away that are opened by this step; such a page has the mean of its own keys.
 
         Args:
             seed_pages: Changed: ``[num_tokens]`` int32.
             slot_mapping: ``[num_tokens]`` int64 page * page_tokens + offset, or -1.
             clock: Number of the step, another for each.
+            num_decode_tokens: Tokens at the head of the batch that decode. Others bring keys enough for a
+                mean of their own, and keep no seed at all.
         """
+        seed_pages[num_decode_tokens:] = -1
+        seed_pages = seed_pages[:num_decode_tokens]
         opens = (slot_mapping >= 0) & (slot_mapping % self._page_tokens == 0)
         self._opened_at[torch.where(opens, slot_mapping // self._page_tokens, self.num_pages)] = clock
         is_fresh = self._opened_at[seed_pages.clamp(min=0)] == clock

@@ -110,7 +110,7 @@ class LayerGroup:
         *,
         opens: bool,
         num_decodes: int,
-        most_rows: int,
+        num_decode_tokens: int,
     ) -> PageStep:
         """Before a step: where its pages take their centres from, where its sequences keep first tokens.
 
@@ -121,7 +121,7 @@ class LayerGroup:
             slot_mapping: ``[num_tokens]`` int64 slots of the step's tokens, with those that fill up a graph.
             opens: Whether a sequence begins.
             num_decodes: Sequences at the head of the batch that bring the tokens of a decode.
-            most_rows: Most tokens of these.
+            num_decode_tokens: Their tokens.
         """
         pages = pages_of(self._first_layer.kv_cache, self.layout)
         table = self._pool.table
@@ -157,13 +157,11 @@ class LayerGroup:
             num_sinks=NUM_SINKS,
             clock=clock,
             opens=opens,
-            # a prefix that another sequence computes in this very step is found already
-            most_seeded=most_rows,
         )
         if num_decodes < len(lengths):
             if self._opened is None or self._opened.num_pages != len(pages):
                 self._opened = OpenedPages(len(pages), self.layout.page_tokens, pages.device)
-            self._opened.drop(step.seed_pages, slot_mapping, clock)
+            self._opened.drop(step.seed_pages, slot_mapping, clock, num_decode_tokens=num_decode_tokens)
         return step
 
     def after_write(self, layer_name: str, pages: torch.Tensor, step: PageStep) -> None:

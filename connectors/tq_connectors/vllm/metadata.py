@@ -186,7 +186,7 @@ class TQMetadataBuilder(AttentionMetadataBuilder[TQMetadata]):
             common.slot_mapping[:num_tokens],
             opens=bool(cold),
             num_decodes=num_decodes,
-            most_rows=self.reorder_batch_threshold or 1,
+            num_decode_tokens=starts[num_decodes],
         )
         named = [
             Chunk(

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_seqs", "num_tokens", "num_pages", "clock", "most_seeded"])
+@triton.jit(do_not_specialize=["table_stride", "num_seqs", "num_tokens", "num_pages", "clock"])
 def prepare(
     p_table,
     p_lengths,
@@ -23,7 +23,6 @@ def prepare(
     num_tokens,
     num_pages,
     clock,
-    most_seeded,
     mark_offset,
     OPENS: tl.constexpr,
     SINKS: tl.constexpr,
@@ -71,7 +70,6 @@ def prepare(
             m_token = o_token < count
             position = context + o_token
             m_opens = m_token & (position % P == 0) & (position >= P) & (position - P < context)
-            m_opens = m_opens & (count <= most_seeded)
             seed = tl.load(p_table + position // P - 1, mask=m_opens, other=-1)
             tl.store(p_seeds + start + o_token, seed, mask=m_token)
             if p_sink_rows is not None:
