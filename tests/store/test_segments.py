@@ -2,11 +2,13 @@
 
 import asyncio
 import fcntl
+import mmap
 import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from store.running_server import WAIT_S, running_server
@@ -145,13 +147,33 @@ async def test_more_than_the_limit_are_turned_away(segments: Segments, tmp_path:
     await until_there_are(segments, 0)
 
 
-async def test_memory_that_cannot_be_written_is_an_error_of_the_client(tmp_path: Path) -> None:
+def test_memory_that_cannot_be_written_is_not_taken() -> None:
     fd = memfd(BYTES, required_seals())
-    read_only = Segment(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY))
+    read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     os.close(fd)
-    with pytest.raises(ValueError, match="cannot be written"):
-        await read_only.write(0, [b"x"])
-    read_only.close()
+    with pytest.raises(PermissionError):
+        Segment(read_only)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(read_only)
+
+
+def test_memory_in_huge_pages_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = memfd(BYTES, required_seals())
+    monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_bsize=2 << 20))
+    with pytest.raises(ValueError, match="not a sealed memfd"):
+        Segment(fd)
+
+
+async def test_pages_that_a_client_takes_away_come_back_empty() -> None:
+    fd = memfd(BYTES, required_seals())
+    segment = Segment(os.dup(fd))
+    await segment.write(0, [b"x" * BYTES])
+    with mmap.mmap(fd, BYTES) as own:
+        own.madvise(mmap.MADV_REMOVE)
+    assert await segment.read(0, [BYTES]) == [bytes(BYTES)]
+    await segment.write(BYTES - 1, [b"y"])
+    assert os.pread(fd, BYTES, 0) == bytes(BYTES - 1) + b"y"
+    os.close(fd)
 
 
 async def test_a_copy_under_way_outlives_its_segment(segments: Segments, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Shared memory that clients of this host have handed over: whose it is, and reading and writing it safely.
 
-The server never maps it: a client may write into it, or take it away, at any time. What is read is copied by
-the kernel first and checked afterwards.
+A client may write into it, or take its pages away, at any time. What is read is copied first, and checked
+afterwards. It is mapped for writing, which is twice as fast as system calls. It can be, because its size is
+sealed and its pages are ordinary ones: those that were taken away come back empty.
 """
 
 import asyncio
+import ctypes
 import fcntl
 import itertools
 import logging
+import mmap
 import os
 import secrets
 import socket
@@ -33,23 +36,26 @@ T = TypeVar("T")
 
 
 class Segment:
-    """A client's memory, as the server sees it."""
+    """A client's memory, as the server sees it. It is unmapped when nothing refers to it, no copy either."""
 
     def __init__(self, fd: int) -> None:
         """Take the descriptor over.
 
         Raises:
             ValueError: It is not memory of a fixed size within the bounds.
+            OSError: It may not be written.
         """
-        self._fd = fd
-        self.num_bytes = os.fstat(fd).st_size
         try:
-            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        except OSError:
-            seals = 0  # not a memfd
-        if seals & required_seals() != required_seals() or not 0 < self.num_bytes <= MAX_SEGMENT_BYTES:
+            self.num_bytes = os.fstat(fd).st_size
+            is_sealed = _seals(fd) & required_seals() == required_seals()
+            # huge pages may run out, and to touch one that is not there would end the process
+            has_usual_pages = os.fstatvfs(fd).f_bsize == mmap.PAGESIZE
+            if not (is_sealed and has_usual_pages and 0 < self.num_bytes <= MAX_SEGMENT_BYTES):
+                raise ValueError(f"what came is not a sealed memfd of 1 to {MAX_SEGMENT_BYTES} bytes")
+            self._map = mmap.mmap(fd, self.num_bytes)
+        finally:
             os.close(fd)
-            raise ValueError(f"what came is not a sealed memfd of 1 to {MAX_SEGMENT_BYTES} bytes")
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     async def read(self, offset: int, sizes_bytes: Sequence[int]) -> list[bytes]:
         """Copies of bytes that lie one after the other.
@@ -59,26 +65,26 @@ class Segment:
         """
         num_bytes = sum(sizes_bytes)
         self._check(offset, num_bytes)
-        starts = itertools.accumulate(sizes_bytes, initial=offset)
-        places = list(zip(sizes_bytes, starts, strict=False))
-        return await self._with_own_fd(lambda fd: [os.pread(fd, *place) for place in places], num_bytes)
+        ends = list(itertools.accumulate(sizes_bytes, initial=offset))
+        return await _in_thread(
+            lambda: [self._map[start:end] for start, end in itertools.pairwise(ends)], num_bytes
+        )
 
     async def write(self, offset: int, pieces: Sequence[bytes]) -> None:
         """Put bytes there, one after the other.
 
         Raises:
-            ValueError: They do not fit, or the client has taken the memory away and there is no other.
+            ValueError: They do not fit.
         """
         num_bytes = sum(map(len, pieces))
         self._check(offset, num_bytes)
-        try:
-            await self._with_own_fd(lambda fd: os.pwritev(fd, pieces, offset), num_bytes)
-        except OSError as error:
-            raise ValueError(f"the segment cannot be written: {error.strerror}") from error
+        await _in_thread(partial(self._write, offset, pieces), num_bytes)
 
-    def close(self) -> None:
-        """Let go of it; copies under way go on."""
-        os.close(self._fd)
+    def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
+        """Copy bytes in without the interpreter's lock."""
+        for piece in pieces:
+            ctypes.memmove(self._address + offset, piece, len(piece))
+            offset += len(piece)
 
     def _check(self, offset: int, num_bytes: int) -> None:
         if not 0 <= offset <= offset + num_bytes <= self.num_bytes:
@@ -86,19 +92,19 @@ class Segment:
                 f"bytes {offset} to {offset + num_bytes} lie outside a segment of {self.num_bytes}"
             )
 
-    async def _with_own_fd(self, copy: Callable[[int], T], num_bytes: int) -> T:
-        """Copy on a duplicate of the descriptor: a thread may still run when the client has gone."""
-        fd = os.dup(self._fd)
 
-        def copy_and_close() -> T:
-            try:
-                return copy(fd)
-            finally:
-                os.close(fd)
+def _seals(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return 0  # not a memfd
 
-        if num_bytes <= _INLINE_BYTES:
-            return copy_and_close()
-        return await asyncio.shield(asyncio.to_thread(copy_and_close))  # it must run, to close
+
+async def _in_thread(copy: Callable[[], T], num_bytes: int) -> T:
+    """Copy in a thread, unless that takes longer than copying."""
+    if num_bytes <= _INLINE_BYTES:
+        return copy()
+    return await asyncio.to_thread(copy)
 
 
 async def _receive_fd(connection: socket.socket) -> int:
@@ -216,7 +222,6 @@ class Segments:
             return
         if len(self._segments) >= self._limit:
             logger.warning("a client's shared memory is not taken: there are %d pieces", self._limit)
-            segment.close()
             return
         self._segments[handle] = segment
         try:
@@ -226,7 +231,6 @@ class Segments:
             return
         finally:
             del self._segments[handle]
-            segment.close()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -281,10 +281,11 @@ def test_a_page_that_is_damaged_on_the_way_is_a_miss_and_so_are_later_ones(near_
     saved, loaded = (packed_pool(1), packed_pool()) if codec == "tq4" else (pool_of(seed=1), pool_of())
     settings = dataclasses.replace(SETTINGS, codec=codec, load_threads=1)
     store = save(near_client, saved, settings)
-    view, block_bytes = Segment.view, store.stored_page_bytes + HEADER_BYTES
+    view, places = Segment.view, iter([2 * (store.stored_page_bytes + HEADER_BYTES) + 1000])
 
     def damaged(segment):
-        segment.write(2 * block_bytes + 1000, bytes([segment.read(2 * block_bytes + 1000, 1)[0] ^ 1]))
+        for place in places:
+            segment.write(place, bytes([segment.read(place, 1)[0] ^ 1]))
         return view(segment)
 
     monkeypatch.setattr(Segment, "view", damaged)
