@@ -31,9 +31,9 @@ from connectors.sglang.host_pool import HostMemory
 from benchmarks.circumstances import circumstances
 from benchmarks.store_processes import TqStore
 from tq_connectors.codec import CacheGeometry
+from tq_connectors.engine.interpreter import SWITCH_INTERVAL_S
 from tq_connectors.sglang.hicache_settings import PageSettings
 from tq_connectors.sglang.host_pages import HostPages, read_host_pool
-from tq_connectors.sglang.interpreter import SWITCH_INTERVAL_S
 from tq_connectors.sglang.page_rows import num_pairs
 from tq_connectors.sglang.page_setup import Place, open_page_store
 from tq_connectors.sglang.page_store import PageStore

@@ -16,10 +16,10 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
+from tq_connectors.engine.interpreter import share_interpreter
 from tq_connectors.sglang.engine_model import read_group, read_place
 from tq_connectors.sglang.hicache_settings import read_settings
 from tq_connectors.sglang.host_pages import HostPages, read_host_pool
-from tq_connectors.sglang.interpreter import share_interpreter
 from tq_connectors.sglang.page_setup import open_page_store
 from tq_connectors.sglang.page_store import PageStore
 from tq_store.client import StoreClient

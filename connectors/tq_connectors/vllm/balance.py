@@ -8,7 +8,7 @@ import torch
 from tq_connectors.engine.state import STATE_VARIABLE, balances_of_layers, load_state
 from tq_kernels.layout import PageLayout
 
-logger = logging.getLogger("vllm.tq_connectors")
+logger = logging.getLogger(__name__)
 
 
 def key_balances(

@@ -4,7 +4,7 @@ import importlib
 import logging
 import sys
 
-logger = logging.getLogger("vllm.tq_connectors")  # below vLLM's own logger, which has the handler
+logger = logging.getLogger(__name__)
 
 _PARTS = {
     "--kv-cache-dtype": ("tq_connectors.vllm.dtypes", "register_dtypes"),
@@ -20,6 +20,7 @@ def register() -> None:
 
     A part that this vLLM has no place for is left out with one line; the others are still there.
     """
+    _log_as_vllm_does()
     for flag, (module, function) in _PARTS.items():
         try:
             getattr(importlib.import_module(module), function)()
@@ -32,3 +33,12 @@ def register() -> None:
                 type(error).__name__,
                 error,
             )
+
+
+def _log_as_vllm_does() -> None:
+    """Give what we log to vLLM's handlers, at its level: it configures its own loggers and no others."""
+    ours, engines = logging.getLogger("tq_connectors"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.setLevel(engines.level)
+        for handler in engines.handlers:
+            ours.addHandler(handler)

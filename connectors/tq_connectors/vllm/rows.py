@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol
 
 from tq_connectors.codec import CacheGeometry, block_info
@@ -9,9 +11,10 @@ from tq_connectors.envelope import pack_object, unpack_object
 from tq_connectors.parts import shard_of
 from tq_connectors.reshard import runs
 from tq_kernels.layout import PageLayout
-from tq_store.block import BlockInfo, pack_block, parse_header, payload_of
+from tq_store.block import BlockInfo, BlockKind, pack_block, parse_header, payload_of
 from tq_store.errors import IdentityMismatch
-from tq_store.keys import BlockKey, Part
+from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, Part
+from tq_store.placed import PlacedBlock
 
 
 class Rows(Protocol):
@@ -34,6 +37,9 @@ class Rows(Protocol):
         Raises:
             BlockFormatError: Not what `pack` makes for this key; the row is as before.
         """
+
+    def placed(self, key: BlockKey, row: memoryview) -> PlacedBlock | None:
+        """The block whose bytes lie in the row, in places of their own; None where they do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,28 +94,34 @@ class PageRows:
     def pack(self, key: BlockKey, row: memoryview) -> bytes:
         """A block from a row."""
         if self.tp_size == 1:
-            return pack_block(self._info(key), row[: self.cell_bytes])
+            return pack_block(self.info(key), row[: self.cell_bytes])
         payload = bytearray(self._num_pages * self.layout.page_bytes)
-        for in_row, in_block in self._pieces():
+        for in_row, in_block in self.pieces():
             payload[in_block] = row[in_row]
-        return pack_block(self._info(key), payload)
+        return pack_block(self.info(key), payload)
 
     def unpack(self, key: BlockKey, block: bytes, row: memoryview) -> None:
         """Fill a row from a block."""
-        if parse_header(block) != self._info(key):
+        if parse_header(block) != self.info(key):
             raise IdentityMismatch("the block was made by another codec, or for another cache shape")
         payload = payload_of(block)
         if self.tp_size == 1:
             row[: self.cell_bytes] = payload
             return
-        for in_row, in_block in self._pieces():
+        for in_row, in_block in self.pieces():
             row[in_row] = payload[in_block]
 
-    def _info(self, key: BlockKey) -> BlockInfo:
+    def placed(self, key: BlockKey, row: memoryview) -> PlacedBlock | None:
+        """The block that is the row; None where two ranks hold the same head, and a block holds it once."""
+        places = _places(self)
+        return None if places is None else PlacedBlock(key, _kind(self), [row[each] for each in places])
+
+    def info(self, key: BlockKey) -> BlockInfo:
+        """Header of a block."""
         info = block_info(self.layout, self.num_layers, key)
         return replace(info, num_tokens=self.pages_per_chunk * self.layout.page_tokens)
 
-    def _pieces(self) -> Iterator[tuple[slice, slice]]:
+    def pieces(self) -> Iterator[tuple[slice, slice]]:
         """Where the pages of each rank lie in a row, and where in a block."""
         whole = replace(self, tp_size=1).part(0)
         sizes = {"section_bytes": self.layout.section_bytes, "pages_per_layer": self.pages_per_chunk}
@@ -118,6 +130,21 @@ class PageRows:
                 start = rank * self.cell_bytes + run.source_offset
                 in_block = slice(run.target_offset, run.target_offset + run.num_bytes)
                 yield slice(start, start + run.num_bytes), in_block
+
+
+@lru_cache
+def _kind(rows: PageRows) -> BlockKind:
+    return BlockKind(rows.info(BlockKey(bytes(BLOCK_KEY_BYTES))))
+
+
+@lru_cache
+def _places(rows: PageRows) -> list[slice] | None:
+    """Where the bytes of a block lie in a row, in their order."""
+    if rows.tp_size == 1:
+        return [slice(rows.cell_bytes)]
+    in_order = sorted(rows.pieces(), key=lambda piece: piece[1].start)
+    is_once = all(one.stop == other.start for (_, one), (_, other) in pairwise(in_order))
+    return [in_row for in_row, _ in in_order] if is_once else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +174,10 @@ class RawRows:
                 f"not {self.cell_bytes * self.num_ranks} of {self._layout}"
             )
         row[: len(found.data)] = found.data
+
+    def placed(self, key: BlockKey, row: memoryview) -> PlacedBlock | None:
+        """None: a block says more than what is in the row."""
+        return None
 
     @property
     def _layout(self) -> str:

@@ -23,6 +23,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult
 
+from tq_connectors.engine.interpreter import share_interpreter
 from tq_connectors.engine.state import load_state
 from tq_connectors.task_queue import TaskQueue
 from tq_connectors.vllm.offload_facts import engine_facts, heads_of_model
@@ -66,6 +67,7 @@ class TQStoreTier(TierBase):
         **written: Any,
     ) -> None:
         require_offloading()
+        share_interpreter()
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         settings, connection = read_settings(written, os.environ)
         config = offloading_spec.config
@@ -75,7 +77,7 @@ class TQStoreTier(TierBase):
         self._names = {group.group_id: plan.names(group.group_id, hash_seed) for group in config.groups}
         self._memory = primary_kv_view.cast("B")  # a view of two dimensions gives no rows
         self._client = StoreClient(config=connection)
-        self._rows = StoredRows(self._client, plan.rows)
+        self._rows = StoredRows(self._client, plan.rows, load_threads=settings.load_threads)
         self._lookups = _Lookups(tier_type, lambda keys: self._rows.contains(self._block_keys(keys)))
         pending = settings.max_pending_tasks
         self._stores, self._loads = (
@@ -136,6 +138,7 @@ class TQStoreTier(TierBase):
         self._lookups.shutdown()
         self._stores.close()
         self._loads.close()
+        self._rows.close()
         self._client.close()
         self._memory.release()
 

@@ -61,7 +61,10 @@ class StoreSettings:
             "the offloading connector: layers that --kv-cache-dtype-skip-layers leaves out, as it has them",
         ),
     )
-    load_threads: int = field(default=2, metadata=about(COUNT, "loads from the store at once"))
+    load_threads: int = field(
+        default=2,
+        metadata=about(COUNT, "loads from the store at once, and parts of one that are loaded at once"),
+    )
     store_threads: int = field(default=1, metadata=about(COUNT, "stores at once"))
     max_pending_tasks: int = field(
         default=1024, metadata=about(COUNT, "loads, and stores, waiting or running; one more fails at once")

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 
 from tq_connectors.store_guard import StoreGuard
@@ -9,7 +11,8 @@ from tq_connectors.vllm.rows import Rows
 from tq_store.client import StoreClient
 from tq_store.errors import BlockFormatError
 from tq_store.keys import BlockKey
-from tq_store.results import PutOutcome
+from tq_store.placed import PlacedBlock
+from tq_store.results import GetOutcome, PutOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +31,13 @@ class StoredRows:
     Args:
         client: Connection to the store; owned by the caller.
         rows: What a row looks like as a block.
+        load_threads: Runs of rows that are loaded at once.
     """
 
-    def __init__(self, client: StoreClient, rows: Rows) -> None:
+    def __init__(self, client: StoreClient, rows: Rows, *, load_threads: int = 1) -> None:
         self._client, self._rows = client, rows
+        self._load_threads = load_threads
+        self._threads = ThreadPoolExecutor(load_threads, thread_name_prefix="tq-vllm-rows")
         self._guard = StoreGuard()
         self.rejected_rows = 0
         """Blocks that came, and were not what their key promises."""
@@ -53,32 +59,65 @@ class StoredRows:
         """
         is_there = self.contains([row.key for row in rows])
         missing = [number for number, there in enumerate(is_there) if not there]
-        outcomes = self._guard.attempt(lambda: self._client.put(self._blocks(rows, missing))) or []
+        outcomes = self._guard.attempt(lambda: self._put([rows[number] for number in missing])) or []
         for number, outcome in zip(missing, outcomes, strict=False):
             is_there[number] = outcome in (PutOutcome.STORED, PutOutcome.PRESENT)
         return is_there
 
     def get(self, rows: Sequence[Row]) -> list[bool]:
-        """Fill rows; True where one was there, sound and in time. The others are as before."""
-        is_filled = [False] * len(rows)
+        """Fill rows; True where one was there, sound and in time. The others may hold anything.
 
-        def fill() -> None:
-            for number, block in self._client.get([row.key for row in rows]):
-                if block is not None:
-                    is_filled[number] = self._fill(rows[number], block)
+        None of them is written after this.
+        """
+        run = max(1, -(-len(rows) // self._load_threads))
+        runs = [
+            self._threads.submit(self._get, rows[start : start + run]) for start in range(0, len(rows), run)
+        ]
+        wait(runs)
+        return [is_filled for done in runs for is_filled in done.result()]
 
-        self._guard.attempt(fill)
-        return is_filled
+    def close(self) -> None:
+        """Wait until no row is written any more; the client is closed by its owner."""
+        self._threads.shutdown()
+
+    def _get(self, rows: Sequence[Row]) -> list[bool]:
+        is_filled: list[bool] = []
+        self._guard.attempt(lambda: is_filled.extend(self._filled(rows)))
+        return is_filled + [False] * (len(rows) - len(is_filled))
+
+    def _filled(self, rows: Sequence[Row]) -> Iterator[bool]:
+        keys = [row.key for row in rows]
+        blocks = self._placed(rows)
+        if blocks is None:
+            for number, block in self._client.get(keys):
+                yield block is not None and self._fill(rows[number], block)
+            return
+        with closing(self._client.get_into(keys, [blocks])) as answers:
+            for outcomes in answers:
+                for outcome in outcomes:
+                    if outcome is GetOutcome.UNLIKE:
+                        self._note_unlike("it was made by another codec, or for another cache shape")
+                    yield outcome is GetOutcome.FILLED
 
     def _fill(self, row: Row, block: bytes) -> bool:
         try:
             self._rows.unpack(row.key, block, row.memory)
         except BlockFormatError as error:
-            self.rejected_rows += 1
-            logger.warning("a chunk in the store is a miss: %s", error)
+            self._note_unlike(error)
             return False
         return True
 
-    def _blocks(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[tuple[BlockKey, bytes]]:
-        for number in numbers:
-            yield rows[number].key, self._rows.pack(rows[number].key, rows[number].memory)
+    def _note_unlike(self, why: object) -> None:
+        self.rejected_rows += 1
+        logger.warning("a chunk in the store is a miss: %s", why)
+
+    def _put(self, rows: Sequence[Row]) -> list[PutOutcome]:
+        blocks = self._placed(rows)
+        if blocks is None:
+            return self._client.put((row.key, self._rows.pack(row.key, row.memory)) for row in rows)
+        return self._client.put_from(blocks)
+
+    def _placed(self, rows: Sequence[Row]) -> list[PlacedBlock] | None:
+        """Where the bytes of rows lie; None where they have to be made."""
+        blocks = [placed for row in rows if (placed := self._rows.placed(row.key, row.memory)) is not None]
+        return blocks if len(blocks) == len(rows) else None

@@ -28,7 +28,7 @@ def balances(environment, layers=(1, 2), tp_rank=0, tp_size=1):
 
 
 def test_no_state_is_said_in_a_line(caplog):
-    with caplog.at_level(logging.INFO, logger="vllm"):
+    with caplog.at_level(logging.INFO, logger="tq_connectors"):
         assert balances({}) == [None, None]
     assert STATE_VARIABLE in caplog.text
 

@@ -6,7 +6,7 @@ from tq_connectors.vllm import plugin
 
 
 def test_what_has_no_place_is_said_in_one_line_and_nothing_is_raised(caplog):
-    with caplog.at_level(logging.WARNING, logger="vllm"):
+    with caplog.at_level(logging.WARNING, logger="tq_connectors"):
         plugin.register()
         plugin.register()
     lines = [record.getMessage() for record in caplog.records]
@@ -14,3 +14,20 @@ def test_what_has_no_place_is_said_in_one_line_and_nothing_is_raised(caplog):
     assert lines[:4] == lines[4:]
     assert all(line.startswith("tq-store: this vLLM (not there) has no place for ") for line in lines)
     assert all("\n" not in line for line in lines)
+
+
+def test_messages_go_where_those_of_vllm_go():
+    ours, engines = logging.getLogger("tq_connectors"), logging.getLogger("vllm")
+    before, handler = (ours.level, engines.level), logging.StreamHandler()
+    engines.addHandler(handler)
+    engines.setLevel(logging.INFO)
+    try:
+        plugin.register()
+        plugin.register()
+        assert ours.handlers.count(handler) == 1
+        assert logging.getLogger("tq_connectors.engine.warm_up").isEnabledFor(logging.INFO)
+    finally:
+        engines.removeHandler(handler)
+        ours.removeHandler(handler)
+        ours.setLevel(before[0])
+        engines.setLevel(before[1])

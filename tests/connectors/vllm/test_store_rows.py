@@ -57,6 +57,30 @@ def test_a_block_of_another_shape_is_a_miss_that_is_counted(server, caplog):
         assert "another codec" in caplog.text
 
 
+@pytest.mark.parametrize("is_near", [False, True])
+@pytest.mark.parametrize(("saver", "loader"), [(1, 2), (2, 1), (2, 4), (4, 1)])
+def test_rows_of_other_ranks_are_cut_where_they_lie(tmp_path, is_near, saver, loader):
+    """Two heads: each rank has one, all or, of four, a copy of one."""
+    saved, loaded = (PageRows(page_layout(2), 2, 2, tp_size) for tp_size in (saver, loader))
+    pages = [block_of(saved, key, os.urandom(saved.cell_bytes * saver)) for key in KEYS]
+    with (
+        running_server(local_socket=tmp_path / "s") as server,
+        StoreClient(f"unix:{tmp_path / 's'}" if is_near else server.address) as client,
+    ):
+        assert StoredRows(client, saved).put([row for _, row in pages]) == [True] * 3
+        rows = [Row(key, memory_of(loaded.cell_bytes * loader, 7)) for key in KEYS]
+        assert StoredRows(client, loaded, load_threads=2).get(rows) == [True] * 3
+        assert [loaded.pack(row.key, row.memory) for row in rows] == [block for block, _ in pages]
+
+
+def block_of(rows: PageRows, key: BlockKey, memory: bytes) -> tuple[bytes, Row]:
+    """A row in which copies of a head are alike, and its block."""
+    row = Row(key, memoryview(bytearray(memory)))
+    block = rows.pack(key, row.memory)
+    rows.unpack(key, block, row.memory)
+    return rows.pack(key, row.memory), row
+
+
 def test_a_store_that_is_not_there_is_a_miss():
     config = ClientConfig(connect_timeout_s=0.2, lookup_timeout_s=0.2, transfer_timeout_s=0.2)
     with StoreClient("127.0.0.1:1", config=config) as client:

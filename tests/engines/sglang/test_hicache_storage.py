@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from store.running_server import running_server
 
 from tq_connectors.codec import CacheGeometry
-from tq_connectors.sglang import hicache_storage, interpreter
+from tq_connectors.sglang import hicache_storage, rests
 from tq_connectors.sglang.hicache_storage import TQHiCacheStorage
 from tq_connectors.sglang.host_pages import read_host_pool
 from tq_connectors.sglang.page_hashes import check_page_hashes
@@ -196,12 +196,12 @@ def page_hashes(key: RadixKey) -> list[str]:
 
 
 def test_the_scheduler_rests_while_pages_of_ours_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    rests: list[float] = []
-    monkeypatch.setattr(interpreter.time, "sleep", rests.append)
+    slept: list[float] = []
+    monkeypatch.setattr(rests.time, "sleep", slept.append)
     ours, other = object.__new__(TQHiCacheStorage), object()
     for storage, on_their_way in ((ours, {}), (other, {"request": 1}), (ours, {"request": 1})):
         controller = SimpleNamespace(storage_backend=storage)
         cache = SimpleNamespace(ongoing_prefetch=on_their_way, cache_controller=controller)
-        interpreter.rest_for_loads(None, cache)
-    interpreter.rest_for_loads(None, SimpleNamespace())
-    assert rests == [interpreter.REST_S]
+        rests.rest_for_loads(None, cache)
+    rests.rest_for_loads(None, SimpleNamespace())
+    assert slept == [rests.REST_S]

@@ -1,7 +1,7 @@
 """The scheduler's look at HiCache leaves the interpreter to loads of ours for a moment. SGLang 0.5.17."""
 
 from tq_connectors.sglang.hooks.hook import Hook
-from tq_connectors.sglang.interpreter import rest_for_loads
+from tq_connectors.sglang.rests import rest_for_loads
 
 HOOK = Hook(
     target="sglang.srt.mem_cache.hiradix_cache.HiRadixCache.check_hicache_events",

@@ -1,20 +1,7 @@
-"""Sharing Python's interpreter with a scheduler that does not rest by itself."""
+"""The scheduler of SGLang rests while pages are loaded."""
 
-import sys
 import time
 from typing import Any
-
-SWITCH_INTERVAL_S = 0.0002
-"""A thread of ours that gave up the interpreter's lock, to copy or to wait for the store, has it back after a
-switch interval: by default 5 ms, in which 20 pages could be loaded. Our threads hold it for less than this at
-a time, and only while pages move, so the scheduler loses little."""
-
-
-def share_interpreter() -> None:
-    """Lower this process's switch interval to ours, where it is longer."""
-    if sys.getswitchinterval() > SWITCH_INTERVAL_S:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-
 
 REST_S = 0.0003
 """What the scheduler rests in each of its rounds while a prompt's pages are on their way. It has nothing else

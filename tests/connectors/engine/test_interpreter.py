@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tq_connectors.sglang.interpreter import SWITCH_INTERVAL_S, share_interpreter
+from tq_connectors.engine.interpreter import SWITCH_INTERVAL_S, share_interpreter
 
 
 @pytest.fixture(autouse=True)
