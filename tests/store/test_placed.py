@@ -165,7 +165,7 @@ def test_a_block_larger_than_the_segment_goes_as_a_stream(near: StoreClient, cal
     assert "Get" in calls.take()
 
 
-def test_pieces_may_be_cut_anywhere(near: StoreClient) -> None:
+def test_more_pieces_than_one_system_call_takes(near: StoreClient) -> None:
     block = sample_block(1, 5000)
     assert near.put_from([placed(block, sizes=[2] * 2400, filled=True)]) == [STORED]
     place = placed(block, sizes=[1] * 3000, filled=False)
@@ -190,6 +190,28 @@ def test_a_bit_that_flips_in_shared_memory_is_a_miss(
     monkeypatch.setattr(Segment, "view", flipped)
     assert got(near, [places_for(blocks)]) == [[FILLED, MISSING, FILLED]]
     assert near.counters["rejected_blocks"] == 1
+
+
+@pytest.mark.parametrize("copy", ["read_into", "write_from"])
+def test_memory_that_cannot_be_copied_leaves_the_ordinary_way(
+    near: StoreClient, monkeypatch: pytest.MonkeyPatch, copy: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(Segment, copy, fail)
+    block = sample_block(1)
+    assert near.put_from([placed(block, filled=True)]) == [STORED]
+    place = placed(block, filled=False)
+    assert got(near, [[place]]) == [[FILLED]]
+    assert holds(place, block)
+
+
+def test_a_kernel_that_copies_less_is_noticed(near: StoreClient) -> None:
+    with near._segments.lend(WAIT_S) as segment:
+        assert segment is not None
+        with pytest.raises(OSError, match="could not be copied"):
+            segment.read_into(segment.num_bytes - 1, [memoryview(bytearray(2))])
 
 
 def test_a_server_that_comes_back_is_asked_again(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
 from operator import attrgetter
 
 from tq_store.block import HEADER_BYTES, MAX_BLOCK_BYTES, Buffer
@@ -68,8 +67,8 @@ class SharedRoad:
         """What became of the leading blocks; for the others a stream has to be asked.
 
         True where the places hold the payload: the block was verified in shared memory, which the server has
-        written and leaves alone until it is asked again, and then copied. Of another block that is there its
-        bytes, unverified, and False for a miss.
+        written and leaves alone until it is asked again, and then copied, by the kernel and all at once. Of
+        another block that is there its bytes, unverified, and False for a miss.
 
         Raises:
             RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit: A stream would fare no better.
@@ -86,7 +85,7 @@ class SharedRoad:
                     yield from _copy_out(segment, asked, sizes_bytes)
         except (RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit):
             raise
-        except RpcError:
+        except (RpcError, OSError):
             return
 
     def put_from(self, blocks: Sequence[PlacedBlock], attempts: Attempts) -> list[PutOutcome]:
@@ -103,13 +102,13 @@ class SharedRoad:
             for run in runs_of(blocks, size_of, most_bytes=segment.num_bytes, most_items=MAX_KEYS):
                 if run[0].num_bytes > segment.num_bytes:
                     break
-                pieces: Iterator[Buffer] = chain.from_iterable(
-                    (block.pack_header(), *block.pieces) for block in run
-                )
-                offset = 0
-                for piece in pieces:
-                    segment.write(offset, piece)
-                    offset += len(piece)
+                pieces: list[Buffer] = []
+                for block in run:
+                    pieces += (block.pack_header(), *block.pieces)
+                try:
+                    segment.write_from(0, pieces)
+                except OSError:
+                    break
                 outcomes += self._store(segment, [(block.key, block.num_bytes) for block in run], attempts)
         return outcomes
 
@@ -151,14 +150,22 @@ def _copy_out(
     segment: Segment, blocks: Sequence[PlacedBlock], sizes_bytes: Sequence[int]
 ) -> Iterator[bytes | bool]:
     """What lies in a segment, block after block from its first byte on, as `SharedRoad.get_into` gives it."""
-    offset = 0
-    for block, num_bytes in zip(blocks, sizes_bytes, strict=False):
-        with segment.view() as view, view[offset : offset + num_bytes] as data:
-            is_sound = block.kind.is_block(block.key, data)
+    found: list[bytes | bool] = []
+    header = memoryview(bytearray(HEADER_BYTES))
+    run: list[memoryview] = []
+    offset = run_offset = 0
+    with segment.view() as view:
+        for block, num_bytes in zip(blocks, sizes_bytes, strict=False):
+            is_sound = block.kind.is_block(block.key, view[offset : offset + num_bytes])
             if is_sound:
-                block.fill(data[HEADER_BYTES:])
-        yield is_sound or segment.read(offset, num_bytes) or False
-        offset += num_bytes
+                run += (header, *block.pieces)
+            elif num_bytes:
+                segment.read_into(run_offset, run)
+                run, run_offset = [], offset + num_bytes
+            found.append(is_sound or segment.read(offset, num_bytes) or False)
+            offset += num_bytes
+    segment.read_into(run_offset, run)
+    yield from found
 
 
 class _Batch:
