@@ -8,7 +8,8 @@ eight layers:
 - ``recompute``: no connector; what a prefix costs that is not found.
 - ``offload-bf16``: vLLM's own `CPUOffloadingSpec`.
 - ``offload-tq4`` (any preset): `TQOffloadingSpec`, bf16 on the device, packed pages in host memory.
-- ``store-bf16``, ``store-tq4``: host memory is emptied, so that chunks come from a server on this machine.
+- ``store-bf16``, ``store-tq4``: host memory is emptied, so that chunks come from a server on this machine,
+  through shared memory.
 - ``store-bf16@10``, ``store-tq4@10``: the same through a link of so many Gbit/s.
 
 Each writes two rows: decode of a batch while its prompts and answers are saved (`tpot_ms`, `prefill_tok_s`),
@@ -247,7 +248,7 @@ def serving(case: str, host_gib: int) -> Iterator[str | None]:
             with shaped_process(int(server.address.rpartition(":")[2]), float(gbit)) as link:
                 yield link
         else:
-            yield server.address
+            yield server.local_address
 
 
 def main() -> None:
