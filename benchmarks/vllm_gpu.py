@@ -113,7 +113,7 @@ class Engine:
 
 def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]:
     """The rows of a dtype."""
-    longest = max(context for _, context in options.shapes)
+    longest = max(options.ttft_context, *(context for _, context in options.shapes))
     more: dict[str, Any] = {"enforce_eager": True}
     if options.graphs:
         sizes = sorted({batch for batch, _ in options.shapes})
