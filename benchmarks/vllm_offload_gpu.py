@@ -8,8 +8,9 @@ eight layers:
 - ``recompute``: no connector; what a prefix costs that is not found.
 - ``offload-bf16``: vLLM's own `CPUOffloadingSpec`.
 - ``offload-tq4`` (any preset): `TQOffloadingSpec`, bf16 on the device, packed pages in host memory.
-- ``store-bf16``, ``store-tq4``: host memory is emptied, so that chunks come from a server on this machine,
-  through shared memory.
+- ``store-bf16``, ``store-tq4``: host memory is emptied, so that chunks come from a server on this machine, as
+  over a network.
+- ``local-bf16``, ``local-tq4``: the same through shared memory.
 - ``store-bf16@10``, ``store-tq4@10``: the same through a link of so many Gbit/s.
 
 Each writes two rows: decode of a batch while its prompts and answers are saved (`tpot_ms`, `prefill_tok_s`),
@@ -46,9 +47,12 @@ CASES = (
     "offload-tq4",
     "store-bf16",
     "store-tq4",
+    "local-bf16",
+    "local-tq4",
     "store-bf16@10",
     "store-tq4@10",
 )
+_STORES = ("store", "local")
 _CHUNK_TOKENS = 256
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -212,7 +216,7 @@ def found_prefix(options: argparse.Namespace, case: str, engine: Engine) -> dict
     prompt += [7] * 32  # something is always left to compute
     _, _, (cold,) = engine.run([prompt], 16)
     engine.settle()
-    is_store, times, hits, same = case.startswith("store"), [], [], 0
+    is_store, times, hits, same = case.startswith(_STORES), [], [], 0
     for _ in range(options.repeats + 2):
         engine.llm.reset_prefix_cache(reset_connector=is_store)
         to_first, _, (answer,) = engine.run([prompt], 16)
@@ -238,7 +242,7 @@ def found_prefix(options: argparse.Namespace, case: str, engine: Engine) -> dict
 @contextmanager
 def serving(case: str, host_gib: int) -> Iterator[str | None]:
     """The address of a server of its own for a case that needs one, behind a link where the case has one."""
-    if not case.startswith("store"):
+    if not case.startswith(_STORES):
         yield None
         return
     options = ["--metrics-port", "0", "--memory-budget", f"{host_gib}GiB"]
@@ -248,7 +252,7 @@ def serving(case: str, host_gib: int) -> Iterator[str | None]:
             with shaped_process(int(server.address.rpartition(":")[2]), float(gbit)) as link:
                 yield link
         else:
-            yield server.local_address
+            yield server.local_address if case.startswith("local") else server.address
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """StoreGuard: an engine's calls to the store, where an outage costs a few waits and not one a request."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +19,9 @@ _Answer = TypeVar("_Answer")
 class StoreGuard:
     """Makes calls while the store answers; after a failure it makes none for a second, later for up to 30.
 
-    The pause doubles with every failure. Of the calls that come after one, the first is made, and the others
-    are misses until it has ended. An outage is logged once, and so is its end. Safe to use from several
-    threads.
+    The pause doubles with every failure, but for those of calls that were made before the last one. Of the
+    calls that come after one, the first is made, and the others are misses until it has ended. An outage is
+    logged once, and so is its end. Safe to use from several threads.
 
     Args:
         clock: Seconds that only grow.
@@ -31,6 +32,7 @@ class StoreGuard:
         self._lock = threading.Lock()
         self._pause_s = 0.0
         self._rests_until = 0.0
+        self._failed_at = -math.inf
         self.skipped_calls = 0
         """Calls that were not made because the store was known to fail."""
 
@@ -43,10 +45,11 @@ class StoreGuard:
         """What the call returns, or None where it fails or is not made."""
         if not self._may_call():
             return None
+        began = self._clock()
         try:
             answer = call()
         except RpcError as error:
-            self._failed(error)
+            self._failed(error, began)
             return None
         except BaseException:
             self._answered()
@@ -71,9 +74,12 @@ class StoreGuard:
         if not was_reachable:
             logger.info("the store answers again")
 
-    def _failed(self, error: RpcError) -> None:
+    def _failed(self, error: RpcError, began: float) -> None:
         with self._lock:
             was_reachable = self._pause_s == 0
+            if not was_reachable and began < self._failed_at:
+                return
+            self._failed_at = self._clock()
             self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
             self._rests_until = self._clock() + self._pause_s
         if was_reachable:

@@ -85,3 +85,19 @@ def test_what_is_no_failure_of_the_store_passes_through(clock):
     with pytest.raises(ZeroDivisionError):
         guard.attempt(lambda: 1 / 0)
     assert guard.is_reachable
+
+
+def test_calls_that_fail_together_are_one_failure(clock):
+    guard, store = StoreGuard(clock), Store()
+    store.works = False
+
+    def while_another_fails():
+        clock.now_s += 0.1
+        assert guard.attempt(store) is None
+        clock.now_s += 0.1
+        return store()
+
+    assert guard.attempt(while_another_fails) is None
+    clock.now_s += 0.91
+    store.works = True
+    assert guard.attempt(store) == "answer"

@@ -340,6 +340,7 @@ def test_a_client_that_dies_leaves_nothing(path: Path) -> None:
     server = start_server(path)
 
     def open_memory() -> int:
+        """Descriptors of it: the server's, and one that its map holds."""
         files = Path(f"/proc/{server.pid}/fd").iterdir()
         return sum("memfd:tq-store" in os.readlink(file) for file in files)
 
@@ -353,7 +354,7 @@ def test_a_client_that_dies_leaves_nothing(path: Path) -> None:
     ) as client:
         assert client.stdout is not None
         assert client.stdout.readline() == "ready\n"
-        assert open_memory() == 1
+        assert open_memory() == 2
         client.kill()
         client.wait(WAIT_S)
     wait_until(lambda: open_memory() == 0)

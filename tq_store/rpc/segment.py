@@ -58,7 +58,7 @@ class Segment:
             undo.callback(os.close, fd)
             os.posix_fallocate(fd, 0, num_bytes)  # fails here, not in the middle of a transfer
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, required_seals())
-            self._map = undo.enter_context(mmap.mmap(fd, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE))
+            self._map = undo.enter_context(mmap.mmap(fd, num_bytes))
             self._socket = undo.enter_context(socket.socket(socket.AF_UNIX))
             self._socket.settimeout(max(timeout_s, _LEAST_S))
             self._socket.connect(path)
@@ -125,7 +125,8 @@ class Segment:
     def close(self) -> None:
         """Give it up on both sides."""
         self._socket.close()
-        self._map.close()
+        with contextlib.suppress(BufferError):  # a view that an exception holds; it goes with that
+            self._map.close()
         self._file.close()
 
 

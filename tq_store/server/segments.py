@@ -14,6 +14,7 @@ import mmap
 import os
 import secrets
 import socket
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 
 class Segment:
-    """A client's memory, as the server sees it. It is unmapped when nothing refers to it, no copy either."""
+    """A client's memory, as the server sees it. It is let go of when nothing refers to it, no copy either."""
 
     def __init__(self, fd: int) -> None:
         """Take the descriptor over.
@@ -48,13 +49,17 @@ class Segment:
         try:
             self.num_bytes = os.fstat(fd).st_size
             is_sealed = _seals(fd) & required_seals() == required_seals()
-            # huge pages may run out, and to touch one that is not there would end the process
-            has_usual_pages = os.fstatvfs(fd).f_bsize == mmap.PAGESIZE
-            if not (is_sealed and has_usual_pages and 0 < self.num_bytes <= MAX_SEGMENT_BYTES):
+            if not is_sealed or not 0 < self.num_bytes <= MAX_SEGMENT_BYTES:
                 raise ValueError(f"what came is not a sealed memfd of 1 to {MAX_SEGMENT_BYTES} bytes")
+            # huge pages may run out, and to touch one that is not there would end the process
+            if os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
+                raise ValueError(f"what came is not memory in pages of {mmap.PAGESIZE} bytes")
             self._map = mmap.mmap(fd, self.num_bytes)
-        finally:
+        except (OSError, ValueError):
             os.close(fd)
+            raise
+        self._fd = fd
+        weakref.finalize(self, os.close, fd)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     async def read(self, offset: int, sizes_bytes: Sequence[int]) -> list[bytes]:
@@ -65,10 +70,9 @@ class Segment:
         """
         num_bytes = sum(sizes_bytes)
         self._check(offset, num_bytes)
-        ends = list(itertools.accumulate(sizes_bytes, initial=offset))
-        return await _in_thread(
-            lambda: [self._map[start:end] for start, end in itertools.pairwise(ends)], num_bytes
-        )
+        starts = itertools.accumulate(sizes_bytes, initial=offset)
+        places = list(zip(sizes_bytes, starts, strict=False))
+        return await _in_thread(lambda: [os.pread(self._fd, *place) for place in places], num_bytes)
 
     async def write(self, offset: int, pieces: Sequence[bytes]) -> None:
         """Put bytes there, one after the other.

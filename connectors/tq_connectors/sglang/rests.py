@@ -1,5 +1,6 @@
 """The scheduler of SGLang rests while pages are loaded."""
 
+import sys
 import time
 from typing import Any
 
@@ -18,8 +19,7 @@ def rest_for_loads(_: object, cache: Any) -> None:
         cache: SGLang's, with HiCache.
     """
     if getattr(cache, "ongoing_prefetch", None):
-        from tq_connectors.sglang.hicache_storage import TQHiCacheStorage
-
         storage = getattr(getattr(cache, "cache_controller", None), "storage_backend", None)
-        if isinstance(storage, TQHiCacheStorage):
+        module = sys.modules.get("tq_connectors.sglang.hicache_storage")
+        if module is not None and isinstance(storage, module.TQHiCacheStorage):
             time.sleep(REST_S)

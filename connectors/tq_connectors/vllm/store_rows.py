@@ -1,8 +1,9 @@
 """StoredRows: rows of host memory in the store and back, with every failure a miss."""
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class StoredRows:
         self._load_threads = load_threads
         self._threads = ThreadPoolExecutor(load_threads, thread_name_prefix="tq-vllm-rows")
         self._guard = StoreGuard()
+        self._lock = threading.Lock()
         self.rejected_rows = 0
         """Blocks that came, and were not what their key promises."""
 
@@ -59,6 +61,8 @@ class StoredRows:
         """
         is_there = self.contains([row.key for row in rows])
         missing = [number for number, there in enumerate(is_there) if not there]
+        if not missing:
+            return is_there
         outcomes = self._guard.attempt(lambda: self._put([rows[number] for number in missing])) or []
         for number, outcome in zip(missing, outcomes, strict=False):
             is_there[number] = outcome in (PutOutcome.STORED, PutOutcome.PRESENT)
@@ -70,10 +74,12 @@ class StoredRows:
         None of them is written after this.
         """
         run = max(1, -(-len(rows) // self._load_threads))
-        runs = [
-            self._threads.submit(self._get, rows[start : start + run]) for start in range(0, len(rows), run)
-        ]
-        wait(runs)
+        runs: list[Future[list[bool]]] = []
+        try:
+            starts = range(0, len(rows), run)
+            runs.extend(self._threads.submit(self._get, rows[start : start + run]) for start in starts)
+        finally:
+            wait(runs)
         return [is_filled for done in runs for is_filled in done.result()]
 
     def close(self) -> None:
@@ -108,7 +114,8 @@ class StoredRows:
         return True
 
     def _note_unlike(self, why: object) -> None:
-        self.rejected_rows += 1
+        with self._lock:
+            self.rejected_rows += 1
         logger.warning("a chunk in the store is a miss: %s", why)
 
     def _put(self, rows: Sequence[Row]) -> list[PutOutcome]:

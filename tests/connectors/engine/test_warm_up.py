@@ -29,6 +29,22 @@ def _noted(name: str, size_at: int, calls: list[tuple[str, int]]) -> Callable[..
     return call
 
 
+def test_kernels_are_launched_where_they_cannot_be_compiled_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: object) -> None:
+        raise TypeError("no such argument")
+
+    launched: list[PagedAttention] = []
+    monkeypatch.setattr(warm_up, "compile_ahead", fail)
+    monkeypatch.setattr(warm_up, "_launch", lambda attention, *_: launched.append(attention))
+    attention = PagedAttention(layout=LAYOUT, softmax_scale=0.1)
+    compile_kernels(
+        [(attention, None)], num_query_heads=1, dtype=torch.float32, device=CPU, inflater=None, workspace=None
+    )
+    assert launched == [attention]
+
+
 @pytest.mark.parametrize("is_dense", [True, False])
 @pytest.mark.parametrize("has_sinks", [True, False])
 def test_every_way_of_attending_is_tried(

@@ -89,3 +89,21 @@ def test_a_store_that_is_not_there_is_a_miss():
         assert stored.put(filled()) == [False] * 3
         assert stored.get(empty()) == [False] * 3
         assert stored.counters["skipped_calls"]
+
+
+def test_a_load_that_cannot_be_divided_waits_for_its_parts(server, monkeypatch):
+    with StoreClient(server.address) as client:
+        stored = StoredRows(client, ROWS, load_threads=3)
+        stored.put(filled())
+        loaded, submit, runs = empty(), stored._threads.submit, []
+
+        def submit_two(*work):
+            if len(runs) == 2:
+                raise RuntimeError("can't start new thread")
+            runs.append(submit(*work))
+            return runs[-1]
+
+        monkeypatch.setattr(stored._threads, "submit", submit_two)
+        with pytest.raises(RuntimeError, match="new thread"):
+            stored.get(loaded)
+        assert all(run.done() for run in runs)

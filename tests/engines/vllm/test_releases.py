@@ -53,12 +53,10 @@ def lines() -> Iterator[list[str]]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    loggers = [logging.getLogger(name) for name in ("vllm.tq_connectors", "tq_connectors")]
-    for logger in loggers:
-        logger.addHandler(handler)
+    logger = logging.getLogger("tq_connectors")
+    logger.addHandler(handler)
     yield said
-    for logger in loggers:
-        logger.removeHandler(handler)
+    logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
