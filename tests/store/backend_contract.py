@@ -159,10 +159,10 @@ class BackendContract:
 
     async def test_stats_follow_the_blocks(self, backend: Backend) -> None:
         before = await backend.stats()
-        await backend.put(sample_blocks(10, 1000))
+        await backend.put(sample_blocks(10, 100_000))
         after = await backend.stats()
         assert (before.num_blocks, after.num_blocks) == (0, 10)
-        assert after.used_bytes - before.used_bytes >= 10 * block_bytes(1000)
+        assert after.used_bytes - before.used_bytes >= 10 * block_bytes(100_000)
         assert after.evicted_blocks == before.evicted_blocks == 0
         await backend.delete([sample_key(0)])
         assert (await backend.stats()).num_blocks == 9
