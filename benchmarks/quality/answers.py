@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks.quality.conditions import Conditions
 from benchmarks.quality.methods.base import Method
@@ -17,7 +16,7 @@ from benchmarks.quality.models import LoadedModel
 from benchmarks.quality.passes import States, view_of
 from benchmarks.quality.ruler.tasks import Sample
 from benchmarks.quality.step_view import StepView
-from benchmarks.quality.substitute import reading_through
+from benchmarks.quality.substitute import attending_by, reading_through
 
 _ATTENTION_NAME = "quality-step"
 
@@ -147,12 +146,5 @@ def _stepping(loaded: LoadedModel, view: StepView) -> Iterator[None]:
         )
         return output.flatten(1, 2)[:, None], None
 
-    model = loaded.model
-    before = model.config._attn_implementation  # noqa: SLF001 - there is no public way to read it
-    AttentionInterface.register(_ATTENTION_NAME, attend)
-    AttentionMaskInterface.register(_ATTENTION_NAME, lambda *_, **__: None)
-    model.set_attn_implementation(_ATTENTION_NAME)
-    try:
+    with attending_by(loaded.model, _ATTENTION_NAME, attend, lambda *_, **__: None):
         yield
-    finally:
-        model.set_attn_implementation(before)

@@ -69,10 +69,19 @@ def reading_through(
         )
         return output.transpose(1, 2), None
 
+    with attending_by(model, ATTENTION_NAME, attend, sdpa_mask):
+        yield
+
+
+@contextmanager
+def attending_by(
+    model: PreTrainedModel, name: str, attend: Callable[..., Any], mask: Callable[..., Any]
+) -> Iterator[None]:
+    """Let a model attend by a function of ours, with masks of another, until the context is left."""
     before = model.config._attn_implementation  # noqa: SLF001 - there is no public way to read it
-    AttentionInterface.register(ATTENTION_NAME, attend)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-    model.set_attn_implementation(ATTENTION_NAME)
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -81,6 +81,6 @@ class StoreGuard:
                 return
             self._failed_at = self._clock()
             self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
-            self._rests_until = self._clock() + self._pause_s
+            self._rests_until = self._failed_at + self._pause_s
         if was_reachable:
             logger.warning("the store fails, everything is a miss until it works: %s", error)

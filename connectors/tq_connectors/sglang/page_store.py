@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 
+from tq_connectors.runs_at_once import in_runs
 from tq_connectors.sglang.page_codecs import PageCodec
 from tq_connectors.sglang.page_counters import PageCounters
 from tq_connectors.sglang.page_names import PageNames
@@ -64,15 +65,11 @@ class PageStore:
         Stops at the first page that is missing, late or not sound; memory of later pages may be written. None
         of it is written after this, whether it returns or raises.
         """
-        run = max(1, -(-len(hashes) // self._load_threads))
-        runs: list[Future[list[bool]]] = []
-        try:
-            for start in range(0, len(hashes), run):
-                pages = partial(_shifted, page_at, start)
-                runs.append(self._threads.submit(self._load, hashes[start : start + run], pages))
-        finally:
-            wait(runs)
-        is_filled = [each for done in runs for each in done.result()]
+
+        def load(start: int, run: Sequence[str]) -> list[bool]:
+            return self._load(run, partial(_shifted, page_at, start))
+
+        is_filled = in_runs(self._threads, self._load_threads, load, hashes)
         first_miss = is_filled.index(False) if False in is_filled else len(hashes)
         return [True] * first_miss + [False] * (len(hashes) - first_miss)
 

@@ -3,10 +3,11 @@
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
+from tq_connectors.runs_at_once import in_runs
 from tq_connectors.store_guard import StoreGuard
 from tq_connectors.vllm.rows import Rows
 from tq_store.client import StoreClient
@@ -73,20 +74,13 @@ class StoredRows:
 
         None of them is written after this.
         """
-        run = max(1, -(-len(rows) // self._load_threads))
-        runs: list[Future[list[bool]]] = []
-        try:
-            starts = range(0, len(rows), run)
-            runs.extend(self._threads.submit(self._get, rows[start : start + run]) for start in starts)
-        finally:
-            wait(runs)
-        return [is_filled for done in runs for is_filled in done.result()]
+        return in_runs(self._threads, self._load_threads, self._get, rows)
 
     def close(self) -> None:
         """Wait until no row is written any more; the client is closed by its owner."""
         self._threads.shutdown()
 
-    def _get(self, rows: Sequence[Row]) -> list[bool]:
+    def _get(self, _: int, rows: Sequence[Row]) -> list[bool]:
         is_filled: list[bool] = []
         self._guard.attempt(lambda: is_filled.extend(self._filled(rows)))
         return is_filled + [False] * (len(rows) - len(is_filled))
