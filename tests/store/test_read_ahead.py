@@ -16,13 +16,20 @@ MIB = 1 << 20
 
 
 class RecordingStore(TieredStore):
-    """Notes how many keys each get asks for; holds gets back while its gate is closed."""
+    """Notes how many keys each get asks for; holds gets back while its gate is closed.
+
+    Says that blocks are at hand only when told so.
+    """
 
     def __init__(self) -> None:
         super().__init__([MemoryBackend(budget_bytes=64 * MIB)])
         self.groups: list[int] = []
+        self.is_at_hand = False
         self.gate = asyncio.Event()
         self.gate.set()
+
+    def sizes_at_hand(self, keys: Sequence[BlockKey]) -> list[int]:
+        return super().sizes_at_hand(keys) if self.is_at_hand else []
 
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         self.groups.append(len(keys))
@@ -46,8 +53,17 @@ async def blocks_of(store: TieredStore, keys: Sequence[BlockKey], within: ByteWi
         return [block async for block in blocks]
 
 
+async def groups_of(store: TieredStore, keys: Sequence[BlockKey], within: ByteWindow) -> list[int]:
+    async with aclosing(ReadAhead(store, within).groups(keys)) as groups:
+        return [len(group) async for group in groups]
+
+
+@pytest.mark.parametrize("is_at_hand", [False, True])
 @pytest.mark.parametrize("limit_bytes", [1, 3000, 100 * MIB])
-async def test_blocks_come_in_order_whatever_the_window(store: RecordingStore, limit_bytes: int) -> None:
+async def test_blocks_come_in_order_whatever_the_window(
+    store: RecordingStore, limit_bytes: int, is_at_hand: bool
+) -> None:
+    store.is_at_hand = is_at_hand
     blocks, used = sample_blocks(40, 1000), [0]
     await store.put(blocks)
     keys = [*keys_of(blocks), sample_key(99)]
@@ -65,6 +81,61 @@ async def test_groups_grow_as_far_as_the_largest_block_so_far_allows(store: Reco
     # a group is an eighth of the window
     assert len(await blocks_of(store, asked, window(8 * 4000, []))) == len(asked)
     assert store.groups == [1, 2, 4, 3, 3, 3, 3, 3, 3, 2]
+
+
+async def test_what_is_at_hand_comes_in_groups_as_large_as_the_window_allows(store: RecordingStore) -> None:
+    store.is_at_hand = True
+    blocks = sample_blocks(300, 1000)
+    size_bytes = len(blocks[0][1])
+    await store.put(blocks)
+    keys = keys_of(blocks)
+    used = [0]
+    assert await groups_of(store, keys, window(20 * size_bytes, used)) == [10] * 30
+    assert max(used) == 10 * size_bytes
+    assert used[-1] == 0
+    assert await groups_of(store, keys, window(100 * MIB, [])) == [256, 44]
+    # for frames, which take longer and count three times where they are small
+    store.groups.clear()
+    assert len(await blocks_of(store, keys, window(80 * size_bytes, used))) == 300
+    assert store.groups == [10] * 30
+    assert max(used) == 30 * size_bytes
+    assert used[-1] == 0
+
+
+async def test_at_hand_and_elsewhere_mix(store: RecordingStore) -> None:
+    store.is_at_hand = True
+    blocks = sample_blocks(10, 1000)
+    await store.put(blocks)
+    absent = [sample_key(number) for number in range(100, 104)]
+    asked = [*keys_of(blocks[:3]), *absent, *keys_of(blocks[3:])]
+    assert await groups_of(store, asked, window(MIB, [])) == [3, 2, 4, 5]
+
+
+async def test_what_was_at_hand_may_be_gone_by_the_time_it_is_read(store: RecordingStore) -> None:
+    store.is_at_hand = True
+    blocks, used = sample_blocks(3, 1000), [0]
+    await store.put(blocks)
+    within = window(2 * len(blocks[0][1]), used)
+    async with aclosing(ReadAhead(store, within).groups(keys_of(blocks))) as groups:
+        assert await anext(groups) == [blocks[0][1]]
+        await store.delete(keys_of(blocks))
+        assert await anext(groups) == [None]
+        assert await anext(groups) == [None]
+    assert used[-1] == 0
+
+
+async def test_a_reader_of_what_is_at_hand_that_is_cancelled_holds_nothing(store: RecordingStore) -> None:
+    store.is_at_hand = True
+    blocks, used = sample_blocks(3, 1000), [0]
+    await store.put(blocks)
+    store.gate.clear()
+    reading = asyncio.create_task(groups_of(store, keys_of(blocks), window(MIB, used)))
+    while not used[-1]:
+        await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.wait([reading])
+    assert reading.cancelled()
+    assert used[-1] == 0
 
 
 async def test_the_next_group_is_read_while_one_is_sent(store: RecordingStore) -> None:

@@ -5,10 +5,12 @@ import fcntl
 import mmap
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from store.running_server import WAIT_S, running_server
@@ -93,6 +95,39 @@ async def test_both_sides_see_the_same_bytes(segments: Segments, tmp_path: Path)
     await until_there_are(segments, 0)
     with pytest.raises(ValueError, match="no such segment"):
         segments.find(client.handle)
+
+
+async def test_much_is_copied_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments_module, "_MOST_THREADS", 3)
+    pieces = [os.urandom(size) for size in (3 * BYTES, 1, 5 * BYTES, 7, 2 * BYTES, 4 * BYTES)]
+    num_bytes = sum(map(len, pieces))
+    fd = memfd(num_bytes + 9, required_seals())
+    segment = Segment(fd)
+    calling = set()
+    memmove = segments_module.ctypes.memmove
+
+    def noting(*copy: Any) -> None:
+        calling.add(threading.get_ident())
+        if len(calling) > 1:
+            at_once.set()
+        assert at_once.wait(WAIT_S)
+        memmove(*copy)
+
+    at_once = threading.Event()
+    monkeypatch.setattr(segments_module.ctypes, "memmove", noting)
+    await segment.write(9, pieces)
+    assert len(calling) > 1
+    assert await segment.read(9, [len(piece) for piece in pieces]) == pieces
+
+
+async def test_who_is_cancelled_while_memory_is_written_waits_for_the_end() -> None:
+    segment = Segment(memfd(64 * BYTES, required_seals()))
+    writing = asyncio.create_task(segment.write(0, [b"x" * BYTES] * 64))
+    await asyncio.sleep(0)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert await segment.read(63 * BYTES, [BYTES]) == [b"x" * BYTES]
 
 
 @pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, BYTES + 1), (BYTES, 1), (BYTES - 1, 2)])

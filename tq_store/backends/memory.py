@@ -49,6 +49,16 @@ class MemoryBackend:
             self._policy.touch(key)
         return [self._blocks.get(key) for key in keys]
 
+    def sizes_bytes(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Lengths of the leading blocks, up to the first that is not there; does not count as use."""
+        sizes_bytes = []
+        for key in keys:
+            block = self._blocks.get(key)
+            if block is None:
+                break
+            sizes_bytes.append(len(block))
+        return sizes_bytes
+
     async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
         """Keep blocks, and evict others where the budget asks for it."""
         self._check_open()

@@ -1,25 +1,31 @@
 """The blocks of a Get, read ahead of the sender in groups, within a window that all calls share."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from tq_store.keys import BlockKey
 from tq_store.rpc.limits import MAX_FRAME_BYTES
+from tq_store.runs import runs_of
 from tq_store.server.tenant_store import TenantStore
 from tq_store.server.window import ByteWindow
 
 _MOST_GROUP_BYTES = 32 << 20
 _MOST_GROUP_BLOCKS = 64
+_MOST_AT_HAND_BLOCKS = 256
 _FIRST_GUESS_BYTES = 4 << 20
 _GROUPS_IN_WINDOW = 8
 """A group is at most this part of the window, so that one slow reader leaves room for others."""
+_COPIED_GROUPS_IN_WINDOW = 2
+"""The same where nothing is waited for: the blocks are in memory, and copied there and then."""
 
 
 class ReadAhead:
     """Reads blocks for the gets of one server.
 
-    The size of a block is known only once it was read; until then it counts as the last one.
+    What lies in memory is read in groups as large as may be, when it is the group's turn. The rest is read
+    ahead, in groups that grow: the size of a block is known only once it was read; until then it counts as
+    the last one.
 
     Args:
         store: What is read.
@@ -31,34 +37,34 @@ class ReadAhead:
         self._store = store
         self._window = window
         self._most_bytes = min(_MOST_GROUP_BYTES, window.limit_bytes // _GROUPS_IN_WINDOW)
+        self._most_copied_bytes = min(_MOST_GROUP_BYTES, window.limit_bytes // _COPIED_GROUPS_IN_WINDOW)
         self._last_bytes = _FIRST_GUESS_BYTES
 
     async def blocks(self, keys: Sequence[BlockKey]) -> AsyncGenerator[bytes | None, None]:
-        """Yield the block of each key, or None; while one group is being sent, the next is being read.
+        """Yield the block of each key, or None, for a sender that cuts them into frames.
 
-        Must be closed.
+        While a group is being sent, the next one that is not in memory is read. Must be closed.
 
         Raises:
             BackendFull: The window stayed full.
         """
-        async with aclosing(self._groups(keys)) as groups:
+        async with aclosing(self._groups(keys, self._most_bytes, _framed_share)) as groups:
             async for group, blocks in groups:
                 for block in blocks:
                     yield block
                     group.release(block)
 
     async def groups(self, keys: Sequence[BlockKey]) -> AsyncGenerator[list[bytes | None], None]:
-        """As `blocks`, whole groups."""
-        async with aclosing(self._groups(keys)) as groups:
+        """As `blocks`, whole groups, for a reader that takes each at once and makes no frames of it."""
+        async with aclosing(self._groups(keys, self._most_copied_bytes, int)) as groups:
             async for _, blocks in groups:
                 yield blocks
 
     async def _groups(
-        self, keys: Sequence[BlockKey]
+        self, keys: Sequence[BlockKey], most_at_hand_bytes: int, share_of: Callable[[int], int]
     ) -> AsyncGenerator[tuple["_Group", list[bytes | None]], None]:
-        """The first block is read alone, then groups that grow."""
-        group_blocks, largest_bytes, start = 1, 1, 0
-        group = self._begin(keys[:1])
+        num_blocks, largest_bytes, start = 1, 1, 0
+        group = self._next_group(keys, num_blocks, most_at_hand_bytes, share_of)
         try:
             while start < len(keys):
                 blocks = await group.read()
@@ -66,8 +72,9 @@ class ReadAhead:
                 self._last_bytes = max((len(block) for block in blocks if block), default=self._last_bytes)
                 largest_bytes = max(largest_bytes, *(len(block or b"") for block in blocks))
                 affordable_blocks = self._most_bytes // largest_bytes
-                group_blocks = max(1, min(2 * group_blocks, _MOST_GROUP_BLOCKS, affordable_blocks))
-                sending, group = group, self._begin(keys[start : start + group_blocks])
+                num_blocks = max(1, min(2 * num_blocks, _MOST_GROUP_BLOCKS, affordable_blocks))
+                sending = group
+                group = self._next_group(keys[start:], num_blocks, most_at_hand_bytes, share_of)
                 try:
                     yield sending, blocks
                 finally:
@@ -75,32 +82,56 @@ class ReadAhead:
         finally:
             await group.close()
 
-    def _begin(self, keys: Sequence[BlockKey]) -> "_Group":
-        return _Group(self._store, keys, self._window, expected_bytes=self._last_bytes)
+    def _next_group(
+        self,
+        keys: Sequence[BlockKey],
+        num_blocks: int,
+        most_at_hand_bytes: int,
+        share_of: Callable[[int], int],
+    ) -> "_Group":
+        """Of the first keys: those in memory, or else so many, which are read from now on."""
+        sizes_bytes = self._store.sizes_at_hand(keys[:_MOST_AT_HAND_BLOCKS])
+        if sizes_bytes:
+            run = next(runs_of(sizes_bytes, int, most_bytes=most_at_hand_bytes))
+            expected_bytes = sum(map(share_of, run))
+            return _Group(self._store, keys[: len(run)], self._window, expected_bytes, share_of)
+        keys = keys[:num_blocks]
+        expected_bytes = share_of(self._last_bytes) * len(keys)
+        group = _Group(self._store, keys, self._window, expected_bytes, share_of)
+        group.read_ahead()
+        return group
 
 
 class _Group:
-    """Some blocks that are being read, and their share of the window.
-
-    A block's share covers, besides itself, the frame that is packed of it and grpc's copy of that frame.
-    """
+    """Some blocks that are to be read, or are being read, and their share of the window."""
 
     def __init__(
-        self, store: TenantStore, keys: Sequence[BlockKey], window: ByteWindow, *, expected_bytes: int
+        self,
+        store: TenantStore,
+        keys: Sequence[BlockKey],
+        window: ByteWindow,
+        expected_bytes: int,
+        share_of: Callable[[int], int],
     ) -> None:
         self._store = store
         self._keys = keys
         self._window = window
+        self._expected_bytes = expected_bytes
+        self._share_of = share_of
         self._held_bytes = 0
-        self._task = asyncio.create_task(self._read(_share(expected_bytes) * len(keys)))
+        self._task: asyncio.Task[list[bytes | None]] | None = None
+
+    def read_ahead(self) -> None:
+        """Begin now."""
+        self._task = asyncio.create_task(self._read())
 
     async def read(self) -> list[bytes | None]:
         """The blocks, when they are there."""
-        return await self._task
+        return await (self._task or self._read())
 
     def release(self, block: bytes | None) -> None:
         """Hand the share of a block back."""
-        share = _share(len(block or b""))
+        share = self._share_of(len(block or b""))
         self._held_bytes -= share
         self._window.give(share)
 
@@ -111,21 +142,23 @@ class _Group:
 
     async def close(self) -> None:
         """Stop reading, and hand back what is held."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         self.release_rest()
 
-    async def _read(self, expected_bytes: int) -> list[bytes | None]:
+    async def _read(self) -> list[bytes | None]:
         if not self._keys:
             return []
-        await self._window.take(expected_bytes)
-        self._held_bytes = expected_bytes
+        await self._window.take(self._expected_bytes)
+        self._held_bytes = self._expected_bytes
         blocks = await self._store.get(self._keys)
-        really_bytes = sum(_share(len(block or b"")) for block in blocks)
-        self._window.adjust(really_bytes - expected_bytes)
+        really_bytes = sum(self._share_of(len(block or b"")) for block in blocks)
+        self._window.adjust(really_bytes - self._held_bytes)
         self._held_bytes = really_bytes
         return blocks
 
 
-def _share(block_bytes: int) -> int:
+def _framed_share(block_bytes: int) -> int:
+    """A block, the frame that is packed of it, and grpc's copy of that frame."""
     return block_bytes + 2 * min(block_bytes, MAX_FRAME_BYTES)

@@ -17,11 +17,13 @@ import socket
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tq_store.errors import ConfigError
 from tq_store.rpc.segment import HANDLE_BYTES, MAX_SEGMENT_BYTES, required_seals
+from tq_store.runs import runs_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,11 @@ _REST_S = 0.1
 """Before the next client is let in, when files or memory ran out."""
 _INLINE_BYTES = 256 << 10
 """Copying more than this would hold up the event loop, so a thread does it."""
+_BYTES_A_THREAD = 2 << 20
+_MOST_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+"""That copy for one call; where there are few processors, the others are better used by others."""
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -68,11 +74,11 @@ class Segment:
         Raises:
             ValueError: They do not lie within the segment.
         """
-        num_bytes = sum(sizes_bytes)
-        self._check(offset, num_bytes)
+        self._check(offset, sum(sizes_bytes))
         starts = itertools.accumulate(sizes_bytes, initial=offset)
         places = list(zip(sizes_bytes, starts, strict=False))
-        return await _in_thread(lambda: [os.pread(self._fd, *place) for place in places], num_bytes)
+        copies = await _in_threads(self._read, places, sizes_bytes)
+        return [piece for pieces in copies for piece in pieces]
 
     async def write(self, offset: int, pieces: Sequence[bytes]) -> None:
         """Put bytes there, one after the other.
@@ -80,21 +86,25 @@ class Segment:
         Raises:
             ValueError: They do not fit.
         """
-        num_bytes = sum(map(len, pieces))
-        self._check(offset, num_bytes)
-        await _in_thread(partial(self._write, offset, pieces), num_bytes)
+        sizes_bytes = [len(piece) for piece in pieces]
+        self._check(offset, sum(sizes_bytes))
+        starts = itertools.accumulate(sizes_bytes, initial=self._address + offset)
+        await _in_threads(_write, list(zip(starts, pieces, sizes_bytes, strict=False)), sizes_bytes)
 
-    def _write(self, offset: int, pieces: Sequence[bytes]) -> None:
-        """Copy bytes in without the interpreter's lock."""
-        for piece in pieces:
-            ctypes.memmove(self._address + offset, piece, len(piece))
-            offset += len(piece)
+    def _read(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        return [os.pread(self._fd, *place) for place in places]
 
     def _check(self, offset: int, num_bytes: int) -> None:
         if not 0 <= offset <= offset + num_bytes <= self.num_bytes:
             raise ValueError(
                 f"bytes {offset} to {offset + num_bytes} lie outside a segment of {self.num_bytes}"
             )
+
+
+def _write(copies: Sequence[tuple[int, bytes, int]]) -> None:
+    """Copy bytes to addresses, without the interpreter's lock."""
+    for copy in copies:
+        ctypes.memmove(*copy)
 
 
 def _seals(fd: int) -> int:
@@ -104,11 +114,26 @@ def _seals(fd: int) -> int:
         return 0  # not a memfd
 
 
-async def _in_thread(copy: Callable[[], T], num_bytes: int) -> T:
-    """Copy in a thread, unless that takes longer than copying."""
+async def _in_threads(
+    copy: Callable[[Sequence[P]], T], places: Sequence[P], sizes_bytes: Sequence[int]
+) -> list[T]:
+    """Copy in threads, unless that takes longer than copying; what each part of the places gave.
+
+    A caller that is cancelled waits for the end: until then the memory is being written.
+    """
+    num_bytes = sum(sizes_bytes)
     if num_bytes <= _INLINE_BYTES:
-        return copy()
-    return await asyncio.to_thread(copy)
+        return [copy(places)]
+    a_thread_bytes = max(_BYTES_A_THREAD, -(-num_bytes // _MOST_THREADS))
+    loop = asyncio.get_running_loop()
+    parts = runs_of(list(zip(places, sizes_bytes, strict=True)), itemgetter(1), most_bytes=a_thread_bytes)
+    copying = [loop.run_in_executor(None, copy, [place for place, _ in part]) for part in parts]
+    try:
+        await asyncio.wait(copying)
+    except asyncio.CancelledError:
+        await asyncio.wait(copying)
+        raise
+    return [part.result() for part in copying]
 
 
 async def _receive_fd(connection: socket.socket) -> int:

@@ -156,7 +156,7 @@ class BlockStoreService:
                     async with self._outward.step(stall_s=_STALL_S, hurry_s=_HURRY_S):
                         await context.write(pack_frame(frame))
                     self._metrics.sent(len(frame.data))
-                self._store.served(keys[index], block)
+                self._store.served([keys[index]], [block])
                 index += 1
 
     async def _put(self, frames: AsyncIterator[bytes], _: Context) -> bytes:
@@ -198,12 +198,11 @@ class BlockStoreService:
                 num_fitting = sum(end <= segment.num_bytes for end in ends) - 1
                 blocks = group[:num_fitting]
                 await segment.write(offset, [block for block in blocks if block is not None])
-                for block in blocks:
-                    num_bytes = len(block or b"")
-                    self._metrics.sent(num_bytes)
-                    self._store.served(keys[len(sizes_bytes)], block)
-                    sizes_bytes.append(num_bytes)
-                    offset += num_bytes
+                written_bytes = [len(block or b"") for block in blocks]
+                self._metrics.sent(sum(written_bytes))
+                self._store.served(keys[len(sizes_bytes) : len(sizes_bytes) + num_fitting], blocks)
+                sizes_bytes += written_bytes
+                offset += sum(written_bytes)
                 if num_fitting < len(group):
                     break
         return convert.pack_shared_sizes(sizes_bytes)

@@ -1,5 +1,6 @@
 """The store as the tenant of the running call sees it: its own keys, its own blocks, its own counts."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from tq_store.block import bf16_bytes
@@ -46,22 +47,33 @@ class TenantStore:
         self._activity.looked_up(store_keys, num_hits)
         return num_hits
 
+    def sizes_at_hand(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Lengths of the leading blocks that a get would find in memory, and so wait for nothing."""
+        return self._store.sizes_at_hand(_named(CALL.get(), keys))
+
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Blocks, or None for a miss. They count when they have been served."""
         return await self._store.get(_store_keys(CALL.get(), keys))
 
-    def served(self, key: BlockKey, block: bytes | None) -> None:
-        """The caller was given a block, or told of a miss."""
-        call, num_bytes = CALL.get(), len(block or b"")
-        if block is not None:
-            call.num_bytes += num_bytes
-            self._activity.sent(call.tenant.store_namespace(key[:DIGEST_BYTES]), num_bytes)
+    def served(self, keys: Sequence[BlockKey], blocks: Sequence[bytes | None]) -> None:
+        """The caller was given these blocks, or told of misses."""
+        call = CALL.get()
+        sent_bytes: Counter[bytes] = Counter()
+        num_hits = saved_bytes = 0
+        for key, block in zip(keys, blocks, strict=True):
+            if block is not None:
+                num_hits += 1
+                saved_bytes += bf16_bytes(block) - len(block)
+                sent_bytes[key[:DIGEST_BYTES]] += len(block)
+        for namespace, num_bytes in sent_bytes.items():
+            self._activity.sent(call.tenant.store_namespace(namespace), num_bytes)
+        call.num_bytes += sent_bytes.total()
         self._metrics.got(
             call.tenant.name,
-            num_hits=int(block is not None),
-            num_misses=int(block is None),
-            num_bytes=num_bytes,
-            saved_bytes=bf16_bytes(block) - num_bytes if block is not None else 0,
+            num_hits=num_hits,
+            num_misses=len(keys) - num_hits,
+            num_bytes=sent_bytes.total(),
+            saved_bytes=saved_bytes,
         )
 
     async def expect(self, num_bytes: int) -> None:
@@ -126,6 +138,11 @@ class TenantStore:
 def _store_keys(call: Call, keys: Sequence[BlockKey]) -> list[BlockKey]:
     """The store's keys for those of a caller; notes them in the call's record."""
     call.note_keys(keys)
+    return _named(call, keys)
+
+
+def _named(call: Call, keys: Sequence[BlockKey]) -> list[BlockKey]:
+    """The store's keys for those of a caller."""
     if not call.tenant.name:
         return list(keys)
     store_namespaces = {}

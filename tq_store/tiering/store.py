@@ -109,6 +109,10 @@ class TieredStore:
         """How many blocks from the first on are there without a gap."""
         return [*await self.contains(keys), False].index(False)
 
+    def sizes_at_hand(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Lengths of the leading blocks that a get would find in memory, and so wait for nothing."""
+        return self._tiers[0].sizes_at_hand(keys)
+
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Blocks, or None for a miss; those found below are copied to the top.
 

@@ -102,6 +102,10 @@ class Tier:
             return missing
         return await self._attempt("contains", len(keys), self._backend.contains(keys), missing)
 
+    def sizes_at_hand(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Lengths of the leading blocks that are in this process's own memory; none for another medium."""
+        return self._backend.sizes_bytes(keys) if isinstance(self._backend, MemoryBackend) else []
+
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Blocks that are sound, or None; one that is not goes to quarantine.
 
