@@ -71,6 +71,17 @@ def test_a_tenant_reads_its_own_blocks_and_no_others(file: TenantsFile, server: 
         assert a.purge(NAMESPACE) == 2
 
 
+def test_a_batch_larger_than_a_quota_pushes_its_own_first_blocks_out(
+    file: TenantsFile, server: Server
+) -> None:
+    file.add("small", keys=2)
+    server.reload()
+    blocks = sample_blocks(5)
+    with file.client(server.address, "small") as small:
+        assert small.put(blocks) == [STORED] * 5
+        assert small.contains(keys_of(blocks)) == [False] * 3 + [True] * 2
+
+
 def test_no_name_that_a_tenant_can_send_is_a_key_of_another(file: TenantsFile, server: Server) -> None:
     key, block = sample_block(1)
     with file.client(server.address, "a") as a, file.client(server.address, "b") as b:

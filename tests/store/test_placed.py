@@ -288,7 +288,7 @@ def test_nothing_in_places_is_read_after_a_put_has_failed(monkeypatch: pytest.Mo
     assert bytes(payload_of(block[1])) in b"".join(later[0])
 
 
-def test_a_server_with_a_small_window_copies_block_after_block(
+def test_a_server_with_a_small_window_copies_a_few_blocks_at_a_time(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = sample_blocks(6, 1000)
@@ -301,12 +301,12 @@ def test_a_server_with_a_small_window_copies_block_after_block(
             yield group
 
     monkeypatch.setattr(service_module, "runs_of", noting)
-    limits = {"max_inflight_bytes": 20_000, "max_outflight_bytes": 8000}
+    limits = {"max_inflight_bytes": 6000, "max_outflight_bytes": 8000}
     with running_server(local_socket=path, **limits) as server, client_at(path) as client:
         assert server.address
         assert client.put_from([placed(block, filled=True) for block in blocks]) == [STORED] * 6
         assert got(client, [places_for(blocks)]) == [[FILLED] * 6]
-    assert groups == [1] * 6
+    assert groups == [2] * 3
 
 
 def test_runs_keep_both_limits() -> None:

@@ -158,7 +158,7 @@ class Quotas:
             OverLimit: It is more than the whole quota, or what could go is not this server's to choose.
         """
         tenant = call.tenant
-        if tenant.quota_bytes is None and tenant.quota_keys is None:
+        if not tenant.has_quota:
             return
         if self._excess(tenant, num_bytes, num_blocks).is_any:
             async with self._making_room[tenant.realm_tag]:

@@ -3,7 +3,6 @@
 import importlib.metadata
 import itertools
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -37,7 +36,7 @@ _HURRY_S = 3.0
 """The same while its share of a window keeps others waiting: a second or so is what engines stop for."""
 
 _MOST_COPIED_BYTES = 8 << 20
-_COPIES_IN_WINDOW = 8
+_COPIES_IN_WINDOW = 2
 """Of the blocks in a segment, so much is copied at once, and at most this part of the window."""
 
 Method = Callable[[Any, Context], Awaitable[bytes | None]]
@@ -218,16 +217,13 @@ class BlockStoreService:
             held_bytes = sum(num_bytes for _, num_bytes in group)
             await self._inward.take(held_bytes)
             try:
-                copies = deque(await segment.read(offset, [num_bytes for _, num_bytes in group]))
-                for key, num_bytes in group:
-                    await self._store.expect(num_bytes)
-                    self._metrics.received(num_bytes)
-                    outcomes += await self._store.put([(key, copies.popleft())])
-                    self._inward.give(num_bytes)
-                    held_bytes -= num_bytes
-                    offset += num_bytes
+                copies = await segment.read(offset, [num_bytes for _, num_bytes in group])
+                self._metrics.received(held_bytes)
+                keyed = [(key, copy) for (key, _), copy in zip(group, copies, strict=True)]
+                outcomes += await self._store.put(keyed)
             finally:
                 self._inward.give(held_bytes)
+            offset += held_bytes
         return convert.pack_outcomes(outcomes)
 
     async def _next_frame(self, frames: AsyncIterator[bytes], *, is_holding: bool) -> bytes | None:

@@ -85,12 +85,17 @@ class TenantStore:
         await self._quotas.reserve(CALL.get(), num_bytes)
 
     async def put(self, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
-        """Check blocks and store them.
+        """Check blocks and store them; where there is a quota, one by one, as the next may need its room.
 
         Raises:
-            OverLimit: The tenant has no room for them.
+            OverLimit: The tenant has no room for a block; those before it are stored.
         """
         call = CALL.get()
+        if call.tenant.has_quota:
+            return [outcome for block in blocks for outcome in await self._put(call, [block])]
+        return await self._put(call, blocks)
+
+    async def _put(self, call: Call, blocks: Sequence[tuple[BlockKey, bytes]]) -> list[PutOutcome]:
         keys = _store_keys(call, [key for key, _ in blocks])
         if call.reserved is None:
             await self._quotas.reserve(call, sum(len(block) for _, block in blocks), num_blocks=len(blocks))

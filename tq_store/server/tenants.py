@@ -76,6 +76,11 @@ class Tenant:
         """Whose blocks it sees; a group and a tenant of one name are two realms."""
         return f"group {self.group}" if self.group else f"tenant {self.name}"
 
+    @property
+    def has_quota(self) -> bool:
+        """Whether what it may hold is limited."""
+        return self.quota_bytes is not None or self.quota_keys is not None
+
     def store_namespace(self, namespace: bytes) -> bytes:
         """The namespace under which the store keeps what the tenant calls `namespace`, 32 bytes both."""
         if not self.name:
