@@ -478,10 +478,10 @@ def test_connections_do_not_keep_each_other_out_of_the_servers_window(
     blocks = sample_blocks(3, 24 * MIB)
     is_full, read = threading.Event(), read_ahead_module._Group._read
 
-    async def first_comes_last(group: Any, expected_bytes: int) -> list[bytes | None]:
+    async def first_comes_last(group: Any) -> list[bytes | None]:
         while group._keys == [blocks[0][0]] and not is_full.is_set():
             await asyncio.sleep(0.01)
-        found = await read(group, expected_bytes)
+        found = await read(group)
         if found:
             is_full.set()
         return found

@@ -112,6 +112,14 @@ def test_assembler_knows_when_it_is_inside_a_block() -> None:
     assert not assembler.is_inside_block
 
 
+def test_room_for_a_block_is_made_when_its_second_frame_has_come() -> None:
+    assembler = Assembler(num_blocks=1, keyed=True)
+    assembler.add(frame(block_bytes=1000, key=KEY, data=b"a"))
+    assert len(assembler._received.getvalue()) == 1
+    assembler.add(frame(offset=1, data=b"b"))
+    assert len(assembler._received.getvalue()) == 1000
+
+
 FIRST = frame(block_bytes=4, key=KEY, data=b"ab")
 
 

@@ -231,6 +231,8 @@ def _open_channel(address: str, config: ClientConfig) -> grpc.Channel:
         ("grpc.enable_retries", 0),  # grpc does not know which calls may be repeated
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),
+        # the thread that reads a stream receives it too, with no other to hand each message over
+        ("SingleThreadedUnaryStream", 1),
     )
     if not config.uses_tls:
         return grpc.insecure_channel(address, options=options)

@@ -130,6 +130,7 @@ class Assembler:
         self._key = b""
         self._block_bytes = 0
         self._received = BytesIO()
+        self._has_room = False
 
     @property
     def is_inside_block(self) -> bool:
@@ -153,6 +154,8 @@ class Assembler:
             self._begin(frame)
         elif frame.block_bytes or frame.key:
             raise ValueError(f"block {frame.index} is declared twice")
+        elif not self._has_room:
+            self._make_room(frame.offset)
         if not self._block_bytes and not self._keyed and not frame.data:
             self._index += 1
             return ReceivedBlock(index=frame.index, key=b"", data=None)
@@ -164,8 +167,18 @@ class Assembler:
         if self._received.tell() < self._block_bytes:
             return None
         whole = ReceivedBlock(index=self._index, key=self._key, data=self._received.getvalue())
-        self._index, self._received = self._index + 1, BytesIO()
+        self._index, self._received, self._has_room = self._index + 1, BytesIO(), False
         return whole
+
+    def _make_room(self, num_received: int) -> None:
+        """Room for the whole block, by its second frame: growing frame by frame copies all that is there.
+
+        Not by the first, which may be all that ever comes, and which the receiver has not yet looked at.
+        """
+        self._received.seek(self._block_bytes - 1)
+        self._received.write(b"\0")
+        self._received.seek(num_received)
+        self._has_room = True
 
     def _begin(self, frame: Frame) -> None:
         if frame.index >= self._num_blocks:
