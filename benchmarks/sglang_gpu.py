@@ -6,7 +6,8 @@ Shapes are batch x context: the prompts are prefilled once (`ttft_ms` is of that
 each), found again as prefixes, and decoded for 16 and for 80 tokens, whose difference is 64 steps
 (`tpot_ms`). The mix is a stream of requests, so many at a time: `decode_tok_s` is then of all answers over
 the whole time, `ttft_ms` and `tpot_ms` are medians over requests; a quarter of it goes before,
-unmeasured. SGLang must find our plugin, which is arranged for a tree that is not installed as well.
+unmeasured. With `--tp 2` two devices divide the heads of every layer. SGLang must find our plugin in each of
+its processes, which is arranged for a tree that is not installed as well.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 from benchmarks.circumstances import circumstances, device_name
 from benchmarks.llama_shape import model_config, prompts_of
 from benchmarks.plugins import plugin_path
+from benchmarks.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sglang.jsonl"
@@ -133,6 +135,7 @@ def _sampling(tokens: int) -> dict[str, Any]:
 
 def run_case(parsed: argparse.Namespace, case: str) -> None:
     """Start an engine in this process, and write the rows of its measurements."""
+    progress = Progress(case)
     import sglang
     import torch
 
@@ -141,15 +144,16 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         model.joinpath("config.json").write_text(json.dumps(model_config(parsed.layers)))
-        start = time.perf_counter()
-        engine = sglang.Engine(**engine_arguments(case, model, longest + 1024, parsed.engine))
-        print(f"{case}: started in {time.perf_counter() - start:.0f} s", flush=True)
+        more = {"tp_size": parsed.tp} | parsed.engine
+        engine = sglang.Engine(**engine_arguments(case, model, longest + 1024, more))
+        progress.say("the engine is up")
         pool_tokens = engine.get_server_info()["max_total_num_tokens"]
         dtype, _, backend = case.partition("/")
         common = {
             "kv_cache_dtype": dtype,
             "attention_backend": backend or "turboquant",
             "layers": parsed.layers,
+            "tp_size": parsed.tp,
             "pool_tokens": pool_tokens,
             "sglang": sglang.__version__,
             "device": device_name(),
@@ -161,12 +165,15 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
         for number, length in ((8, 600), (1, 1000), (2, 12000)):
             if length <= longest:
                 measure_shape(engine, number, length)
+                progress.say(f"{number}x{length} has run")
         for number, length in shapes:
             write_row(parsed.out, common | measure_shape(engine, number, length))
+            progress.say(f"{number}x{length} is measured")
         if parsed.mixes:
             measure_mix(engine, parsed.mixes[0], max(1, parsed.requests // 4))
         for at_once in parsed.mixes:
             write_row(parsed.out, common | measure_mix(engine, at_once, parsed.requests))
+            progress.say(f"{at_once} at a time is measured")
         engine.shutdown()
 
 
@@ -199,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=192, help="requests of a mix (default: %(default)s)")
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="arguments of SGLang")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tp", type=int, default=1, help="devices that divide the heads of every layer")
     parser.add_argument("--out", type=Path, default=RESULTS, help="rows are appended (default: %(default)s)")
     parser.add_argument("--timeout", type=int, default=600, help="seconds a case (default: %(default)s)")
     parser.add_argument(

@@ -7,7 +7,7 @@ Every dtype is an unmodified vLLM, with dummy weights in the shape of Llama-3.1-
 decode graphs, in a process that steps it: device and host follow each other, as in vLLM's own offline runs
 with VLLM_ENABLE_V1_MULTIPROCESSING=0. Nothing of ours need be installed. Before a dtype of ours is timed,
 `vllm_gpu_check` holds what its layers compute on this device against exact attention. Rows are appended to
-`results/vllm.jsonl`:
+`results/vllm.jsonl` as they come:
 
 - one for each batch and context: `tpot_ms`, `prefill_tok_s` (cold prompts) and `pool_tokens`;
 - two for a long prompt: `ttft_ms` cold, and with all but its last tokens in the GPU's prefix cache (`mode`
@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.circumstances import circumstances, device_name
 from benchmarks.llama_shape import model_config, prompts_of
 from benchmarks.plugins import plugin_path
+from benchmarks.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vllm.jsonl"
@@ -113,6 +114,7 @@ class Engine:
 
 def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]:
     """The rows of a dtype."""
+    progress = Progress(dtype)
     longest = max(options.ttft_context, *(context for _, context in options.shapes))
     more: dict[str, Any] = {"enforce_eager": True}
     if options.graphs:
@@ -125,6 +127,7 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
             }
         }
     engine = Engine(options, dtype, max_model_len=longest + 4 * _STEPS, max_num_seqs=options.max_seqs, **more)
+    progress.say("the engine is up")
     about = {
         "kv_cache_dtype": dtype
         if not options.block_size or dtype in ("auto", "fp8")
@@ -136,6 +139,7 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
         "commit": options.commit,
     }
     engine.run(prompts_of(2, 300, 99), 4)
+    progress.say("it has answered")
     for batch, context in options.shapes:
         tpots, prefills = [], []
         for turn in range(options.repeats):
@@ -146,6 +150,7 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
             _, short, _ = engine.run(prompts, _WARM_STEPS + 1)
             _, long, _ = engine.run(prompts, _WARM_STEPS + _STEPS + 1)
             tpots.append((long - short) / _STEPS * 1e3)
+            progress.say(f"{batch}x{context}: {tpots[-1]:.3f} ms a token, {prefills[-1]:.0f} tokens/s cold")
         yield about | {
             "batch": batch,
             "context": context,
@@ -154,6 +159,7 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
             "ttft_ms": None,
         }
     yield from _first_tokens(options, engine, about)
+    progress.say("all is measured")
     engine.close()
 
 

@@ -11,9 +11,10 @@ are appended to `results/vllm.jsonl`, one a mode:
 
 - ``replica-cold``: `ttft_ms` of prompts that nobody knows, on the second replica.
 - ``replica-hit``: the same for prompts that the first replica has computed and saved.
-- ``replica-alone``: `tpot_ms` of a batch on the second replica while the others rest.
+- ``replica-alone``: `tpot_ms` of a batch on the second replica while the others rest, the median of three.
 - ``replica-beside``: the same while all others load prefixes without a pause; `hit_gib_per_s` are the bytes
   of bf16 pages that they found in that time.
+- ``replica-loads``: all of them load prefixes at once and do nothing else; `hit_gib_per_s` as above, of all.
 - ``replica-together``: the longest `ttft_ms` of a prefix that all others are asked for at once, and
   `served_blocks`, the blocks that the server handed out for it.
 
@@ -36,12 +37,14 @@ from typing import Any
 from benchmarks.circumstances import circumstances
 from benchmarks.llama_shape import model_config, prompts_of
 from benchmarks.plugins import plugin_path
+from benchmarks.progress import Progress
 from benchmarks.store_processes import TqStore
 from benchmarks.vllm_offload_gpu import ENVIRONMENT, RESULTS, ROOT
 
 CASES = ("auto:none", "auto:tq4", "tq4")
 _CHUNK_TOKENS = 256
 _ANSWER = 8
+_BATCHES = 3
 _IN_FLIGHT = ("--metrics-port", "0", "--max-inflight", "1GiB", "--max-outflight", "1GiB")
 
 Row = dict[str, Any]
@@ -101,6 +104,7 @@ class Replica:
 
 def measure(options: argparse.Namespace, case: str) -> Iterator[Row]:
     """The rows of a case."""
+    progress = Progress(case)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.joinpath("config.json").write_text(json.dumps(model_config(options.layers)))
@@ -119,9 +123,12 @@ def measure(options: argparse.Namespace, case: str) -> Iterator[Row]:
         for replica in replicas:  # they start beside each other
             replica.begin("about")
         about, *_ = [replica.end() for replica in replicas]
+        progress.say("the replicas are up")
         about |= {"mode": "", "batch": 1, "context": options.context, "commit": options.commit}
         about |= {"replicas": options.replicas, "tpot_ms": None, "prefill_tok_s": None, "ttft_ms": None}
-        yield from _rows(options, replicas, about)
+        for row in _rows(options, replicas, about):
+            progress.say(f"{row['mode']} is measured")
+            yield row
 
 
 def _rows(options: argparse.Namespace, replicas: Sequence[Replica], about: Row) -> Iterator[Row]:
@@ -139,25 +146,20 @@ def _rows(options: argparse.Namespace, replicas: Sequence[Replica], about: Row) 
     batch = prompts_of(options.batch, options.batch_context, 3)
     decode = {"prompts": batch, "num_tokens": options.steps + 1}
     second.ask("run", **decode)
+    second.ask("settle")  # the batch is saved by then, which would be in the way of the next one
     shape = {"batch": options.batch, "context": options.batch_context}
-    alone = second.ask("run", **decode)
-    yield about | shape | {"mode": "replica-alone", "tpot_ms": round(alone["step_ms"], 3)}
+    yield about | shape | {"mode": "replica-alone", "tpot_ms": _step_ms(second, decode)}
+    loads = {"prompts": known, "seconds": options.load_seconds}
     for other in others:
-        other.begin("load", prompts=known, seconds=options.load_seconds)
+        other.begin("load", **loads)
     time.sleep(0.2)
-    beside = second.ask("run", **decode)
-    loaded = [other.end() for other in others]
-    tokens, seconds = sum(each["tokens"] for each in loaded), max(each["seconds"] for each in loaded)
-    rate = tokens * about["bf16_token_bytes"] / seconds / (1 << 30)
-    yield (
-        about
-        | shape
-        | {
-            "mode": "replica-beside",
-            "tpot_ms": round(beside["step_ms"], 3),
-            "hit_gib_per_s": round(rate, 2),
-        }
-    )
+    times: Row = {"tpot_ms": _step_ms(second, decode)}
+    times["hit_gib_per_s"] = _gib_per_s([other.end() for other in others], about)
+    yield about | shape | {"mode": "replica-beside"} | times
+    for replica in replicas:
+        replica.begin("load", **loads)
+    rate = _gib_per_s([replica.end() for replica in replicas], about)
+    yield about | {"mode": "replica-loads", "hit_gib_per_s": rate}
     (shared,) = prompts_of(1, options.context, 4)
     second.ask("run", prompts=[shared], num_tokens=_ANSWER)
     second.ask("settle")
@@ -173,6 +175,17 @@ def _rows(options: argparse.Namespace, replicas: Sequence[Replica], about: Row) 
     }
 
 
+def _step_ms(replica: Replica, decode: Row) -> float:
+    """Time of a step, of a batch that the replica's own cache has."""
+    return round(statistics.median(replica.ask("run", **decode)["step_ms"] for _ in range(_BATCHES)), 3)
+
+
+def _gib_per_s(loaded: Sequence[Row], about: Row) -> float:
+    """The rate of loads beside each other, as if they had been of bf16 pages."""
+    tokens, seconds = sum(each["tokens"] for each in loaded), max(each["seconds"] for each in loaded)
+    return round(tokens * about["bf16_token_bytes"] / seconds / (1 << 30), 2)
+
+
 def main() -> None:
     """Run the cases and append their rows."""
     parser = argparse.ArgumentParser(
@@ -186,7 +199,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batch-context", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=256, help="decode steps of the batch")
-    parser.add_argument("--load-seconds", type=float, default=2.0, help="of loads beside them")
+    parser.add_argument("--load-seconds", type=float, default=5.0, help="of loads beside them")
     parser.add_argument("--host-gib", type=float, default=10, help="host memory of each engine")
     parser.add_argument("--server-memory", default="16GiB")
     parser.add_argument("--gpu-memory", type=float, default=0.85, help="share of a device; 0 for a CPU")

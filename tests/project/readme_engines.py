@@ -47,7 +47,13 @@ def table() -> str:
 
 def _rows(file: str) -> list[Row]:
     lines = (ROOT / "benchmarks" / "results" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if (row["batch"], row["context"]) in _SHAPES]
+    return [row for row in map(json.loads, lines) if _is_plain_decode(row)]
+
+
+def _is_plain_decode(row: Row) -> bool:
+    """Whether a row is of one device, one of the shapes, and an engine that neither saves nor loads."""
+    is_alone = row.get("mode", "pages") in ("stock", "pages") and row.get("tp_size", 1) == 1
+    return is_alone and (row["batch"], row["context"]) in _SHAPES
 
 
 def _newest(rows: Sequence[Row], dtypes: Sequence[str]) -> tuple[dict[Any, Row], Row]:
