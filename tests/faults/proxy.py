@@ -38,6 +38,7 @@ class Fault:
         position: After so many bytes of that stream.
         num_bytes: How many bytes it concerns, where that means something.
         seconds: How long a stall lasts.
+        connections: How many are struck, the first that come so far; None for all.
     """
 
     kind: Kind
@@ -45,13 +46,14 @@ class Fault:
     position: int
     num_bytes: int = 1
     seconds: float = 0.0
+    connections: int | None = None
 
 
 class Proxy:
     """Listens on a port of its own, passes on what comes, and strikes every connection once.
 
     Runs on a thread of its own; made by `proxied`. `passed` are the bytes of both directions so far, upward
-    first, and `struck` how often the fault came about.
+    first, `struck` how often the fault came about, and `struck_port` the client's port of the last time.
 
     Args:
         upstream: ``host:port`` or ``unix:path``.
@@ -63,7 +65,7 @@ class Proxy:
         self._fault = fault
         self.address = ""
         self.passed = [0, 0]
-        self.struck = 0
+        self.struck = self.struck_port = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -107,23 +109,24 @@ class Proxy:
     ) -> None:
         try:
             async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(self._pump(reader, above_writer, is_downward=False))
-                pumps.create_task(self._pump(above_reader, writer, is_downward=True))
+                port = writer.get_extra_info("peername")[1]
+                pumps.create_task(self._pump(reader, above_writer, port, is_downward=False))
+                pumps.create_task(self._pump(above_reader, writer, port, is_downward=True))
         except* (_Ended, OSError):
             pass
 
     async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_downward: bool
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int, *, is_downward: bool
     ) -> None:
         fault = self._fault if self._fault and self._fault.is_downward is is_downward else None
         position = 0
         while data := await reader.read(_READ_BYTES):
             self.passed[is_downward] += len(data)
-            if fault and position + len(data) > fault.position:
+            if fault and position + len(data) > fault.position and self.struck != fault.connections:
                 before = data[: fault.position - position]
                 writer.write(before)
                 await writer.drain()
-                self.struck += 1
+                self.struck, self.struck_port = self.struck + 1, port
                 await self._strike(fault, data[len(before) :], reader, writer)
                 fault = None
             else:

@@ -44,6 +44,11 @@ class EngineProcess:
             self._is_ready = True
         return self
 
+    @property
+    def pid(self) -> int:
+        """Of the process that started the engine's others."""
+        return self._process.pid
+
     def fails_to_start(self) -> bool:
         return self._process.stdout.readline() == ""
 
