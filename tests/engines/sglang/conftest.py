@@ -2,7 +2,7 @@
 
 import engines.sglang.cpu  # noqa: F401
 import pytest
-from engines.sglang.tiny_model import save_tiny_model
+from engines.tiny_model import save_tiny_model
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from engines.sglang.engine import Engine
-from engines.sglang.tiny_model import VOCABULARY
+from engines.tiny_model import VOCABULARY
 from tokenizers import Tokenizer
 
 from tq_connectors.hf.models import SMOLLM2, fetch_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from engines.sglang.disk_server import DiskServer
 from engines.sglang.replica_process import PACKED, EngineProcess, storage
-from engines.sglang.tiny_model import save_tiny_model
+from engines.tiny_model import save_tiny_model
 from store.running_server import wait_until
 from store.server_process import ServerProcess
 

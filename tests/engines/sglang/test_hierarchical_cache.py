@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 from engines.sglang.engine import Engine
-from engines.sglang.tiny_model import VOCABULARY
+from engines.tiny_model import VOCABULARY
 
 PROMPTS, PROMPT, PAGE = 4, 260, 64
 OTHERS = 12

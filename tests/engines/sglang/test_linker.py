@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from engines.sglang.disk_server import DiskServer
 from engines.sglang.replica_process import PACKED, EngineProcess
-from engines.sglang.tiny_model import save_tiny_model
+from engines.tiny_model import save_tiny_model
 from store.running_server import wait_until
 
 pytestmark = pytest.mark.timeout(600)  # several engines start at once

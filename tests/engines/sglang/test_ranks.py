@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Iterator
 
-import psutil
 import pytest
+from engines.processes import rank_at
 from engines.sglang.replica_process import EngineProcess
-from engines.sglang.tiny_model import KV_HEADS, LAYERS
+from engines.tiny_model import KV_HEADS, LAYERS
 from faults.proxy import Fault, Kind, proxied
 from store.running_server import wait_until
 from store.server_process import ServerProcess
@@ -100,7 +100,7 @@ def test_a_rank_killed_while_it_saves_leaves_no_page_that_it_had_not_saved(engin
         assert pair.attach(address=proxy.address, **SHARED)["success"]
         assert pair.generate(prompt)["tokens"] == tokens
         wait_until(lambda: proxy.struck == 1 and num_blocks(client) == NUM_PAGES + WHOLE_PAGES)
-        victim = rank_at(pair, proxy.struck_port)
+        victim = rank_at(pair.pid, proxy.struck_port)
         victim.kill()
         victim.wait(30)
     wait_until(lambda: not server.is_receiving())
@@ -116,13 +116,3 @@ def test_a_rank_killed_while_it_saves_leaves_no_page_that_it_had_not_saved(engin
     wait_until(lambda: num_blocks(client) == 2 * NUM_PAGES)
     alone.flush()
     assert alone.generate(prompt)["storage"] == NUM_PAGES * PAGE_TOKENS
-
-
-def rank_at(engine: EngineProcess, port: int) -> psutil.Process:
-    """The rank whose connection has this port."""
-    (rank,) = (
-        process
-        for process in psutil.Process(engine.pid).children(recursive=True)
-        if port in [each.laddr.port for each in process.net_connections("tcp") if each.raddr]
-    )
-    return rank

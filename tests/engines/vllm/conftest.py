@@ -116,8 +116,9 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     engines: list[Engine] = []
 
     def start(transfer: dict[str, Any], **options: Any) -> Engine:
-        config = {"model": str(fetch_model(SMOLLM2.name)), "kv_transfer_config": transfer}
-        config |= options
+        config = {"kv_transfer_config": transfer, **options}
+        if "model" not in config:
+            config["model"] = str(fetch_model(SMOLLM2.name))
         engines.append(Engine(tmp_path_factory.mktemp("engine"), config))
         return engines[-1]
 

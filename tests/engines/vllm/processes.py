@@ -48,6 +48,11 @@ class Engine:
         self._thread.start()
         self._is_ready = False
 
+    @property
+    def pid(self) -> int:
+        """Of the process that started the engine's others."""
+        return self._process.pid
+
     def run(self, prompts: list[list[int]], max_tokens: int = 16, **options: Any) -> list[dict[str, Any]]:
         """Answers to prompts, all at once."""
         return self("run", prompts=prompts, max_tokens=max_tokens, **options)["answers"]
@@ -86,6 +91,11 @@ class Engine:
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        """`kill -9` of the process that started the others, and no return before it is gone."""
+        self._process.kill()
+        self._process.wait()
 
     def stop(self) -> None:
         """Let it end, or end it."""
