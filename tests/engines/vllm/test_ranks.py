@@ -139,6 +139,7 @@ def test_a_rank_killed_while_it_saves_leaves_no_page_that_it_had_not_saved(
     assert cold["cached"] == 0
     wait_until(lambda: engines.proxy.struck == 1 and num_blocks(client) == num_pages + WHOLE_PAGES)
     kill(rank_at(engines.two.pid, engines.proxy.struck_port))
+    engines.two.kill()
     wait_until(lambda: not server.is_receiving())
     assert num_blocks(client) == num_pages + WHOLE_PAGES
 
