@@ -15,6 +15,14 @@ def rank_called(pid: int, title: str) -> psutil.Process:
     return rank
 
 
+def kill_all(pid: int) -> None:
+    """`kill -9` of an engine: a rank without its peers would wait for them, busily and for ever."""
+    processes = [psutil.Process(pid), *_others(pid)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes[1:], timeout=30)
+
+
 def _others(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 

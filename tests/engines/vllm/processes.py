@@ -92,11 +92,6 @@ class Engine:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def kill(self) -> None:
-        """`kill -9` of the process that started the others, and no return before it is gone."""
-        self._process.kill()
-        self._process.wait()
-
     def stop(self) -> None:
         """Let it end, or end it."""
         assert self._process.stdin is not None

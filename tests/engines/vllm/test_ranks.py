@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engines.processes import rank_at, rank_called
+from engines.processes import kill_all, rank_at, rank_called
 from engines.tiny_model import LAYERS, save_tiny_model
 from engines.vllm.conftest import BLOCKS, OFFLOADED_TOKENS, PAGE_TOKENS, connecting, offloading
 from engines.vllm.processes import Engine
@@ -139,7 +139,7 @@ def test_a_rank_killed_while_it_saves_leaves_no_page_that_it_had_not_saved(
     assert cold["cached"] == 0
     wait_until(lambda: engines.proxy.struck == 1 and num_blocks(client) == num_pages + WHOLE_PAGES)
     kill(rank_at(engines.two.pid, engines.proxy.struck_port))
-    engines.two.kill()
+    kill_all(engines.two.pid)
     wait_until(lambda: not server.is_receiving())
     assert num_blocks(client) == num_pages + WHOLE_PAGES
 
@@ -156,7 +156,7 @@ def test_a_rank_killed_while_chunks_are_saved_leaves_whole_ones(all_engines, ser
     engines.two.send("run", prompts=[prompt], max_tokens=ANSWER)
     wait_until(lambda: engines.proxy.struck == 1)
     kill(rank_called(engines.two.pid, "TP1"))
-    engines.two.kill()
+    kill_all(engines.two.pid)
     wait_until(lambda: not server.is_receiving())
     num_whole = num_blocks(client)
     assert 0 < num_whole < num_chunks
