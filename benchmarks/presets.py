@@ -39,9 +39,9 @@ def measure(model: Any, token_ids: list[int], reference: torch.Tensor, name: str
     seconds = time.perf_counter() - started
     expected, got = reference[FIRST_SCORED:].log_softmax(-1), logits[FIRST_SCORED:].log_softmax(-1)
     kl = (expected.exp() * (expected - got)).sum(-1)
-    layout = connector.layout
-    block_bytes = HEADER_BYTES + layout.page_bytes * connector.num_layers
-    bf16_bytes = 4 * layout.head_dim * layout.num_kv_heads * connector.num_layers
+    layout, geometry = connector.layout, connector.geometry
+    block_bytes = HEADER_BYTES + layout.page_bytes
+    bf16_bytes = 4 * geometry.head_dim * geometry.num_kv_heads * geometry.num_layers
     return {
         "preset": name,
         "bytes_per_token": block_bytes / layout.page_tokens,

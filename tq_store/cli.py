@@ -178,7 +178,12 @@ what is missing; nothing overlaps. --prefill and --client take numbers that you 
         metavar="H",
         help="part of the prompt, from its beginning, that is stored (default: %(default)g)",
     )
-    command.add_argument("--preset", default="tq4", metavar="P", help=f"{', '.join(PRESETS)} (default: tq4)")
+    command.add_argument(
+        "--preset",
+        default="tq4",
+        metavar="P",
+        help=f"{', '.join(PRESETS)}, or a table by layer, e.g. tq3+tq4:0-1,29 (default: tq4)",
+    )
     command.add_argument("--page-tokens", type=int, default=64, metavar="N", help="(default: %(default)d)")
     command.add_argument(
         "--prefill", type=float, metavar="TOKENS", help="prefill speed of a replica at this context, tokens/s"

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tq_store.block import HEADER_BYTES
 from tq_store.errors import ConfigError
 from tq_store.settings import format_size
-from tq_store.sizing import Model, block_bytes, page_bytes
+from tq_store.sizing import Model, block_bytes, block_sizes
 
 BASELINE = "raw"
 COMPARED_LINKS_GBIT = (1.0, 5.0, 10.0, 25.0, 100.0)
@@ -33,6 +34,8 @@ class Question:
         replicas: Engines that share the store.
         link_gbit: Speed of the store's network link, Gbit/s.
         hit_ratio: Part of the prompt, from its beginning, that the store has.
+        preset: Codec of the pages: a preset, or a table by layer.
+        page_tokens: Tokens of a page.
         prefill_tokens_per_s: Measured prefill speed of a replica; None estimates it from `tflops`.
         tflops: Arithmetic that a replica reaches in a prefill, 10**12 operations/s.
         client_gib_per_s: What one client takes however fast the link is.
@@ -65,8 +68,8 @@ class Question:
             raise ConfigError(f"hit_ratio is {self.hit_ratio}; it lies in 0 to 1")
 
     @property
-    def hit_blocks(self) -> int:
-        """Blocks that are loaded; only whole pages are."""
+    def hit_pages(self) -> int:
+        """Pages that are loaded, each of all layers; only whole ones are."""
         return int(self.context * self.hit_ratio) // self.page_tokens
 
 
@@ -98,15 +101,15 @@ def compute_s(question: Question, num_cached: int) -> float:
 
 def first_token_s(question: Question, preset: str, link_gbit: float, *, at_once: int = 1) -> float:
     """Time to first token with the store, for each of so many replicas that load at once."""
-    num_bytes = question.hit_blocks * block_bytes(question.model, preset, question.page_tokens)
+    num_bytes = question.hit_pages * block_bytes(question.model, preset, question.page_tokens)
     loading_s = transfer_s(num_bytes, link_gbit / at_once, question.client_gib_per_s)
-    return _LOOKUP_S + loading_s + compute_s(question, question.hit_blocks * question.page_tokens)
+    return _LOOKUP_S + loading_s + compute_s(question, question.hit_pages * question.page_tokens)
 
 
 def pays_above_gbit(question: Question, preset: str) -> float | None:
     """The link from which on loading beats computing, for a client that takes as much; None for no link."""
-    num_bytes = question.hit_blocks * block_bytes(question.model, preset, question.page_tokens)
-    saved_s = compute_s(question, 0) - compute_s(question, question.hit_blocks * question.page_tokens)
+    num_bytes = question.hit_pages * block_bytes(question.model, preset, question.page_tokens)
+    saved_s = compute_s(question, 0) - compute_s(question, question.hit_pages * question.page_tokens)
     affordable_s = saved_s - _LOOKUP_S
     return num_bytes * 8 / affordable_s / 1e9 if affordable_s > 0 else None
 
@@ -124,26 +127,26 @@ def compression_pays_below_gbit(question: Question) -> float:
 
 def memory_bytes(question: Question) -> dict[str, int]:
     """Bytes that the prompt takes in each tier."""
-    model, preset = question.model, question.preset
-    num_pages = -(-question.context // question.page_tokens)
-    num_blocks = question.context // question.page_tokens
-    block = block_bytes(model, preset, question.page_tokens)
+    num_started = -(-question.context // question.page_tokens)
+    num_whole = question.context // question.page_tokens
+    blocks = block_sizes(question.model, question.preset, question.page_tokens)
     return {
-        "gpu": num_pages * model.num_layers * page_bytes(model, preset, question.page_tokens),
-        "memory": num_blocks * (block + _MEMORY_OVERHEAD_BYTES),
-        "disk": num_blocks * -(-block // _DISK_PAGE_BYTES) * _DISK_PAGE_BYTES,
-        "redis": num_blocks * (block + _REDIS_OVERHEAD_BYTES),
+        "gpu": num_started * sum(block - HEADER_BYTES for block in blocks),
+        "memory": num_whole * sum(block + _MEMORY_OVERHEAD_BYTES for block in blocks),
+        "disk": num_whole * sum(-(-block // _DISK_PAGE_BYTES) * _DISK_PAGE_BYTES for block in blocks),
+        "redis": num_whole * sum(block + _REDIS_OVERHEAD_BYTES for block in blocks),
     }
 
 
 def answer(question: Question) -> dict[str, Any]:
     """Everything, for programs; sizes in bytes, times in seconds, links in Gbit/s."""
     presets = dict.fromkeys((BASELINE, "fp8", question.preset))
-    cached = question.hit_blocks * question.page_tokens
+    cached = question.hit_pages * question.page_tokens
     return {
         "preset": question.preset,
         "page_tokens": question.page_tokens,
         "block_bytes": block_bytes(question.model, question.preset, question.page_tokens),
+        "blocks_per_page": len(block_sizes(question.model, question.preset, question.page_tokens)),
         "bytes_per_token": {preset: bytes_per_token(question, preset) for preset in presets},
         "memory_bytes": memory_bytes(question),
         "cached_tokens": cached,
@@ -155,7 +158,7 @@ def answer(question: Question) -> dict[str, Any]:
             ),
         },
         "transfer_s": transfer_s(
-            question.hit_blocks * block_bytes(question.model, question.preset, question.page_tokens),
+            question.hit_pages * block_bytes(question.model, question.preset, question.page_tokens),
             question.link_gbit,
             question.client_gib_per_s,
         ),
@@ -176,9 +179,13 @@ def describe(question: Question) -> Iterator[str]:
         f"model               {model.num_layers} attention layers, {model.num_kv_heads} KV heads of "
         f"{model.head_dim}, {model.active_weights / 1e9:.2f} G weights a token"
     )
+    presets = list(facts["bytes_per_token"])
+    width = max(5, *map(len, presets))
     for preset, num_bytes in facts["bytes_per_token"].items():
-        yield f"bytes per token     {preset:5} {num_bytes:12,.0f}  {raw / num_bytes:5.2f}x"
-    yield f"a block             {question.page_tokens} tokens, {format_size(facts['block_bytes'])}"
+        yield f"bytes per token     {preset:{width}} {num_bytes:12,.0f}  {raw / num_bytes:5.2f}x"
+    num_blocks = facts["blocks_per_page"]
+    name = "a block" if num_blocks == 1 else f"{num_blocks} blocks"
+    yield f"{name:20}{question.page_tokens} tokens, {format_size(facts['block_bytes'])}"
     copies = f"one copy for {question.replicas} replicas" if question.replicas > 1 else "one replica"
     for tier, num_bytes in facts["memory_bytes"].items():
         where = "each replica" if tier == "gpu" else copies
@@ -194,10 +201,10 @@ def describe(question: Question) -> Iterator[str]:
     if question.replicas > 1:
         yield f"                    {times['all_replicas_at_once']:8.3f} s if all replicas load at once"
     yield ""
-    presets = list(facts["bytes_per_token"])
-    yield "link, Gbit/s    no store " + "".join(f"{preset:>10}" for preset in presets)
+    column = max(10, width + 2)
+    yield "link, Gbit/s    no store " + "".join(f"{preset:>{column}}" for preset in presets)
     for link, by_preset in facts["first_token_s_by_link"].items():
-        cells = "".join(_cell(by_preset[preset], times["without"]) for preset in presets)
+        cells = "".join(f"{_cell(by_preset[preset], times['without']):>{column}}" for preset in presets)
         yield f"{link:>12} {times['without']:9.3f} s {cells}"
     client_gbit = question.client_gib_per_s * 2**30 * 8 / 1e9
     yield f"(* slower than to compute; a client takes {client_gbit:.1f} Gbit/s, faster links help it no more)"
@@ -208,7 +215,7 @@ def describe(question: Question) -> Iterator[str]:
         else:
             above = f"above {link_gbit:.2f} Gbit/s"
             above += ", which is more than a client takes" if link_gbit > client_gbit else ""
-        yield f"loading {preset:5} pays  {above}"
+        yield f"loading {preset:{width}} pays  {above}"
     yield (
         f"compression pays    at every speed where attention reads the pages; where they are expanded, "
         f"below {facts['compression_pays_below_gbit']:,.0f} Gbit/s"

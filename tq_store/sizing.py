@@ -4,6 +4,7 @@ The layout of a page is the business of `tq_kernels`, which this package does no
 decide its size are repeated here, and a test holds them against the layouts themselves.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from tq_store.block import HEADER_BYTES
 from tq_store.errors import ConfigError
+from tq_store.layer_table import LayerTable
 
 _ALIGNMENT_BYTES = 128
 _STATISTIC_BYTES = 2
@@ -88,9 +90,24 @@ def page_bytes(model: Model, preset: str, page_tokens: int) -> int:
     return -(-(numbers + statistics) // alignment) * alignment * model.num_kv_heads
 
 
-def block_bytes(model: Model, preset: str, page_tokens: int) -> int:
-    """A block: header, and one page of every layer."""
-    return HEADER_BYTES + model.num_layers * page_bytes(model, preset, page_tokens)
+def block_sizes(model: Model, codec: str, page_tokens: int) -> tuple[int, ...]:
+    """Blocks that hold one page of every layer: one, or of a table by layer one for each run of equal layers.
+
+    Args:
+        model: What is cached.
+        codec: A preset, or a table as in ``tq3+tq4:0-1,29``.
+        page_tokens: Tokens of a page.
+
+    Raises:
+        ConfigError: There is no such preset, table, layer or page.
+    """
+    runs = itertools.groupby(LayerTable.parse(codec).by_layer(model.num_layers))
+    return tuple(HEADER_BYTES + len(list(run)) * page_bytes(model, name, page_tokens) for name, run in runs)
+
+
+def block_bytes(model: Model, codec: str, page_tokens: int) -> int:
+    """One page of every layer, with its header or headers."""
+    return sum(block_sizes(model, codec, page_tokens))
 
 
 def read_model(path: Path) -> Model:

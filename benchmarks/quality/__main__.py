@@ -20,7 +20,7 @@ from benchmarks.quality.measure import (
     measure_texts,
 )
 from benchmarks.quality.methods.base import Method
-from benchmarks.quality.methods.catalogue import QUICK, catalogue, selected
+from benchmarks.quality.methods.catalogue import QUICK, selected
 from benchmarks.quality.models import LoadedModel, load_model
 from benchmarks.quality.report import write_report
 from benchmarks.quality.rows import Row, merged, read_rows, write_rows
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        methods = selected(catalogue(conditions.page_tokens), parsed.only or (QUICK if parsed.quick else ()))
+        methods = selected(conditions.page_tokens, parsed.only or (QUICK if parsed.quick else ()))
         if parsed.list:
             print(*(method.name for method in methods), sep="\n")
             return 0

@@ -33,6 +33,7 @@ metrics:
 examples:
   python -m benchmarks.quality --quick                       a minute: one short text, a few methods
   python -m benchmarks.quality --only 'tq*' fp8              some methods, by glob
+  python -m benchmarks.quality --only tq3 tq3+tq4:0-1,29     tq3, and tq4 in three of its layers
   python -m benchmarks.quality --model qwen2.5-coder-0.5b    the hard case; or a folder, or a .gguf file
   python -m benchmarks.quality --metrics logits --tail 128   as KIVI and others report themselves
   python -m benchmarks.quality --metrics retrieval --only bf16 fp8 'tq?' --contexts 1024 2048
@@ -59,7 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME|FOLDER|GGUF",
         help=f"what to measure on: {names} or the beginning of one, a Hugging Face folder, a GGUF file",
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="methods to measure")
+    parser.add_argument("--only", nargs="+", default=[], metavar="GLOB|TABLE", help="methods to measure")
     parser.add_argument(
         "--metrics",
         nargs="+",

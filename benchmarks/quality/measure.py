@@ -13,6 +13,7 @@ from benchmarks.quality.codec import measure_codec
 from benchmarks.quality.conditions import Conditions
 from benchmarks.quality.logits import LogitLoss, compare, summary
 from benchmarks.quality.methods.base import Method
+from benchmarks.quality.methods.by_layer import PagesByLayer
 from benchmarks.quality.models import LoadedModel
 from benchmarks.quality.passes import States, logits_of, states_of_text, view_of
 from benchmarks.quality.retrieval import Retrieval, scored, scores_entries
@@ -70,13 +71,13 @@ def measure_texts(
 def measure_store(
     loaded: LoadedModel, methods: Sequence[Method], conditions: Conditions, advance: Advance
 ) -> list[Row]:
-    """Rows of those methods that are presets of ours, over the second half of every article.
+    """Rows of methods that are presets of ours or tables of them, over the second half of every article.
 
     Raises:
         ValueError: The store did not give back what was saved.
     """
     texts = token_sequences(loaded.tokenizer, conditions.num_texts, conditions.num_tokens)
-    presets = [method for method in methods if method.name in PRESETS]
+    presets = [method for method in methods if method.name in PRESETS or isinstance(method, PagesByLayer)]
     losses: dict[str, list[LogitLoss]] = {method.name: [] for method in presets}
     blocks = dict.fromkeys(losses, 0)
     done, total = 0, len(texts) * len(presets)
@@ -84,9 +85,13 @@ def measure_store(
         for token_ids in texts:
             reference = logits_of(loaded, token_ids, None)
             for method in presets:
-                spec, page_tokens = PRESETS[method.name], conditions.page_tokens
                 loss, num_blocks = decode_through_store(
-                    loaded, token_ids, spec, address, page_tokens=page_tokens, reference=reference
+                    loaded,
+                    token_ids,
+                    method.name,
+                    address,
+                    page_tokens=conditions.page_tokens,
+                    reference=reference,
                 )
                 losses[method.name].append(loss)
                 blocks[method.name] += num_blocks

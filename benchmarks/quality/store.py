@@ -11,7 +11,6 @@ from benchmarks.quality.logits import LogitLoss, compare
 from benchmarks.quality.models import LoadedModel
 from tq_connectors.hf.connector import TQConnector
 from tq_connectors.hf.models import weights_revision
-from tq_kernels import CodecSpec
 from tq_store.client import StoreClient
 
 
@@ -46,7 +45,7 @@ def running_store() -> Iterator[str]:
 def decode_through_store(
     loaded: LoadedModel,
     token_ids: Sequence[int],
-    spec: CodecSpec,
+    codec: str,
     address: str,
     *,
     page_tokens: int,
@@ -57,7 +56,7 @@ def decode_through_store(
     Args:
         loaded: The model.
         token_ids: The text.
-        spec: The codec.
+        codec: Name of a preset, or of a table by layer.
         address: A running store.
         page_tokens: Tokens in a page.
         reference: Logits ``[num_tokens, vocabulary]`` of the text without any cache.
@@ -71,18 +70,20 @@ def decode_through_store(
     before = loaded.model.config._attn_implementation  # noqa: SLF001 - there is no public way to read it
     half = len(token_ids) // 2 // page_tokens * page_tokens
     try:
-        with _connected(loaded, spec, address, page_tokens) as saving:
+        with _connected(loaded, codec, address, page_tokens) as saving:
             saving.prefill(
                 token_ids[:half],
                 saving.open_cache(token_ids[:half]),
                 chunk_tokens=page_tokens,
                 last_only=True,
             )
-        with _connected(loaded, spec, address, page_tokens) as loading:
+        with _connected(loaded, codec, address, page_tokens) as loading:
             cache = loading.open_cache(token_ids)
-            num_blocks = cache.num_pages
-            if num_blocks != half // page_tokens:
-                raise ValueError(f"{num_blocks} blocks came back of {half // page_tokens} that were saved")
+            if cache.num_pages != half // page_tokens:
+                raise ValueError(
+                    f"{cache.num_pages} pages came back of {half // page_tokens} that were saved"
+                )
+            num_blocks = cache.num_pages * len(loading.layout.runs)
             logits = loading.prefill(token_ids, cache, chunk_tokens=1)
     finally:
         loaded.model.set_attn_implementation(before)
@@ -90,14 +91,14 @@ def decode_through_store(
 
 
 @contextmanager
-def _connected(loaded: LoadedModel, spec: CodecSpec, address: str, page_tokens: int) -> Iterator[TQConnector]:
+def _connected(loaded: LoadedModel, codec: str, address: str, page_tokens: int) -> Iterator[TQConnector]:
     """A replica with a connection of its own; what it saves has been sent when the block ends."""
     with (
         StoreClient(address) as client,
         TQConnector(
             loaded.model,
             client,
-            spec,
+            codec,
             model_name=loaded.name,
             revision=weights_revision(loaded.folder),
             page_tokens=page_tokens,

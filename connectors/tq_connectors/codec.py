@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from tq_connectors.model_layout import ModelLayout
 from tq_kernels.layout import PageLayout
 from tq_kernels.spec import CODEC_ID, PACKING_ID
 from tq_store.block import BlockInfo, Buffer, pack_block, parse_header, payload_of
@@ -34,15 +35,16 @@ class CacheGeometry:
 
 
 def namespace_for(
-    layout: PageLayout, geometry: CacheGeometry, *, model: str, revision: str, salt: str = ""
+    layout: PageLayout | ModelLayout, geometry: CacheGeometry, *, model: str, revision: str, salt: str = ""
 ) -> Namespace:
-    """The namespace of blocks of one model under one layout."""
+    """The namespace of blocks of one model under one layout of all its layers, or one of each."""
+    layouts = ModelLayout.of(layout, geometry.num_layers)
     return Namespace(
         model=model,
         revision=revision,
         kv_dtype=geometry.kv_dtype,
-        codec_fingerprint=layout.spec.fingerprint.hex(),
-        page_tokens=layout.page_tokens,
+        codec_fingerprint=layouts.fingerprint.hex(),
+        page_tokens=layouts.page_tokens,
         num_layers=geometry.num_layers,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
@@ -54,7 +56,7 @@ def block_info(layout: PageLayout, num_layers: int, key: BlockKey, part: Part | 
     """Header fields of a block that holds one page of every layer, or a part of them.
 
     Args:
-        layout: Page of the whole model, all its KV heads.
+        layout: Page of a layer in this block, with all the model's KV heads.
         num_layers: Attention layers of the whole model.
         key: Key of the page with all layers and heads, which the block of a part does not bear itself.
         part: What the block holds; None for all layers and heads.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
+from tq_kernels.spec import CodecSpec, preset
 from tq_store.config import ClientConfig, load_config
 from tq_store.errors import ConfigError
 from tq_store.settings import settings
@@ -52,3 +53,16 @@ def read_engine_settings(
     }
     connection |= {name: value for name, value in written.items() if name in client}
     return own_type(**values), load_config(ClientConfig, arguments=connection, environment=environment)
+
+
+def engine_preset(name: str) -> CodecSpec:
+    """The codec of pages that have one size in all layers, as every engine's pool and chunks have.
+
+    Raises:
+        ValueError: A table of presets by layer, or no preset.
+    """
+    if "+" in name:
+        raise ValueError(
+            f"{name!r} differs by layer, and an engine's pages have one size in all layers: choose a preset"
+        )
+    return preset(name)

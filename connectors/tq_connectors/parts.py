@@ -127,6 +127,10 @@ class Division:
             layer_cuts |= set(itertools.accumulate(split))
         return cls(tuple(sorted(layer_cuts)), tuple(sorted(head_cuts)))
 
+    def cut_at(self, layers: Iterable[int]) -> "Division":
+        """The same, with parts that begin at these layers too; the number of layers may be among them."""
+        return Division(tuple(sorted({*self.layer_cuts, *layers})), self.head_cuts)
+
     def key(self, key: BlockKey, part: Part) -> BlockKey:
         """Key of the block that holds this part of a page; `key` is that of the page with all of them."""
         return part_key(key, part, self.whole)

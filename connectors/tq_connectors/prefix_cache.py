@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from tq_connectors.codec import CacheGeometry, block_info, namespace_for, pack_pages, unpack_pages
 from tq_connectors.codec_state import CodecState, agree_on_state
+from tq_connectors.model_layout import ModelLayout
 from tq_connectors.parts import Division, Shard
-from tq_connectors.reshard import join_pages, slice_pages
 from tq_connectors.save_queue import SaveQueue
 from tq_connectors.store_guard import StoreGuard
 from tq_kernels.layout import PageLayout
@@ -43,7 +43,8 @@ class PrefixCache:
 
     Args:
         client: Connection to the store; owned by the caller.
-        layout: Page layout of the whole model, which fixes codec and shape.
+        layout: Page layout of all the model's layers, or of each, which fixes codec and shape. Blocks are cut
+            where it changes, besides where `division` cuts them.
         geometry: Shape of the whole model's KV cache.
         model: Name of the model.
         revision: What tells its weights from others of that name.
@@ -61,7 +62,7 @@ class PrefixCache:
     def __init__(
         self,
         client: StoreClient,
-        layout: PageLayout,
+        layout: PageLayout | ModelLayout,
         geometry: CacheGeometry,
         *,
         model: str,
@@ -72,13 +73,16 @@ class PrefixCache:
         shard: Shard | None = None,
         guard: StoreGuard | None = None,
     ) -> None:
-        self._division = division or Division.undivided(geometry)
+        division = division or Division.undivided(geometry)
         self._shard = shard or Shard(geometry.whole)
-        if self._division.whole != geometry.whole or not geometry.whole.covers(self._shard.part):
-            raise ConfigError(f"{self._division} and {self._shard} do not go with {geometry}")
+        if division.whole != geometry.whole or not geometry.whole.covers(self._shard.part):
+            raise ConfigError(f"{division} and {self._shard} do not go with {geometry}")
+        self._layout = ModelLayout.of(layout, geometry.num_layers)
+        self._division = division.cut_at(self._layout.layer_cuts)
         try:
             for part in self._division.parts:
-                block_info(layout, geometry.num_layers, BlockKey(bytes(BLOCK_KEY_BYTES)), part)
+                pages = self._layout.within_run(part)
+                block_info(pages, geometry.num_layers, BlockKey(bytes(BLOCK_KEY_BYTES)), part)
         except BlockFormatError as error:
             raise ConfigError(
                 f"a page makes no block, use smaller pages or a finer division: {error}"
@@ -86,9 +90,8 @@ class PrefixCache:
         self._saved_parts = self._division.saved_by(self._shard)
         self._loaded_parts = self._division.loaded_by(self._shard)
         self._client = client
-        self._layout = layout
         self._geometry = geometry
-        self.namespace = namespace_for(layout, geometry, model=model, revision=revision, salt=salt)
+        self.namespace = namespace_for(self._layout, geometry, model=model, revision=revision, salt=salt)
         self._guard = guard
         self._outage = False
         self.saves = SaveQueue(client, budget_bytes=save_queue_bytes)
@@ -159,11 +162,11 @@ class PrefixCache:
 
         Never blocks.
         """
-        layout, num_layers = self._layout, self._geometry.num_layers
         is_queued = True
         for part in self._saved_parts:
-            piece = slice_pages(pages, self._shard.part, part, section_bytes=layout.section_bytes)
-            block = pack_pages(layout, num_layers, key, piece, part)
+            piece = self._layout.join([(self._shard.part, pages)], part)
+            layout = self._layout.within_run(part)
+            block = pack_pages(layout, self._geometry.num_layers, key, piece, part)
             is_queued = self.saves.offer(self._division.key(key, part), block) and is_queued
         return is_queued
 
@@ -177,17 +180,18 @@ class PrefixCache:
 
     def _get(self, keys: Sequence[BlockKey]) -> Iterator[memoryview]:
         """Pages of the shard, until a part is missing."""
-        parts, layout = self._loaded_parts, self._layout
+        parts = self._loaded_parts
         part_keys = [self._division.key(key, part) for key in keys for part in parts]
         pieces: list[tuple[Part, memoryview]] = []
         for index, block in self._client.get(part_keys):
             if block is None:
                 return
             key, part = keys[index // len(parts)], parts[index % len(parts)]
+            layout = self._layout.within_run(part)
             pieces.append((part, unpack_pages(layout, self._geometry.num_layers, key, block, part)))
             self.counters.loaded_bytes += len(block)
             if len(pieces) == len(parts):
-                yield join_pages(pieces, self._shard.part, section_bytes=layout.section_bytes)
+                yield self._layout.join(pieces, self._shard.part)
                 pieces = []
 
     def _warn_once(self, message: str) -> None:

@@ -53,6 +53,8 @@ def test_a_state_for_engines_goes_into_a_file_without_a_store(tmp_path, capsys):
     ("more", "message"),
     [
         (["--preset", "tq9"], "unknown preset"),
+        (["--preset", "tq3+tq9:0"], "unknown preset 'tq9'"),
+        (["--preset", "tq3+tq4"], "names no codec"),
         (["--model", "no-such-model"], "no model"),
         (["--text", "/nowhere.txt"], "No such file"),
     ],

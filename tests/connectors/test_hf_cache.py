@@ -8,10 +8,12 @@ from connectors.tiny_models import tiny_model, tokens
 
 from tq_connectors.hf.cache import TQCache
 from tq_connectors.hf.connector import TQConnector
+from tq_connectors.model_layout import ModelLayout
 from tq_kernels import PageLayout, preset
 
 LAYERS = 3
 LAYOUT = PageLayout(spec=preset("tq4"), head_dim=32, num_kv_heads=2, page_tokens=16)
+LAYOUTS = ModelLayout.of(LAYOUT, LAYERS)
 
 
 @pytest.fixture
@@ -32,23 +34,23 @@ def page_bytes(cache, index):
 
 def test_pages_are_announced_once_in_order_when_all_layers_have_them(model):
     seen = []
-    cache = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages))
+    cache = TQCache(LAYOUTS, on_page=lambda cache: seen.append(cache.num_sound_pages))
     for count, expected in ((10, 0), (5, 0), (1, 1), (15, 1), (40, 4), (1, 4)):
         run(model, cache, tokens(count))
         assert cache.num_pages == cache.num_sound_pages == expected
     assert seen == [1, 4]
     for index in range(4):
         page = cache.page(index)
-        assert page.shape == (LAYERS, LAYOUT.page_bytes)
-        assert page.any(dim=1).all()
+        assert page.shape == (LAYERS * LAYOUT.page_bytes,)
+        assert page.view(LAYERS, -1).any(dim=1).all()
 
 
 def test_preloaded_pages_stand_for_the_tokens_they_were_made_from(model):
     token_ids = tokens(100)
-    cold = TQCache(LAYOUT, LAYERS)
+    cold = TQCache(LAYOUTS)
     run(model, cold, token_ids[:48])
     expected = run(model, cold, token_ids[48:])
-    warm, seen = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages)), []
+    warm, seen = TQCache(LAYOUTS, on_page=lambda cache: seen.append(cache.num_sound_pages)), []
     run(model, warm, token_ids[:4])
     assert warm.preload(memoryview(page_bytes(cold, i)) for i in range(3)) == 3
     assert (warm.num_sound_pages, warm.get_seq_length()) == (3, 48)
@@ -58,7 +60,7 @@ def test_preloaded_pages_stand_for_the_tokens_they_were_made_from(model):
 
 
 def test_a_cache_grows_past_its_first_capacity_without_changing_pages(model):
-    cache, copies = TQCache(LAYOUT, LAYERS), {}
+    cache, copies = TQCache(LAYOUTS), {}
     for _ in range(20):
         run(model, cache, tokens(16))
         copies[cache.num_pages - 1] = page_bytes(cache, cache.num_pages - 1)
@@ -67,7 +69,7 @@ def test_a_cache_grows_past_its_first_capacity_without_changing_pages(model):
 
 @pytest.mark.parametrize("count", [0, 3, 5])
 def test_pages_are_only_taken_after_exactly_the_sinks(model, count):
-    cache = TQCache(LAYOUT, LAYERS)
+    cache = TQCache(LAYOUTS)
     if count:
         run(model, cache, tokens(count))
     with pytest.raises(ValueError, match="first 4 tokens"):
@@ -76,10 +78,10 @@ def test_pages_are_only_taken_after_exactly_the_sinks(model, count):
 
 def test_without_a_page_the_computed_tokens_stay(model):
     token_ids = tokens(40)
-    cold = TQCache(LAYOUT, LAYERS)
+    cold = TQCache(LAYOUTS)
     run(model, cold, token_ids[:4])
     expected = run(model, cold, token_ids[4:])
-    cache = TQCache(LAYOUT, LAYERS)
+    cache = TQCache(LAYOUTS)
     run(model, cache, token_ids[:4])
     assert cache.preload([]) == 0
     assert cache.get_seq_length() == 4
@@ -87,7 +89,7 @@ def test_without_a_page_the_computed_tokens_stay(model):
 
 
 def test_lengths_are_what_transformers_needs(model):
-    cache = TQCache(LAYOUT, LAYERS)
+    cache = TQCache(LAYOUTS)
     assert (cache.get_seq_length(), len(cache), cache.is_compileable) == (0, LAYERS, False)
     run(model, cache, tokens(37))
     assert (cache.get_seq_length(), cache.get_max_length()) == (37, -1)
@@ -98,7 +100,7 @@ def test_lengths_are_what_transformers_needs(model):
 @pytest.mark.parametrize("side", [0, 1])
 def test_pages_made_from_what_is_no_number_are_not_shared_nor_those_after_them(model, poison, side):
     seen = []
-    cache = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages))
+    cache = TQCache(LAYOUTS, on_page=lambda cache: seen.append(cache.num_sound_pages))
     run(model, cache, tokens(16))
     shape = (1, LAYOUT.num_kv_heads, 16, LAYOUT.head_dim)
     for poisons in ((1, poison, 1), (1, 1, 1)):
@@ -112,7 +114,7 @@ def test_pages_made_from_what_is_no_number_are_not_shared_nor_those_after_them(m
 
 
 def test_a_long_prompt_leaves_nothing_of_it_raw_in_memory(model):
-    cache = TQCache(LAYOUT, LAYERS)
+    cache = TQCache(LAYOUTS)
     run(model, cache, tokens(165))
     raw_bytes = {
         tensor.untyped_storage().nbytes() / (LAYOUT.num_kv_heads * LAYOUT.head_dim * 4)
@@ -124,7 +126,7 @@ def test_a_long_prompt_leaves_nothing_of_it_raw_in_memory(model):
 
 
 def test_each_layer_keeps_its_pages_on_its_own_device():
-    cache = TQCache(LAYOUT, LAYERS)
+    cache = TQCache(LAYOUTS)
     first, second = cache.layers[:2]
     first.lazy_initialization(torch.empty(1, 2, 0, 32), torch.empty(1, 2, 0, 32))
     second.lazy_initialization(*[torch.empty(1, 2, 0, 32, device="meta")] * 2)
@@ -132,7 +134,7 @@ def test_each_layer_keeps_its_pages_on_its_own_device():
 
 
 def test_a_pool_grows_twofold_and_no_more(model):
-    cache = TQCache(LAYOUT, LAYERS)
+    cache = TQCache(LAYOUTS)
     run(model, cache, tokens(16 * 9))
     run(model, cache, tokens(16 * 10))
     assert {len(layer._pool) for layer in cache.layers} == {19}
@@ -145,7 +147,7 @@ def test_after_a_pass_that_failed_midway_the_cache_refuses_to_go_on(model, monke
         raise RuntimeError("out of memory")
 
     seen = []
-    cache = TQCache(LAYOUT, LAYERS, on_page=lambda cache: seen.append(cache.num_sound_pages))
+    cache = TQCache(LAYOUTS, on_page=lambda cache: seen.append(cache.num_sound_pages))
     run(model, cache, tokens(16))
     with monkeypatch.context() as patch:
         patch.setattr(model.model.layers[1].self_attn, "forward", out_of_memory)
@@ -157,7 +159,7 @@ def test_after_a_pass_that_failed_midway_the_cache_refuses_to_go_on(model, monke
 
 
 def test_a_model_that_attends_in_another_way_is_noticed(model):
-    cache = TQCache(LAYOUT, LAYERS)
+    cache = TQCache(LAYOUTS)
     run(model, cache, tokens(20))
     model.set_attn_implementation("sdpa")
     run(model, cache, tokens(1))
@@ -166,7 +168,7 @@ def test_a_model_that_attends_in_another_way_is_noticed(model):
 
 
 def test_a_copied_cache_goes_its_own_way(model):
-    first = TQCache(LAYOUT, LAYERS)
+    first = TQCache(LAYOUTS)
     run(model, first, tokens(40))
     second = copy.deepcopy(first)
     one, other = run(model, first, tokens(30, seed=1)), run(model, second, tokens(30, seed=2))
@@ -177,7 +179,7 @@ def test_a_copied_cache_goes_its_own_way(model):
 
 @pytest.mark.parametrize("name", ["crop", "reset", "reorder_cache", "batch_repeat_interleave"])
 def test_what_would_change_sealed_pages_is_refused_with_a_sentence(model, name):
-    cache = TQCache(LAYOUT, LAYERS)
+    cache = TQCache(LAYOUTS)
     run(model, cache, tokens(20))
     with pytest.raises(ValueError, match="open another cache"):
         getattr(cache, name)(*([] if name == "reset" else [1]))

@@ -73,8 +73,7 @@ def test_every_full_page_that_one_replica_saved_the_next_one_loads(model, preset
         assert hit == FULL_PAGES * PAGE
         assert close_to(logits, cold)
         counters = connector.prefix_cache.counters
-        page_bytes = connector.layout.page_bytes * connector.num_layers
-        assert counters.loaded_bytes == FULL_PAGES * (HEADER_BYTES + page_bytes)
+        assert counters.loaded_bytes == FULL_PAGES * (HEADER_BYTES + connector.layout.page_bytes)
         assert (counters.loaded_pages, counters.failed_pages) == (FULL_PAGES, 0)
 
 
@@ -400,8 +399,8 @@ def test_a_sound_block_of_another_shape_under_the_key_is_a_miss(model, expected,
         connector.use_state(connector.measure_state(PROMPT))
         key = connector.prefix_cache.keys(PROMPT)[0]
         other = PageLayout(spec=preset("tq3"), head_dim=32, num_kv_heads=2, page_tokens=PAGE)
-        pages = bytes(connector.num_layers * other.page_bytes)
-        client.put([(key, pack_pages(other, connector.num_layers, key, pages))])
+        pages = bytes(connector.geometry.num_layers * other.page_bytes)
+        client.put([(key, pack_pages(other, connector.geometry.num_layers, key, pages))])
         with caplog.at_level(logging.WARNING):
             hit, logits = answer(connector)
     assert hit == 4

@@ -318,7 +318,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_cache_of_another_shape_is_refused() -> None:
     geometry = geometry_of(2, 2)
-    for wrong in ({"division": Division((0, 2), (0, 4))}, {"shard": Shard(part(1, 2, 0, 2))}):
+    divisions = [{"division": Division(*cuts)} for cuts in (((0, 2), (0, 4)), ((0, 1), (0, 2)))]
+    for wrong in (*divisions, {"shard": Shard(part(1, 2, 0, 2))}):
         with pytest.raises(ConfigError, match="do not go with"), cache_of(Store(), geometry, **wrong):
             pass
 

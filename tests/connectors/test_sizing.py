@@ -3,6 +3,8 @@
 import pytest
 
 from tq_connectors.codec import CacheGeometry, namespace_for, pack_pages
+from tq_connectors.model_layout import ModelLayout
+from tq_connectors.parts import Division
 from tq_kernels import spec
 from tq_kernels.layout import PageLayout
 from tq_store import sizing
@@ -41,3 +43,18 @@ def test_a_block_has_the_bytes_of_a_real_one() -> None:
     key = BlockKey(namespace.digest() + bytes(32))
     block = pack_pages(layout, 5, key, bytes(5 * layout.page_bytes))
     assert sizing.block_bytes(model(5, 3, 64), "tq4", 64) == len(block)
+
+
+def test_blocks_of_a_table_have_the_bytes_of_real_ones() -> None:
+    codec, geometry = (
+        "tq3+raw:0+tq4:3-4",
+        CacheGeometry(num_layers=5, num_kv_heads=3, head_dim=64, kv_dtype="f"),
+    )
+    layout = ModelLayout.for_codec(codec, num_layers=5, num_kv_heads=3, head_dim=64, page_tokens=64)
+    namespace = namespace_for(layout, geometry, model="m", revision="r")
+    key, division = BlockKey(namespace.digest() + bytes(32)), Division.undivided(geometry)
+    pages, sizes = bytes(layout.page_bytes), []
+    for part in division.cut_at(layout.layer_cuts).parts:
+        piece = layout.join([(geometry.whole, pages)], part)
+        sizes.append(len(pack_pages(layout.within_run(part), 5, key, piece, part)))
+    assert sizing.block_sizes(model(5, 3, 64), codec, 64) == tuple(sizes)

@@ -25,7 +25,7 @@ RUNS = {
     "cold": (100, "read refused"),
     "config": (500, "config refused"),
     "secrets": (1_000, "tokens tenants password stranger tenant entry refused"),
-    "addresses": (10_000, "address local standalone sentinel cluster key peer refused"),
+    "addresses": (10_000, "address local standalone sentinel cluster key peer table refused"),
     "documents": (3_000, "status model object layout refused"),
     "disk": (40, "block miss quarantined"),
     "service": (400, "slow raw Put Get Ping Stats GetShared nameless"),

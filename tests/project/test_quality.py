@@ -22,6 +22,7 @@ from benchmarks.quality.logits import compare, summary
 from benchmarks.quality.measure import TEXT_METRICS, measure_ruler, measure_store, measure_texts
 from benchmarks.quality.methods.base import Geometry, Place
 from benchmarks.quality.methods.catalogue import catalogue, selected
+from benchmarks.quality.methods.pages import Pages
 from benchmarks.quality.models import LoadedModel, load_model
 from benchmarks.quality.passes import states_of_text, view_of
 from benchmarks.quality.report import main as report
@@ -35,7 +36,9 @@ from benchmarks.quality.step_view import StepView
 from benchmarks.quality.substitute import reading_through
 from benchmarks.quality.tensors import layer_loss
 from benchmarks.quality.wheel_data import ADJECTIVES, ESSAYS, NOUNS, RULER_TEMPLATES, SQUAD, WIKIPEDIA
+from tq_kernels import PRESETS
 from tq_kernels.codebook import LEVELS, TARGETS, distortion
+from tq_store.errors import ConfigError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 GEOMETRY = Geometry(num_layers=6, num_kv_heads=2, head_dim=64)
@@ -158,9 +161,36 @@ def test_markup_becomes_prose():
 
 
 def test_patterns_pick_methods_and_wrong_ones_are_named():
-    assert [m.name for m in selected(list(METHODS.values()), ["fp8", "kivi?"])] == ["fp8", "kivi4", "kivi2"]
+    assert [m.name for m in selected(64, ["fp8", "kivi?"])] == ["fp8", "kivi4", "kivi2"]
+    assert [m.name for m in selected(64, [])] == list(METHODS)
     with pytest.raises(ValueError, match="'tq9'; there are none, bf16"):
-        selected(list(METHODS.values()), ["tq9"])
+        selected(64, ["tq9"])
+
+
+def test_a_table_by_layer_is_a_method_under_its_own_name():
+    tables = selected(64, ["tq3", "tq3+tq4:5,0-1", "tq3+tq4:0-1,5", "tq3+raw:2"])
+    assert [m.name for m in tables] == ["tq3", "tq3+tq4:0-1,5", "tq3+raw:2"]
+    assert [m.name for m in selected(64, ["tq3+tq4:0"])] == ["tq3+tq4:0"]
+    with pytest.raises(ConfigError, match="names no codec"):
+        selected(64, ["tq3+tq4:x"])
+    with pytest.raises(ValueError, match="unknown preset 'tq9'"):
+        selected(64, ["tq3+tq9:0"])
+
+
+def test_each_layer_of_a_table_reads_what_its_preset_reads():
+    (table,) = selected(64, ["tq3+tq4:0-1,5+raw:2"])
+    keys, values = sides()
+    state = table.estimate(keys[4:100], keys[4:100], values[4:100])
+    for layer, name in enumerate(("tq4", "tq4", "raw", "tq3", "tq3", "tq4")):
+        alone = METHODS[name] if name != "raw" else Pages("raw", PRESETS["raw"])
+        place = Place(layer=layer, num_layers=6, num_sinks=4)
+        expected = alone.read(keys, values, None if name == "raw" else state, place)
+        for side, same in zip(table.read(keys, values, state, place), expected, strict=True):
+            assert torch.equal(side, same)
+    by_preset = {name: Pages(name, PRESETS[name]).total_bytes(GEOMETRY, 64, 0) - 256 for name in PRESETS}
+    expected_bytes = (3 * by_preset["tq4"] + by_preset["raw"] + 2 * by_preset["tq3"]) / 6 + 4 * 256
+    assert table.total_bytes(GEOMETRY, 64, 0) == expected_bytes
+    assert table.group_tokens == 64
 
 
 def test_rows_have_the_agreed_keys_first_and_replace_each_other(tmp_path):
@@ -498,9 +528,10 @@ def test_without_rows_there_is_no_report(tmp_path, capsys):
 
 def test_a_second_half_is_decoded_on_blocks_from_a_store(loaded, texts):
     methods = [METHODS[name] for name in ("vllm-4bit_nc", "fp8", "tq4", "tq4-stateless")]
+    methods += selected(64, ["tq4+tq3:0"])
     conditions = Conditions(num_texts=1, num_tokens=256)
     rows = measure_store(loaded, methods, conditions, lambda *_: None)
-    assert [(row["preset"], row["blocks"]) for row in rows] == [("fp8", 2), ("tq4", 2)]
+    assert [(row["preset"], row["blocks"]) for row in rows] == [("fp8", 2), ("tq4", 2), ("tq4+tq3:0", 4)]
     assert all(0 < row["kl_mean"] < 0.2 for row in rows)
     assert loaded.model.config._attn_implementation == "sdpa"
     assert page([ordered(row) for row in rows]).count("<td>tq4</td>") == 1

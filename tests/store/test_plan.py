@@ -7,7 +7,7 @@ import pytest
 from tq_store import plan
 from tq_store.cli import main
 from tq_store.errors import ConfigError
-from tq_store.sizing import Model, block_bytes, page_bytes, read_model
+from tq_store.sizing import Model, block_bytes, block_sizes, page_bytes, read_model
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -99,6 +99,11 @@ def test_sizes_are_those_of_pages_and_blocks(model: Model) -> None:
     assert page_bytes(model, "tq4", 64) == 8 * 8704
     with pytest.raises(ConfigError, match="unknown preset 'tq5'; choose one of tq4"):
         page_bytes(model, "tq5", 64)
+    table = block_sizes(model, "tq3+tq4:0-1,31", 64)
+    assert table == tuple(
+        256 + layers * page_bytes(model, name, 64) for layers, name in ((2, "tq4"), (29, "tq3"), (1, "tq4"))
+    )
+    assert block_sizes(model, "tq3+tq4:0-31", 64) == (block_bytes(model, "tq4", 64),)
     for page_tokens in (0, 8, 65):
         with pytest.raises(ConfigError, match="multiple of 16"):
             page_bytes(model, "tq4", page_tokens)
@@ -146,7 +151,7 @@ def test_a_measured_prefill_takes_the_place_of_the_estimate(model: Model) -> Non
 
 
 def test_only_whole_pages_are_loaded(model: Model) -> None:
-    assert ask(model, context=1000, hit_ratio=0.5).hit_blocks == 7
+    assert ask(model, context=1000, hit_ratio=0.5).hit_pages == 7
     assert plan.answer(ask(model, context=1000, hit_ratio=0.5))["cached_tokens"] == 448
     nothing = plan.answer(ask(model, context=100, hit_ratio=0.5))
     assert nothing["cached_tokens"] == 0
@@ -212,5 +217,11 @@ def test_the_command_prints_for_people_and_for_programs(
     assert facts["first_token_s"]["without"] == pytest.approx(32_768 / 9000)
     assert main([*command, "--hit-ratio", "0"]) == 0
     assert "never: to compute takes no longer than to ask" in capsys.readouterr().out
+    assert main([*command, "--preset", "tq3+tq4:0-1,31"]) == 0
+    text = capsys.readouterr().out
+    assert "3 blocks            64 tokens, 1.673 MiB" in text
+    assert "tq3+tq4:0-1,31       27,404   4.78x" in text
+    assert main([*command, "--preset", "tq3+tq4:32"]) == 2
+    assert "tq3+tq4:32 names layer 32, and the model has 32 layers" in capsys.readouterr().err
     assert main([*command, "--preset", "tq9"]) == 2
     assert "unknown preset 'tq9'" in capsys.readouterr().err

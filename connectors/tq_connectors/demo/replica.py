@@ -118,9 +118,9 @@ class Replica:
             "answer_cached": self._text(answer),
             "answer_uncached": self._text(uncached),
             "kv_values_per_token": 2
-            * self._connector.num_layers
-            * self._connector.layout.num_kv_heads
-            * self._connector.layout.head_dim,
+            * self._connector.geometry.num_layers
+            * self._connector.geometry.num_kv_heads
+            * self._connector.geometry.head_dim,
         }
 
     def _prompt(self) -> tuple[list[int], list[int]]:

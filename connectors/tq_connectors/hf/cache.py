@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from tq_connectors.model_layout import ModelLayout
 from tq_kernels.layout import PageLayout
 from tq_kernels.reference import quantize
 from tq_kernels.reference_attention import extend_attention
@@ -38,17 +39,16 @@ class TQCache(Cache):
     or NaNs, nor after one that was.
 
     Args:
-        layout: Page layout.
-        num_layers: Attention layers of the model.
+        layout: Page layouts of the model's layers.
         on_page: Told when this cache has made pages; not of pages it was given.
-        key_balance: ``[num_layers, num_kv_heads, head_dim]`` with which all its pages are made, or None.
+        key_balance: ``[num_layers, num_kv_heads, head_dim]`` with which all its pages are made whose keys are
+            rotated, or None.
         probe: Told what every layer attends with, for as long as nothing is compressed.
     """
 
     def __init__(
         self,
-        layout: PageLayout,
-        num_layers: int,
+        layout: ModelLayout,
         on_page: PageListener | None = None,
         *,
         key_balance: torch.Tensor | None = None,
@@ -59,7 +59,7 @@ class TQCache(Cache):
         self.probe = probe
         self.num_sound_pages = 0
         self.on_page = on_page
-        self._layers = [TQLayer(self, index) for index in range(num_layers)]
+        self._layers = [TQLayer(self, index, pages) for index, pages in enumerate(layout.by_layer)]
         super().__init__(layers=list(self._layers))
 
     @property
@@ -71,7 +71,7 @@ class TQCache(Cache):
         """Continue with pages from the store in place of the tokens that the cache holds.
 
         Args:
-            pages: For each page its bytes, ``num_layers * page_bytes`` of them, in order of position.
+            pages: For each page its bytes in all layers, as `page` gives them, in order of position.
 
         Returns:
             The number of pages that came; without any, the cache is as it was.
@@ -81,10 +81,10 @@ class TQCache(Cache):
         """
         if self.get_seq_length() != NUM_SINKS:
             raise ValueError(f"pages can be loaded after exactly the first {NUM_SINKS} tokens")
-        num_loaded = 0
+        num_loaded, sizes = 0, [pages.page_bytes for pages in self.layout.by_layer]
         for page in pages:
             # a copy, because torch refuses to look at memory that it may not write
-            by_layer = torch.frombuffer(bytearray(page), dtype=torch.uint8).view(len(self._layers), -1)
+            by_layer = torch.frombuffer(bytearray(page), dtype=torch.uint8).split(sizes)
             for layer, layer_page in zip(self._layers, by_layer, strict=True):
                 layer.slots(num_loaded, 1).copy_(layer_page)
             num_loaded += 1
@@ -95,8 +95,8 @@ class TQCache(Cache):
         return num_loaded
 
     def page(self, index: int) -> torch.Tensor:
-        """Bytes of one page in all layers: ``[num_layers, page_bytes]`` on the CPU, a copy."""
-        return torch.stack([layer.slots(index, 1)[0].cpu() for layer in self._layers])
+        """Bytes of one page in all layers, layer after layer: ``[page_bytes]`` on the CPU, a copy."""
+        return torch.cat([layer.slots(index, 1)[0].cpu() for layer in self._layers])
 
     def check_pass(self) -> None:
         """Refuse to go on after a forward pass that did not attend in every layer.
@@ -126,14 +126,15 @@ class TQLayer(CacheLayerMixin):
     attention over the tokens of the last update.
     """
 
-    def __init__(self, cache: TQCache, index: int) -> None:
+    def __init__(self, cache: TQCache, index: int, layout: PageLayout) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
+        self._layout = layout
         self.index = index
         self.num_pages = 0
         self.is_finite = True
         self.has_attended = True
-        self._pool = torch.empty(0, cache.layout.page_bytes, dtype=torch.uint8)
+        self._pool = torch.empty(0, layout.page_bytes, dtype=torch.uint8)
         self._tail_keys = self._tail_values = torch.empty(0)
         self._sink_keys = self._sink_values = torch.empty(0)
 
@@ -172,7 +173,7 @@ class TQLayer(CacheLayerMixin):
         self, query: torch.Tensor, *, softmax_scale: float, sliding_window: int | None
     ) -> torch.Tensor:
         """Attention of the newest ``[num_new, num_query_heads, head_dim]`` over all tokens, float32."""
-        layout = self._cache.layout
+        layout = self._layout
         keys, values, num_sinks = self._tail_keys, self._tail_values, 0
         if self._cache.probe is not None and not self.num_pages:
             self._cache.probe(self.index, query, keys[0].transpose(0, 1))
@@ -198,7 +199,7 @@ class TQLayer(CacheLayerMixin):
     def finish_pass(self) -> None:
         """Compress the full pages of the tail, after attention over it; the last layer tells the cache."""
         self.has_attended = True
-        page_tokens = self._cache.layout.page_tokens
+        page_tokens = self._layout.page_tokens
         num_new = self._tail_keys.shape[2] // page_tokens
         if num_new:
             split = num_new * page_tokens
@@ -206,7 +207,7 @@ class TQLayer(CacheLayerMixin):
                 side[0, :, :split].transpose(0, 1) for side in (self._tail_keys, self._tail_values)
             )
             self.is_finite &= bool(torch.isfinite(keys).all() and torch.isfinite(values).all())
-            pages = quantize(keys, values, self._cache.layout, key_balance=self._key_balance)
+            pages = quantize(keys, values, self._layout, key_balance=self._key_balance)
             self.slots(self.num_pages, num_new).copy_(pages)
             self._tail_keys = self._tail_keys[:, :, split:].clone()
             self._tail_values = self._tail_values[:, :, split:].clone()
@@ -217,7 +218,9 @@ class TQLayer(CacheLayerMixin):
     @property
     def _key_balance(self) -> torch.Tensor | None:
         balance = self._cache.key_balance
-        return None if balance is None else balance[self.index].to(self._tail_keys.device)
+        if balance is None or not self._layout.spec.key.rotated:
+            return None
+        return balance[self.index].to(self._tail_keys.device)
 
     def slots(self, first: int, count: int) -> torch.Tensor:
         """Pages from `first` on, in place: ``[count, page_bytes]``; the pool doubles when it is too small."""
@@ -238,7 +241,7 @@ class TQLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Tokens in pages and tail."""
         tail = self._tail_keys.shape[2] if self.is_initialized else 0
-        return self.num_pages * self._cache.layout.page_tokens + tail
+        return self.num_pages * self._layout.page_tokens + tail
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what the new queries may see."""

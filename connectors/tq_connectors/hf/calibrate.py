@@ -43,7 +43,7 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--tokens", type=_tokens, default=DEFAULT_TOKENS, help="at most, in one pass (default: %(default)s)"
     )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the state there, not to the store")
-    parser.add_argument("--preset", default="tq4", help="(default: %(default)s)")
+    parser.add_argument("--preset", default="tq4", help="or a table by layer (default: %(default)s)")
     parser.add_argument("--page-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument(
         "--dtype",
@@ -88,21 +88,24 @@ def _measure_and_offer(
     from tq_connectors.hf.connector import TQConnector, cache_geometry
     from tq_connectors.hf.models import fetch_model, weights_revision
     from tq_kernels import preset
+    from tq_store.layer_table import LayerTable
 
-    spec, folder = preset(options.preset), fetch_model(options.model)
+    for name in LayerTable.parse(options.preset).presets:
+        preset(name)  # before the model is fetched
+    folder = fetch_model(options.model)
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in options.text)
     tokens: Sequence[int] = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: options.tokens]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
     with TQConnector(
         model,
         client,
-        spec,
+        options.preset,
         model_name=options.model_name,
         revision=options.revision or weights_revision(folder),
         page_tokens=options.page_tokens,
     ) as connector:
         measured = connector.measure_state(tokens)
-        if measured is None or connector.prefix_cache is None or not spec.key.rotated:
+        if measured is None or connector.prefix_cache is None or not connector.is_balanced:
             raise ConfigError(f"{options.preset} on {len(tokens)} tokens has no codec state to measure")
         prefix_cache = connector.prefix_cache
         if options.save is not None:

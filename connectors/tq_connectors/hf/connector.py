@@ -16,9 +16,9 @@ from tq_connectors.codec import CacheGeometry
 from tq_connectors.codec_state import CodecState
 from tq_connectors.hf.attention import ATTENTION_NAME, register_attention
 from tq_connectors.hf.cache import NUM_SINKS, TQCache
+from tq_connectors.model_layout import ModelLayout
 from tq_connectors.prefix_cache import PrefixCache
 from tq_kernels.balance import estimate_balance
-from tq_kernels.layout import PageLayout
 from tq_kernels.spec import CodecSpec
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError
@@ -111,7 +111,7 @@ class TQConnector:
     Args:
         model: A causal language model of one of `MODEL_TYPES`.
         client: Connection to the store, or None to only compress; owned by the caller.
-        spec: The codec.
+        codec: One for all layers, or the name of a preset or of a table by layer, as in ``tq3+tq4:0-1,29``.
         model_name: Name of the model in the namespace.
         revision: What tells its weights from others of that name; the model's configuration is added to it.
         page_tokens: Tokens in a page.
@@ -128,7 +128,7 @@ class TQConnector:
         self,
         model: PreTrainedModel,
         client: StoreClient | None,
-        spec: CodecSpec,
+        codec: CodecSpec | str,
         *,
         model_name: str,
         revision: str,
@@ -138,21 +138,22 @@ class TQConnector:
     ) -> None:
         geometry = cache_geometry(model.config, model.dtype)
         try:
-            self.layout = PageLayout(
-                spec=spec,
-                head_dim=geometry.head_dim,
+            self.layout = ModelLayout.for_codec(
+                codec,
+                num_layers=geometry.num_layers,
                 num_kv_heads=geometry.num_kv_heads,
+                head_dim=geometry.head_dim,
                 page_tokens=page_tokens,
             )
         except ValueError as error:
             raise ConfigError(f"{model_name} cannot be cached with this codec: {error}") from error
-        self.num_layers = geometry.num_layers
+        self.geometry = geometry
         self.state: CodecState | None = None
         self._agreeing = threading.RLock()
         self._proposal: CodecState | None = None
         self._next_try_s = 0.0
         self._model = model
-        self._is_balanced = balanced and spec.key.rotated
+        self.is_balanced = balanced and any(layout.spec.key.rotated for layout in self.layout.by_layer)
         self.prefix_cache: PrefixCache | None = None
         if client is not None:
             self.prefix_cache = PrefixCache(
@@ -182,9 +183,9 @@ class TQConnector:
         """
         balance, prefix_cache = self._conditions(token_ids)
         if prefix_cache is None:
-            return TQCache(self.layout, self.num_layers, key_balance=balance)
+            return TQCache(self.layout, key_balance=balance)
         saver = _PageSaver(prefix_cache, token_ids)
-        cache = TQCache(self.layout, self.num_layers, on_page=saver, key_balance=balance)
+        cache = TQCache(self.layout, on_page=saver, key_balance=balance)
         reusable = (len(token_ids) - 1) // self.layout.page_tokens
         if reusable > 0:
             # sinks depend on themselves alone: computing four tokens is cheaper than storing them raw
@@ -201,13 +202,13 @@ class TQConnector:
                 queries, keys, page_tokens=self.layout.page_tokens, num_sinks=NUM_SINKS
             )
 
-        cache = TQCache(self.layout, self.num_layers, probe=probe)
+        cache = TQCache(self.layout, probe=probe)
         try:
             self.prefill(token_ids, cache, chunk_tokens=len(token_ids), last_only=True)
         except ValueError as error:
             logger.warning("no codec state can be measured, pages are made without one: %s", error)
             return None
-        return CodecState.of_layers([balances[layer] for layer in range(self.num_layers)])
+        return CodecState.of_layers([balances[layer] for layer in range(self.geometry.num_layers)])
 
     def use_state(self, state: CodecState) -> None:
         """Make pages of caches that are opened from now on with this state; only while there is none.
@@ -216,7 +217,7 @@ class TQConnector:
             ValueError: There is one already, or the codec takes none.
         """
         with self._agreeing:
-            if self.state is not None or not self._is_balanced:
+            if self.state is not None or not self.is_balanced:
                 raise ValueError("a connector takes one codec state, and only for a preset with rotated keys")
             self.state = state
             if self.prefix_cache is not None:
@@ -225,7 +226,7 @@ class TQConnector:
     def _conditions(self, token_ids: Sequence[int]) -> tuple[torch.Tensor | None, PrefixCache | None]:
         """The balance of a new cache and the view of the store that goes with it, agreed on if need be."""
         with self._agreeing:
-            wants = self._is_balanced and self.state is None and len(token_ids) >= self.layout.page_tokens
+            wants = self.is_balanced and self.state is None and len(token_ids) >= self.layout.page_tokens
             if wants and time.monotonic() >= self._next_try_s:
                 self._agree_on_state(token_ids[:STATE_TOKENS])
                 self._next_try_s = time.monotonic() + STATE_RETRY_S

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from tq_connectors.engine_settings import engine_preset
 from tq_connectors.lmcache.settings import UNCODED
-from tq_kernels import PageLayout, preset
+from tq_kernels import PageLayout
 from tq_store.errors import ConfigError
 
 
@@ -53,7 +54,7 @@ class SerdeSettings:
                 )
         try:
             return PageLayout(
-                spec=preset(self.preset),
+                spec=engine_preset(self.preset),
                 head_dim=self.head_dim,
                 num_kv_heads=self.num_kv_heads,
                 page_tokens=self.page_tokens,

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tq_connectors.engine_settings import read_engine_settings
-from tq_kernels import preset
+from tq_connectors.engine_settings import engine_preset, read_engine_settings
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError
 from tq_store.settings import COUNT, SIZE, TEXT, about
@@ -47,7 +46,7 @@ class StoreSettings:
                 raise ConfigError(f"{name} is empty; without it two different caches would share keys")
         if self.codec != UNCODED:
             try:
-                preset(self.codec.removeprefix(SERDE_PREFIX))
+                engine_preset(self.codec.removeprefix(SERDE_PREFIX))
             except ValueError as error:
                 raise ConfigError(f"codec is {self.codec!r}: {error}, or {UNCODED}") from error
         for name in ("load_threads", "store_threads", "max_pending_tasks"):

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from tq_connectors.engine_settings import read_engine_settings
-from tq_kernels import preset
+from tq_connectors.engine_settings import engine_preset, read_engine_settings
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError
 from tq_store.settings import COUNT, DURATION, SIZE, TEXT, about
@@ -78,7 +77,7 @@ class PageSettings:
     def __post_init__(self) -> None:
         if self.codec != UNCODED:
             try:
-                preset(self.codec)
+                engine_preset(self.codec)
             except ValueError as error:
                 raise ConfigError(f"codec is {self.codec!r}: {error}, or {UNCODED}") from error
         for size in self.tp_sizes.split(",") if self.tp_sizes else ():

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tq_connectors.engine_settings import read_engine_settings
-from tq_kernels.spec import PRESETS
+from tq_connectors.engine_settings import engine_preset, read_engine_settings
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError
 from tq_store.settings import COUNT, SIZE, TEXT, about
@@ -71,8 +70,11 @@ class StoreSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.preset not in (*PRESETS, UNCODED):
-            raise ConfigError(f"preset is {self.preset!r}; known are {', '.join(PRESETS)} and {UNCODED}")
+        if self.preset != UNCODED:
+            try:
+                engine_preset(self.preset)
+            except ValueError as error:
+                raise ConfigError(f"preset is {self.preset!r}: {error}, or {UNCODED}") from error
         for name in (
             "page_tokens",
             "load_threads",

@@ -182,6 +182,7 @@ def test_a_chunk_that_is_not_whole_pages_is_refused():
     ("written", "message"),
     [
         ({"preset": "tq5"}, "unknown preset"),
+        ({"preset": "tq3+tq4:0"}, "serde: .* differs by layer"),
         ({"head_dim": 0}, "head_dim must be an integer"),
         ({"num_kv_heads": "8"}, "num_kv_heads must be an integer"),
         ({"page_tokens": 10}, "multiple of 16"),

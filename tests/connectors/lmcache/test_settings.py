@@ -41,6 +41,8 @@ def test_what_makes_a_cache_another_one_must_be_written(name):
         ({"adress": "x"}, "did you mean 'address'"),
         ({"codec": "tq5"}, "unknown preset 'tq5'.*or none"),
         ({"codec": "serde:"}, "unknown preset ''"),
+        ({"codec": "tq3+tq4:0"}, "'tq3\\+tq4:0' differs by layer, and an engine's pages have one size"),
+        ({"codec": "serde:tq3+tq4:0"}, "differs by layer.*choose a preset, or none"),
         ({"revision": ""}, "not understood"),
         ({"load_threads": 0}, "load_threads is 0"),
         ({"store_threads": "many"}, "store_threads: 'many' is not understood"),

@@ -49,6 +49,7 @@ def test_what_makes_a_cache_another_one_must_be_written(name):
     [
         ({"reversion": "x"}, "did you mean 'revision'"),
         ({"codec": "tq5"}, "unknown preset 'tq5'.*or none"),
+        ({"codec": "tq3+tq4:0"}, "differs by layer, and an engine's pages have one size.*or none"),
         ({"staging": 0}, "staging is 0"),
         ({"load_threads": 0}, "load_threads is 0"),
         ({"tp_sizes": "2,0"}, "tp_sizes is '2,0'"),

@@ -170,6 +170,7 @@ def test_settings_are_checked():
         ({}, "revision is missing"),
         ({"revision": ""}, "revision: '' is not understood"),
         ({"revision": "r", "preset": "tq9"}, "preset is 'tq9'"),
+        ({"revision": "r", "preset": "tq3+tq4:0"}, "differs by layer, and an engine's pages have one size"),
         ({"revision": "r", "page_tokens": 0}, "page_tokens is 0"),
         ({"revision": "r", "adress": "h:1"}, "did you mean 'address'"),
     ):
