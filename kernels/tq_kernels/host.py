@@ -1,29 +1,26 @@
-"""Quantize and dequantize on a CPU, tile by tile: the bytes of `reference`, at several times its speed.
+"""Quantize and dequantize on a CPU, tile by tile, many times as fast as `reference`.
 
-`reference` works on whole tensors, so on a CPU it waits for memory. Here a tile of pages stays in the cache,
-magnitudes are bytes, and one lookup in a table covers four elements: four magnitudes are a 16-bit word of
-nibbles, which is also what the packed words are made of.
+`reference` works on whole tensors, so on a CPU it waits for memory. Here a tile of pages stays in the cache:
+loops that Numba compiles rotate it (`host_rotation`) and turn vectors into packed words and back
+(`host_loops`). Rotated coordinates may differ from the reference's by rounding, and nothing that follows.
 """
 
-from functools import lru_cache
+from typing import Any
 
 import torch
 
+from tq_kernels import reference
 from tq_kernels._guards import check_tokens
-from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
+from tq_kernels.codebook import LEVELS, TARGETS
 from tq_kernels.layout import PageLayout
-from tq_kernels.packing import pack
 from tq_kernels.reference import (
     E4M3_MAX,
     FP16_MAX,
     SMALLEST_NORM,
-    level_table,
     likeness_without_gain,
-    nearest_indices,
     plane_view,
     read_key_center,
     rotation_of,
-    value_gain,
 )
 from tq_kernels.spec import Code, KeyCenter
 
@@ -33,8 +30,16 @@ _EXACT_SQUARES = {Code.LM2: 1024, Code.LM3: 512, Code.LM4: 256}
 """Channels up to which float32 holds a sum of squared levels exactly, whatever the order."""
 
 
+def prepare(layout: PageLayout) -> None:
+    """Compile the loops that a layout needs, which takes seconds and is otherwise done by the first calls."""
+    tokens = torch.zeros(layout.page_tokens, layout.num_kv_heads, layout.head_dim)
+    pages = torch.empty(1, layout.page_bytes, dtype=torch.uint8)
+    quantize(tokens, tokens, layout, pages)
+    dequantize(pages, layout, tokens, tokens)
+
+
 def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout, pages: torch.Tensor) -> None:
-    """Write whole pages, byte for byte what `reference.quantize` returns.
+    """Write whole pages: what `reference.quantize` returns.
 
     Args:
         keys: ``[num_tokens, num_kv_heads, head_dim]``, floating point, any strides; num_tokens a multiple of
@@ -47,15 +52,13 @@ def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout, pages
         ValueError: A shape that does not fit the layout, or pages of another size or dtype.
     """
     _check(keys, values, layout, pages)
-    pages.zero_()
-    for tile, tokens in _tiles(pages, layout):
-        key = _rotated(keys[tokens], layout, layout.spec.key)
-        if layout.spec.key_center is KeyCenter.PAGE:
-            center = key.mean(dim=2).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
-            plane_view(tile, layout, "key_center")[..., 0, :] = center.view(torch.int16)
-            key.sub_(center.float()[:, :, None])
-        _write_side(tile, layout, "key", key)
-        _write_side(tile, layout, "value", _rotated(values[tokens], layout, layout.spec.value))
+    dense = pages.contiguous()
+    dense.zero_()
+    for tile, tokens in _tiles(dense, layout):
+        if not _write_tile(tile, keys[tokens], values[tokens], layout):
+            tile.copy_(reference.quantize(keys[tokens], values[tokens], layout))
+    if dense is not pages:
+        pages.copy_(dense)
 
 
 def dequantize(pages: torch.Tensor, layout: PageLayout, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -71,14 +74,14 @@ def dequantize(pages: torch.Tensor, layout: PageLayout, keys: torch.Tensor, valu
         ValueError: Pages of another size or dtype, or keys and values of another shape.
     """
     _check(keys, values, layout, pages)
-    for tile, tokens in _tiles(pages, layout):
+    for tile, tokens in _tiles(pages.contiguous(), layout):
         for side, code, out in (("key", layout.spec.key, keys), ("value", layout.spec.value, values)):
-            vectors = _read_side(tile, layout, side, code)
+            vectors = _read_side(tile, layout, side)
             center = read_key_center(tile, layout) if side == "key" else None
             if center is not None:
-                vectors = vectors + center[:, :, None]
+                vectors.add_(center[:, :, None])
             if code.rotated:
-                vectors = vectors @ rotation_of(layout, pages.device)
+                vectors = _rotated(vectors, layout, inverse=True)
             by_page = out[tokens].unflatten(0, (-1, layout.page_tokens))
             by_page.copy_(vectors.transpose(1, 2))
 
@@ -101,199 +104,120 @@ def _tiles(pages: torch.Tensor, layout: PageLayout) -> list[tuple[torch.Tensor, 
     ]
 
 
-def _rotated(tokens: torch.Tensor, layout: PageLayout, code: Code) -> torch.Tensor:
-    """``[tokens, heads, dim]`` as float32 ``[pages, heads, page_tokens, dim]``, rotated where the code is."""
-    by_page = tokens.unflatten(0, (-1, layout.page_tokens)).transpose(1, 2)
-    vectors = torch.empty(by_page.shape, dtype=torch.float32)
-    vectors.copy_(by_page)
-    return vectors @ rotation_of(layout, vectors.device).T if code.rotated else vectors
-
-
-def _write_side(tile: torch.Tensor, layout: PageLayout, side: str, vectors: torch.Tensor) -> None:
-    code = layout.spec.key if side == "key" else layout.spec.value
-    words, signs, scales = _packed(vectors, code, is_value=side == "value")
-    plane_view(tile, layout, f"{side}_words").copy_(words)
-    if signs is not None:
-        plane_view(tile, layout, f"{side}_signs").copy_(signs)
-    if scales is not None:
+def _write_tile(tile: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> bool:
+    """Write pages of zeros; False, with anything in them, where sums would not be exact or norms are none."""
+    for side, tokens, code in (("key", keys, layout.spec.key), ("value", values, layout.spec.value)):
+        if layout.head_dim > _EXACT_SQUARES.get(code, layout.head_dim):
+            return False
+        by_page = tokens.unflatten(0, (-1, layout.page_tokens)).transpose(1, 2)
+        vectors = torch.empty(by_page.shape, dtype=torch.float32)
+        vectors.copy_(by_page)
+        if not code.rotated:
+            _write_cast(tile, layout, side, _cast(vectors, code))
+            continue
+        vectors = _rotated(vectors, layout)
+        if side == "key" and layout.spec.key_center is KeyCenter.PAGE:
+            center = vectors.mean(dim=2).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+            plane_view(tile, layout, "key_center")[..., 0, :] = center.view(torch.int16)
+            vectors.sub_(center.float()[:, :, None])
+        norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+        if not bool(norm.isfinite().all()):
+            return False
+        write = _write_indices if code in LEVELS else _write_scaled
+        scales = write(tile, layout, side, vectors, norm)
         plane_view(tile, layout, f"{side}_scales")[..., 0, :] = scales.view(torch.int16)
+    return True
 
 
-def _packed(
-    vectors: torch.Tensor, code: Code, *, is_value: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Words, sign words and scales of ``[pages, heads, tokens, dim]``; `vectors` is overwritten."""
-    if not code.rotated or code is Code.E4M3_SCALED:
-        cast, scales = _cast(vectors, code)
-        words = (cast.transpose(-1, -2) if is_value else cast).contiguous().view(torch.int32)
-        return _turned(words, is_value), None, scales
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    gain = value_gain(code) if is_value else 1.0
-    if vectors.shape[-1] > _EXACT_SQUARES[code] or not bool(norm.isfinite().all()):
-        indices, scales = nearest_indices(vectors, code, gain=gain)
-        words, signs = pack(indices.transpose(-1, -2) if is_value else indices, code)
-        return _turned(words, is_value), None if signs is None else _turned(signs, is_value), scales
-    vectors.mul_(TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
-    negative = (vectors.view(torch.int32) >> 31).to(torch.uint8).bitwise_and_(1)
-    magnitude, squares, likeness = _closest(vectors.abs_(), code)
-    # float32 sqrt is off by a unit now and then, where vector_norm is not
-    scales = norm / squares.double().sqrt().float()
-    if gain != 1:
-        limit = likeness_without_gain(code, vectors.shape[-1])
-        scales = torch.where(likeness < limit, scales * gain, scales)
-    scales = scales.clamp_max(FP16_MAX).squeeze(-1).to(torch.float16)
-    if is_value:
-        magnitude, negative = (part.transpose(-1, -2).contiguous() for part in (magnitude, negative))
-    words, signs = _join(magnitude.view(torch.int32), negative.view(torch.int32), code)
-    return _turned(words, is_value), None if signs is None else _turned(signs, is_value), scales
+def _rotated(vectors: torch.Tensor, layout: PageLayout, *, inverse: bool = False) -> torch.Tensor:
+    """Contiguous ``[pages, heads, page_tokens, dim]`` float32, rotated or rotated back; may be in place."""
+    from tq_kernels import host_rotation  # Numba takes half a second, and whoever has a GPU needs none of it
+
+    if host_rotation.has_butterflies(layout.head_dim):
+        rotate = host_rotation.rotator(layout.head_dim, layout.spec.rotation_seed, inverse=inverse)
+        rotate(vectors.view(-1).numpy())
+        return vectors
+    matrix = rotation_of(layout, vectors.device)
+    return torch.matmul(vectors, matrix if inverse else matrix.T)
 
 
-def _cast(vectors: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Bytes or bfloat16 of the codes that are a cast, and their scales; `vectors` is overwritten."""
-    if code is Code.BF16:
-        return vectors.to(torch.bfloat16), None
-    if code is Code.E4M3:
-        return vectors.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), None
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+def _write_indices(
+    tile: torch.Tensor, layout: PageLayout, side: str, vectors: torch.Tensor, norm: torch.Tensor
+) -> torch.Tensor:
+    """Words and sign words of Lloyd-Max codes; returns their scales ``[pages, heads, tokens]`` float16."""
+    code = layout.spec.key if side == "key" else layout.spec.value
+    scales = torch.empty(norm.shape[:-1])
+    length, limit = TARGETS[code] * layout.head_dim**0.5, likeness_without_gain(code, layout.head_dim)
+    write = _loops().index_writer(code, is_value=side == "value")
+    norms, found = norm.view(-1).numpy(), scales.view(-1).numpy()
+    write(_rows(vectors), norms, found, length, limit, *_place(tile, layout, side))
+    return scales.to(torch.float16)
+
+
+def _write_scaled(
+    tile: torch.Tensor, layout: PageLayout, side: str, vectors: torch.Tensor, norm: torch.Tensor
+) -> torch.Tensor:
+    """Bytes of e4m3; the rest as in `_write_indices`."""
+    code = layout.spec.key if side == "key" else layout.spec.value
     vectors.mul_(TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
     cast = vectors.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    _write_cast(tile, layout, side, cast)
     length = torch.linalg.vector_norm(cast.float(), dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
-    return cast, (norm / length).clamp_max(FP16_MAX).squeeze(-1).to(torch.float16)
+    scales: torch.Tensor = (norm / length).clamp_max(FP16_MAX).squeeze(-1)
+    return scales.to(torch.float16)
 
 
-def _turned(part: torch.Tensor, along_tokens: bool) -> torch.Tensor:
-    return part.transpose(-1, -2) if along_tokens else part
+def _cast(vectors: torch.Tensor, code: Code) -> torch.Tensor:
+    """Numbers of the codes that are a cast."""
+    if code is Code.BF16:
+        return vectors.to(torch.bfloat16)
+    return vectors.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def _closest(sizes: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Magnitudes as bytes by the best set of boundaries, which `reference.nearest_indices` defines.
-
-    And sums of squared levels and likenesses, each ``[..., 1]`` float32. Overwrites its input.
-    """
-    halves = (sizes.view(torch.int32) & 0x7FFFE000).view(torch.float32)
-    halves = halves.clamp(max=127.5).mul_(2).round_()
-    table = _magnitude_table(code)
-    eighths = sizes.mul_(8).clamp_(max=len(table) - 1).to(torch.int32)
-    of_sets = table.index_select(0, eighths.flatten()).view(sizes.shape)
-    best = best_squares = best_likeness = torch.empty(0)
-    for i in range(len(BOUNDARIES[code])):
-        fours = (of_sets >> (8 * i)).to(torch.uint8).view(torch.int32)
-        words = _nibbles(fours).flatten()
-        squares = _square_table(code).index_select(0, words).view(fours.shape)
-        squares = squares.sum(dim=-1, keepdim=True)
-        levels = _levels(words, code).view(sizes.shape)
-        product = levels.mul_(halves).sum(dim=-1, keepdim=True)
-        likeness = product * product / squares
-        if i:
-            closer = likeness > best_likeness
-            fours = torch.where(closer, fours, best)
-            squares = torch.where(closer, squares, best_squares)
-            likeness = torch.where(closer, likeness, best_likeness)
-        best, best_squares, best_likeness = fours, squares, likeness
-    return best.view(torch.uint8), best_squares, best_likeness
+def _write_cast(tile: torch.Tensor, layout: PageLayout, side: str, numbers: torch.Tensor) -> None:
+    words = _turned(numbers, side).contiguous().view(torch.int32)
+    plane_view(tile, layout, f"{side}_words").copy_(_turned(words, side))
 
 
-def _nibbles(fours: torch.Tensor) -> torch.Tensor:
-    """The low nibbles of four bytes, next to each other in the low half of an int32."""
-    pairs = (fours | (fours >> 4)) & 0x00FF00FF
-    return (pairs | (pairs >> 8)) & 0xFFFF
-
-
-def _join(
-    magnitudes: torch.Tensor, signs: torch.Tensor, code: Code
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Words of `layout.WORD_FORMATS` from int32 tensors that hold four elements a word, one a byte."""
-    groups = {Code.LM4: 2, Code.LM3: 4, Code.LM2: 4}[code]
-    magnitude, sign = (part.chunk(groups, dim=-1) for part in (magnitudes, signs))
-    if code is Code.LM4:
-        words = _nibbles(magnitude[0]) | (_nibbles(magnitude[1]) << 16)
-        return words | (sign[0] << 7) | (sign[1] << 3), None
-    if code is Code.LM2:
-        parts = [(magnitude[g] << g) | (sign[g] << (7 - g)) for g in range(4)]
-        return parts[0] | parts[1] | parts[2] | parts[3], None
-    low, high = (_nibbles(magnitude[g]) | (_nibbles(magnitude[g + 1]) << 2) for g in (0, 2))
-    flags = [_lm3_signs(sign[g]) << (3 - g) for g in range(4)]
-    return low | (high << 16), (flags[0] | flags[1] | flags[2] | flags[3]).to(torch.int16)
-
-
-def _lm3_signs(fours: torch.Tensor) -> torch.Tensor:
-    """Signs of lanes 0 to 3 at bits 4, 12, 0 and 8: where the last group has them."""
-    return ((fours & 1) << 4) | ((fours & 0x100) << 4) | ((fours >> 16) & 1) | ((fours >> 16) & 0x100)
-
-
-def _read_side(tile: torch.Tensor, layout: PageLayout, side: str, code: Code) -> torch.Tensor:
+def _read_side(tile: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
     """Levels times scales ``[pages, heads, tokens, dim]`` float32, still rotated and centred."""
-    along_tokens = side == "value"
-    words, signs = plane_view(tile, layout, f"{side}_words"), None
-    if layout.plane(f"{side}_signs"):
-        signs = _turned(plane_view(tile, layout, f"{side}_signs"), along_tokens).to(torch.int32)
-    words = _turned(words, along_tokens)
-    if code in _EXACT_SQUARES:
-        fours = torch.cat(_split(words, signs, code), dim=-1)
-        levels = _levels(fours.flatten(), code).view(*fours.shape[:-1], -1)
-    else:
-        cast = torch.bfloat16 if code is Code.BF16 else torch.float8_e4m3fn
-        levels = words.contiguous().view(cast).float()
+    code = layout.spec.key if side == "key" else layout.spec.value
+    scales = None
     if code.rotated:
-        scales = plane_view(tile, layout, f"{side}_scales").view(torch.float16).float()
-        levels.mul_(scales if along_tokens else scales.transpose(-1, -2))
-    return _turned(levels, along_tokens)
+        scales = plane_view(tile, layout, f"{side}_scales")[..., 0, :].view(torch.float16).float()
+    if code in LEVELS and scales is not None:
+        vectors = torch.empty(*scales.shape, layout.head_dim)
+        read = _loops().index_reader(code, is_value=side == "value")
+        read(_rows(vectors), scales.view(-1).numpy(), *_place(tile, layout, side))
+        return vectors
+    words = _turned(plane_view(tile, layout, f"{side}_words"), side).contiguous()
+    numbers = words.view(torch.bfloat16 if code is Code.BF16 else torch.float8_e4m3fn)
+    vectors = _turned(numbers, side).to(torch.float32, memory_format=torch.contiguous_format)
+    return vectors if scales is None else vectors.mul_(scales[..., None])
 
 
-def _split(words: torch.Tensor, signs: torch.Tensor | None, code: Code) -> list[torch.Tensor]:
-    """Indices of each group of a packed axis, four of them in the low half of an int32."""
-    ones = 0x01010101
-    if code is Code.LM4:
-        first = (words & 0x7777) | (_nibbles((words >> 7) & ones) << 3)
-        return [first, ((words >> 16) & 0x7777) | (_nibbles((words >> 3) & ones) << 3)]
-    if code is Code.LM2:
-        return [_nibbles(((words >> g) & ones) | (((words >> (7 - g)) & ones) << 1)) for g in range(4)]
-    assert signs is not None
-    groups = []
-    for g, shift in enumerate((0, 2, 16, 18)):
-        flags = signs >> (3 - g)
-        low, high = ((flags >> 2) & 0x4) | ((flags >> 6) & 0x40), ((flags & 1) << 10) | ((flags & 0x100) << 6)
-        groups.append(((words >> shift) & 0x3333) | low | high)
-    return groups
+def _turned(part: torch.Tensor, side: str) -> torch.Tensor:
+    """Keys are packed along channels, values along tokens."""
+    return part.transpose(-1, -2) if side == "value" else part
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # a constant first used in inference mode must serve outside it too
-def _magnitude_table(code: Code) -> torch.Tensor:
-    """Magnitudes by whole eighths, which decide as boundaries are such; the last entry is of all above too.
-
-    A magnitude is how many boundaries do not lie above; each set of them has a byte of an int32.
-    """
-    edges = [torch.tensor([int(8 * boundary) for boundary in each]) for each in BOUNDARIES[code]]
-    eighths = torch.arange(1 + max(int(each[-1]) for each in edges))
-    counts = [torch.bucketize(eighths, each, right=True) << (8 * i) for i, each in enumerate(edges)]
-    return torch.stack(counts).sum(dim=0).to(torch.int32)
+def _rows(vectors: torch.Tensor) -> Any:
+    return vectors.view(-1, vectors.shape[-1]).numpy()
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _square_table(code: Code) -> torch.Tensor:
-    """Sum of the squared levels of four magnitudes, by their 16-bit word of nibbles: float32."""
-    squares = torch.zeros(8)
-    squares[: len(LEVELS[code])] = torch.tensor(LEVELS[code]).square()
-    words = torch.arange(1 << 15)
-    return torch.stack([squares[(words >> shift) & 7] for shift in (0, 4, 8, 12)]).sum(dim=0)
+def _place(tile: torch.Tensor, layout: PageLayout, side: str) -> tuple[Any, Any, int, tuple[int, ...]]:
+    """What the loops want to know of pages."""
+    flat = tile.view(-1)
+    words, signs = layout.plane(f"{side}_words"), layout.plane(f"{side}_signs")
+    assert words is not None
+    in_words = (layout.section_bytes // 4, words.offset // 4)
+    in_signs = (layout.section_bytes // 2, 0 if signs is None else signs.offset // 2)
+    as_words, as_signs = flat.view(torch.int32).numpy(), flat.view(torch.int16).numpy()
+    return as_words, as_signs, layout.page_tokens, (*in_words, *in_signs)
 
 
-def _levels(words: torch.Tensor, code: Code) -> torch.Tensor:
-    """Levels of ``[n]`` 16-bit words of nibbles, four of each: ``[4 n]`` float32."""
-    return _level_table(code).index_select(0, words).view(torch.float32)
+def _loops() -> Any:
+    """`host_loops`. Numba takes half a second, and whoever has a GPU needs none of it."""
+    from tq_kernels import host_loops
 
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _level_table(code: Code) -> torch.Tensor:
-    """Levels of four indices, by their 16-bit word of nibbles: ``[65536]`` complex128, each of four float32.
-
-    PyTorch gathers numbers three times as fast as rows.
-    """
-    levels = level_table(code, torch.device("cpu"))
-    words = torch.arange(1 << 16)
-    mask = levels.shape[0] - 1
-    rows = torch.stack([levels[(words >> shift) & mask] for shift in (0, 4, 8, 12)], dim=-1)
-    return rows.view(torch.complex128).flatten()
+    return host_loops

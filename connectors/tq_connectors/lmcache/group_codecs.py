@@ -44,6 +44,7 @@ def group_codec(layout: PageLayout, device: torch.device) -> GroupCodec:
 class _HostGroups:
     def __init__(self, layout: PageLayout) -> None:
         self._layout = layout
+        host.prepare(layout)
 
     def quantize(self, group: torch.Tensor, balance: torch.Tensor | None, pages: torch.Tensor) -> None:
         keys, values = sides(group, self._layout.num_kv_heads, self._layout.head_dim)

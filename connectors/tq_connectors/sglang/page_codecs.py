@@ -228,6 +228,8 @@ class QuantizedCodec(_PresetCodec):
         self._device = device
         self._balance = None if key_balance is None else key_balance[:, None].to(device)
         self._on_host = device.type == "cpu"
+        if self._on_host:
+            host.prepare(layout)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def empty(self, num_pages: int) -> torch.Tensor:

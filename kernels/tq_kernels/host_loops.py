@@ -1,0 +1,204 @@
+"""The loops of `host` over one vector after the other, compiled by Numba where they run.
+
+A vector stays in the processor's first cache from its comparison with boundaries to its bits in words. Sums
+are of whole numbers that float32 holds exactly, so their order is free and every machine chooses alike.
+
+All arrays are contiguous. Vectors are ``[n, dim]`` float32, by section and token. A page is handed over as
+flat int32 for its words and as flat int16 for its signs, with `tokens` of a section and `places`, in items of
+the two: words of a section, where its words begin, signs of a section, where its signs begin.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from tq_kernels.codebook import BOUNDARIES, LEVELS
+from tq_kernels.layout import WORD_FORMATS
+from tq_kernels.reference import FP16_MAX, SMALLEST_NORM, value_gain
+from tq_kernels.spec import Code
+
+_ANY_ORDER = {"reassoc", "contract"}
+"""What exact sums allow a compiler to do."""
+_FLOAT16_BITS = np.int32(0x7FFFE000)
+_LARGEST_SIZE = np.float32(127.5)
+_UNIT, _TWO = np.float32(1), np.float32(2)
+_SIGN_BIT = np.int32(31)
+_ONE = np.int32(1)
+
+
+@lru_cache(maxsize=16)
+def index_writer(code: Code, *, is_value: bool) -> Callable[..., None]:
+    """The loop that writes indices into pages of zeros, by the best set of boundaries for each vector.
+
+    Its arguments: vectors; norms ``[n]`` float32; scales ``[n]`` float32, overwritten, as
+    `reference.nearest_indices` has them; the length that the code wants of a vector; the likeness from which
+    on a value has no gain; and the page's. What is summed must be exact in float32.
+    """
+    form, edges, levels = WORD_FORMATS[code], _floats(BOUNDARIES[code]), _floats(LEVELS[code])
+    num_sets, num_edges = edges.shape
+    groups, lanes, sign_plane = form.groups, form.lanes, form.sign_plane
+    magnitude_shifts, sign_shifts = _shifts(form.magnitude_shifts), _shifts(form.sign_shifts)
+    gain, shortest, largest_scale = (
+        np.float32(value_gain(code)),
+        np.float32(SMALLEST_NORM),
+        np.float32(FP16_MAX),
+    )
+
+    @njit(fastmath=_ANY_ORDER)
+    def sums(sizes: Any, halves: Any, boundaries: Any) -> Any:
+        product, squares = np.float32(0), np.float32(0)
+        for j in range(sizes.shape[0]):
+            level = levels[0]
+            for k in range(num_edges):
+                level = levels[k + 1] if sizes[j] >= boundaries[k] else level
+            product += level * halves[j]
+            squares += level * level
+        return product, squares
+
+    @njit(nogil=True)
+    def write(
+        vectors: Any,
+        norms: Any,
+        scales: Any,
+        length: float,
+        gain_limit: float,
+        words: Any,
+        signs: Any,
+        tokens: int,
+        places: tuple[int, ...],
+    ) -> None:
+        dim, wanted, limit = vectors.shape[1], np.float32(length), np.float32(gain_limit)
+        sizes, halves = np.empty(dim, np.float32), np.empty(dim, np.float32)
+        magnitudes, negative = np.empty(dim, np.int32), np.empty(dim, np.int32)
+        bits, half_bits = sizes.view(np.int32), halves.view(np.int32)
+        for row in range(vectors.shape[0]):
+            vector = vectors[row]
+            factor = _UNIT / max(norms[row], shortest) * wanted  # in the reference's order
+            for j in range(dim):
+                sizes[j] = vector[j] * factor
+            for j in range(dim):
+                negative[j] = (bits[j] >> _SIGN_BIT) & _ONE
+                half_bits[j] = bits[j] & _FLOAT16_BITS
+                sizes[j] = abs(sizes[j])
+            for j in range(dim):
+                halves[j] = np.rint(min(halves[j], _LARGEST_SIZE) * _TWO)
+            best, squares, likeness = 0, np.float32(0), np.float32(0)
+            for i in range(num_sets):
+                product, of_set = sums(sizes, halves, edges[i])
+                like = product * product / of_set
+                if i == 0 or like > likeness:
+                    best, squares, likeness = i, of_set, like
+            # float32 sqrt is off by a unit now and then, where PyTorch's norm is not
+            scale = norms[row] / np.float32(np.sqrt(np.float64(squares)))
+            if is_value and likeness < limit:
+                scale *= gain
+            scales[row] = min(scale, largest_scale)
+            boundaries = edges[best]
+            for j in range(dim):
+                magnitude = np.int32(0)
+                for k in range(num_edges):
+                    magnitude = np.int32(k + 1) if sizes[j] >= boundaries[k] else magnitude
+                magnitudes[j] = magnitude
+            section, token = row // tokens, row % tokens
+            word_at, sign_at = section * places[0] + places[1], section * places[2] + places[3]
+            if is_value:
+                run = tokens // groups
+                group, place = token // run, token % run
+                at, lane = dim * (place // lanes), place % lanes
+                word, sign = (
+                    words[word_at + at : word_at + at + dim],
+                    signs[sign_at + at : sign_at + at + dim],
+                )
+                shift, sign_shift = magnitude_shifts[group, lane], sign_shifts[group, lane]
+                for j in range(dim):
+                    word[j] |= magnitudes[j] << shift
+                for j in range(dim):
+                    if sign_plane:
+                        sign[j] |= np.int16(negative[j] << sign_shift)
+                    else:
+                        word[j] |= negative[j] << sign_shift
+            else:
+                count = dim // (groups * lanes)
+                word = words[word_at + token * count : word_at + (token + 1) * count]
+                sign = signs[sign_at + token * count : sign_at + (token + 1) * count]
+                for w in range(count):
+                    here, flags = np.int32(0), np.int32(0)
+                    for group in range(groups):
+                        for lane in range(lanes):
+                            j = (group * count + w) * lanes + lane
+                            here |= magnitudes[j] << magnitude_shifts[group, lane]
+                            flags |= negative[j] << sign_shifts[group, lane]
+                    if sign_plane:
+                        word[w], sign[w] = here, np.int16(flags)
+                    else:
+                        word[w] = here | flags
+
+    return write
+
+
+@lru_cache(maxsize=16)
+def index_reader(code: Code, *, is_value: bool) -> Callable[..., None]:
+    """The loop that reads levels out of pages, each times the scale of its vector.
+
+    Its arguments: vectors, overwritten; scales ``[n]`` float32; and the page's.
+    """
+    form, levels = WORD_FORMATS[code], _floats(LEVELS[code])
+    groups, lanes = form.groups, form.lanes
+    magnitude_shifts, sign_shifts = _shifts(form.magnitude_shifts), _shifts(form.sign_shifts)
+    num_levels, mask, sign_plane = len(levels), np.int32(len(levels) - 1), form.sign_plane
+
+    @njit
+    def level_of(magnitude: Any) -> Any:
+        level = levels[0]
+        for k in range(1, num_levels):
+            level = levels[k] if magnitude >= k else level
+        return level
+
+    @njit(nogil=True)
+    def read(vectors: Any, scales: Any, words: Any, signs: Any, tokens: int, places: tuple[int, ...]) -> None:
+        dim = vectors.shape[1]
+        indices, negative = np.empty(dim, np.int32), np.empty(dim, np.int32)
+        for row in range(vectors.shape[0]):
+            section, token = row // tokens, row % tokens
+            word_at, sign_at = section * places[0] + places[1], section * places[2] + places[3]
+            if is_value:
+                run = tokens // groups
+                group, place = token // run, token % run
+                at, lane = dim * (place // lanes), place % lanes
+                word, sign = (
+                    words[word_at + at : word_at + at + dim],
+                    signs[sign_at + at : sign_at + at + dim],
+                )
+                shift, sign_shift = magnitude_shifts[group, lane], sign_shifts[group, lane]
+                for j in range(dim):
+                    indices[j] = (word[j] >> shift) & mask
+                    negative[j] = ((np.int32(sign[j]) if sign_plane else word[j]) >> sign_shift) & _ONE
+            else:
+                count = dim // (groups * lanes)
+                word = words[word_at + token * count : word_at + (token + 1) * count]
+                sign = signs[sign_at + token * count : sign_at + (token + 1) * count]
+                for w in range(count):
+                    here = word[w]
+                    flags = np.int32(sign[w]) if sign_plane else here
+                    for group in range(groups):
+                        for lane in range(lanes):
+                            j = (group * count + w) * lanes + lane
+                            indices[j] = (here >> magnitude_shifts[group, lane]) & mask
+                            negative[j] = (flags >> sign_shifts[group, lane]) & _ONE
+            vector, scale = vectors[row], scales[row]
+            for j in range(dim):
+                size = level_of(indices[j]) * scale
+                vector[j] = -size if negative[j] else size
+
+    return read
+
+
+def _floats(numbers: Any) -> Any:
+    return np.array(numbers, dtype=np.float32)
+
+
+def _shifts(shifts: Any) -> Any:
+    return np.array(shifts, dtype=np.int32)
