@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import socket
 from typing import Any
 
 import pytest
@@ -14,13 +15,24 @@ from redis.exceptions import InvalidResponse, MovedError, ResponseError
 from tq_store.backends.redis_reader import _INBOX_BYTES, Inbox, ReplyReader
 from tq_store.block import MAX_BLOCK_BYTES
 
+MIB = 1 << 20
+
 
 class Transport:
     """What an inbox needs of one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_encrypted: bool = False) -> None:
         self.behind = asyncio.Protocol()
         self.is_aborted = False
+        self.low_waters: list[int] = []
+        self._extra = {"socket": self, "sslcontext": object() if is_encrypted else None}
+
+    def get_extra_info(self, name: str) -> Any:
+        return self._extra[name]
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        assert (level, option) == (socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+        self.low_waters.append(value)
 
     def get_protocol(self) -> asyncio.Protocol:
         return self.behind
@@ -44,6 +56,22 @@ def feed(inbox: Inbox, data: bytes, piece_bytes: int = 1 << 20) -> None:
         room[:taken] = data[:taken]
         inbox.buffer_updated(taken)
         data = data[taken:]
+
+
+def test_a_large_value_is_read_in_few_turns() -> None:
+    inbox, transport = new_inbox()
+    feed(inbox, b"$%d\r\n" % (5 * MIB // 2))
+    assert transport.low_waters == [MIB]
+    feed(inbox, bytes(MIB), MIB)
+    assert transport.low_waters == [MIB], "so much is still to come"
+    feed(inbox, bytes(MIB), MIB)
+    assert transport.low_waters == [MIB, MIB // 2]
+    feed(inbox, bytes(MIB // 2) + b"\r\n:1\r\n", MIB)
+    assert transport.low_waters == [MIB, MIB // 2, 1]
+    assert read(inbox, 2) == [bytes(5 * MIB // 2), 1]
+    transport = Transport(is_encrypted=True)
+    feed(Inbox(transport, parse_error=BaseParser.parse_error), b"$%d\r\n" % MIB + bytes(MIB) + b"\r\n")
+    assert transport.low_waters == []
 
 
 def read(inbox: Inbox, count: int) -> list[Any]:

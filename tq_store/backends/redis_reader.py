@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import socket
 from collections import deque
 from typing import Any
 
@@ -15,6 +16,8 @@ _INBOX_BYTES = 64 << 10
 _MAX_VALUE_BYTES = 2 * MAX_BLOCK_BYTES
 """Room for the largest block in any container; Redis itself stores no more in one value."""
 _MAX_ITEMS = 1 << 20
+_LOW_WATER_BYTES = 1 << 20
+"""Of a value so much is waited for before more of it is read: each time costs a turn of the event loop."""
 _END = b"\r\n"
 
 
@@ -76,6 +79,10 @@ class Inbox(asyncio.BufferedProtocol):
         self._value: io.BytesIO | None = None
         self._room = memoryview(b"")
         self._num_to_skip = 0
+        self._low_water_bytes = 1
+        # of an encrypted value, what the socket has is not what is waited for
+        is_plain = transport.get_extra_info("sslcontext") is None
+        self._socket = transport.get_extra_info("socket") if is_plain else None
         self._arrays: list[tuple[int, list[Any]]] = []
         self._replies: deque[Any] = deque()
         self.failure: Exception | None = None
@@ -118,6 +125,8 @@ class Inbox(asyncio.BufferedProtocol):
             # the transport still holds the view that it wrote to, and a value with views is copied
             written, self._room = self._room, self._room[nbytes:]
             written.release()
+            if len(self._room) < self._low_water_bytes:
+                self._wait_for(len(self._room))
         try:
             self._cut()
         except (ValueError, InvalidResponse) as error:
@@ -198,6 +207,14 @@ class Inbox(asyncio.BufferedProtocol):
         self._room[:here] = self._view[self._start : self._start + here]
         self._start += here
         self._room = self._room[here:]
+        self._wait_for(len(self._room))
+
+    def _wait_for(self, num_bytes: int) -> None:
+        """Have the socket report nothing before so many bytes are there, as far as that is sensible."""
+        num_bytes = max(1, min(num_bytes, _LOW_WATER_BYTES))
+        if self._socket is not None and num_bytes != self._low_water_bytes:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
+            self._low_water_bytes = num_bytes
 
     def _begin_array(self, num_items: int) -> None:
         if not -1 <= num_items <= _MAX_ITEMS:

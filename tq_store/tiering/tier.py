@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tq_store.backends.base import Backend, Sharded
 from tq_store.backends.memory import MemoryBackend
-from tq_store.block import verify_block
+from tq_store.block import HEADER_BYTES, verify_block
 from tq_store.coded import is_coded, pack_coded, unpack_coded
 from tq_store.errors import (
     BackendBusy,
@@ -39,8 +39,8 @@ def unwatched(_tier: str, _operation: str, _num_keys: int) -> AbstractContextMan
 _REST_S = 1.0
 """How long a failing tier is left alone; then one call tries it, and only that one waits for its timeout."""
 _BATCH_BYTES = 16 << 20
-_INLINE_BYTES = 1 << 20
-"""Hashing more than this would hold up the event loop, so a thread does it."""
+_INLINE_BYTES = (4 << 20) + HEADER_BYTES
+"""Hashing more than this would hold up the event loop, so a thread does it; for less that takes longer."""
 
 _log = logging.getLogger(__name__)
 
