@@ -32,6 +32,9 @@ class _Transport:
     def get_protocol(self) -> asyncio.Protocol:
         return asyncio.Protocol()
 
+    def get_extra_info(self, name: str) -> None:
+        """Neither a socket nor TLS."""
+
     def abort(self) -> None:
         pass
 
