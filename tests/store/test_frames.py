@@ -112,27 +112,6 @@ def test_assembler_knows_when_it_is_inside_a_block() -> None:
     assert not assembler.is_inside_block
 
 
-def test_tiny_frames_do_not_pile_up() -> None:
-    assembler = Assembler(num_blocks=1, keyed=True)
-    data = random.Random(3).randbytes(5000)
-    assembler.add(frame(block_bytes=5000, key=KEY, data=data[:1]))
-    for offset in range(1, 4999):
-        assert assembler.add(frame(offset=offset, data=data[offset : offset + 1])) is None
-        assert len(assembler._parts) <= 1024
-    whole = assembler.add(frame(offset=4999, data=data[4999:]))
-    assert whole is not None
-    assert whole.data == data
-
-
-def test_what_else_a_message_carries_is_not_kept() -> None:
-    assembler = Assembler(num_blocks=1, keyed=True)
-    unknown = bytes([16 << 3 & 0x7F | 0x80 | 2, 1, 0x88, 0x27]) + bytes(5000)  # field 16, of 5,000 bytes
-    first = pack_frame(frame(block_bytes=600, key=KEY, data=b"a" * 300)) + unknown
-    assembler.add(parse_frame(first))
-    assert assembler._parts == [b"a" * 300]
-    assert isinstance(assembler._parts[0], bytes), "a view would hold the message"
-
-
 FIRST = frame(block_bytes=4, key=KEY, data=b"ab")
 
 

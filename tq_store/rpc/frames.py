@@ -6,8 +6,9 @@ payload byte would be copied three times on each side, here it is copied once.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 
-from tq_store.block import MAX_BLOCK_BYTES, Buffer
+from tq_store.block import MAX_BLOCK_BYTES
 from tq_store.keys import BLOCK_KEY_BYTES
 from tq_store.rpc.limits import MAX_FRAME_BYTES
 
@@ -15,8 +16,6 @@ INDEX_FIELD, OFFSET_FIELD, BLOCK_BYTES_FIELD, KEY_FIELD, DATA_FIELD = 1, 2, 3, 4
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
 _NO_DATA = memoryview(b"")
-_MOST_PARTS = 1024
-"""Of a block under way; tiny frames would each take far more memory than their data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +114,9 @@ def parse_frame(raw: bytes) -> Frame:
 class Assembler:
     """Puts the frames of one call together, block after block.
 
-    Holds about as much as was really received of one block, twice while it is put together: a declared length
-    reserves nothing, tiny frames do not pile up, and what else a message carries is not kept. Each byte of an
-    ordinary block is copied once.
+    Holds at most the declared bytes of one block, and never more than were really received: a declared length
+    reserves nothing, and a thousand tiny frames take no more room than one large. Each byte is copied once:
+    `BytesIO` hands its buffer out as `bytes` without another copy.
 
     Args:
         num_blocks: Blocks that this call may carry at most.
@@ -130,13 +129,12 @@ class Assembler:
         self._index = 0
         self._key = b""
         self._block_bytes = 0
-        self._parts: list[Buffer] = []
-        self._received_bytes = 0
+        self._received = BytesIO()
 
     @property
     def is_inside_block(self) -> bool:
         """Whether a block was begun and is not yet whole."""
-        return self._received_bytes > 0
+        return self._received.tell() > 0
 
     def add(self, frame: Frame) -> ReceivedBlock | None:
         """Take one frame; returns the block that it completes.
@@ -146,10 +144,10 @@ class Assembler:
         """
         if frame.index != self._index:
             raise ValueError(f"a frame of block {frame.index} came where block {self._index} was due")
-        if frame.offset != self._received_bytes:
+        if frame.offset != self._received.tell():
             raise ValueError(
                 f"a frame of block {frame.index} starts at byte {frame.offset}, "
-                f"due was {self._received_bytes}"
+                f"due was {self._received.tell()}"
             )
         if not self.is_inside_block:
             self._begin(frame)
@@ -162,14 +160,11 @@ class Assembler:
             raise ValueError(f"a frame carries {len(frame.data)} bytes; it may carry 1 to {MAX_FRAME_BYTES}")
         if frame.offset + len(frame.data) > self._block_bytes:
             raise ValueError(f"block {frame.index} is longer than the {self._block_bytes} bytes declared")
-        self._parts.append(_kept(frame.data))
-        self._received_bytes += len(frame.data)
-        if self._received_bytes < self._block_bytes:
-            if len(self._parts) == _MOST_PARTS:
-                self._parts = [b"".join(self._parts)]
+        self._received.write(frame.data)
+        if self._received.tell() < self._block_bytes:
             return None
-        whole = ReceivedBlock(index=self._index, key=self._key, data=b"".join(self._parts))
-        self._index, self._parts, self._received_bytes = self._index + 1, [], 0
+        whole = ReceivedBlock(index=self._index, key=self._key, data=self._received.getvalue())
+        self._index, self._received = self._index + 1, BytesIO()
         return whole
 
     def _begin(self, frame: Frame) -> None:
@@ -182,11 +177,6 @@ class Assembler:
         if len(frame.key) != (BLOCK_KEY_BYTES if self._keyed else 0):
             raise ValueError(f"block {frame.index} comes with a key of {len(frame.key)} bytes")
         self._block_bytes, self._key = frame.block_bytes, frame.key
-
-
-def _kept(data: memoryview) -> Buffer:
-    """Data to hold on to: where it lies, unless that is mostly something else."""
-    return data if 2 * len(data) >= memoryview(data.obj).nbytes else bytes(data)
 
 
 def _pack_varint(value: int) -> bytes:
