@@ -57,10 +57,14 @@ class Served:
         """Load prefixes from the store again and again."""
         started, tokens = time.perf_counter(), 0
         while time.perf_counter() - started < seconds:
-            self._engine.llm.reset_prefix_cache(reset_connector=True)
+            self.forget()
             for prompt in prompts:
                 tokens += self.run([prompt], 2)["cached"][0]
         return {"tokens": tokens, "seconds": time.perf_counter() - started}
+
+    def forget(self) -> None:
+        """Drop what is on the device and in host memory, so that the server is asked."""
+        self._engine.llm.reset_prefix_cache(reset_connector=True)
 
     def settle(self) -> None:
         """Give the engine steps until what is to be saved is saved."""

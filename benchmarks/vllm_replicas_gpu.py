@@ -15,8 +15,8 @@ are appended to `results/vllm.jsonl`, one a mode:
 - ``replica-beside``: the same while all others load prefixes without a pause; `hit_gib_per_s` are the bytes
   of bf16 pages that they found in that time.
 - ``replica-loads``: all of them load prefixes at once and do nothing else; `hit_gib_per_s` as above, of all.
-- ``replica-together``: the longest `ttft_ms` of a prefix that all others are asked for at once, and
-  `served_blocks`, the blocks that the server handed out for it.
+- ``replica-together``: the longest `ttft_ms` of a prefix that all of them are asked for at once and none has
+  but the server, and `served_blocks`, the blocks that the server handed out for it.
 
 vLLM and the packages of `tq-store[server]` must be importable.
 """
@@ -163,10 +163,11 @@ def _rows(options: argparse.Namespace, replicas: Sequence[Replica], about: Row) 
     (shared,) = prompts_of(1, options.context, 4)
     second.ask("run", prompts=[shared], num_tokens=_ANSWER)
     second.ask("settle")
+    second.ask("forget")
     before = second.ask("served")
-    for other in others:
-        other.begin("run", prompts=[shared], num_tokens=_ANSWER)
-    together = [other.end()["first_ms"] for other in others]
+    for replica in replicas:
+        replica.begin("run", prompts=[shared], num_tokens=_ANSWER)
+    together = [replica.end()["first_ms"] for replica in replicas]
     served = second.ask("served") - before
     yield about | {
         "mode": "replica-together",
