@@ -19,6 +19,7 @@ class Mode:
     """Compile-time facts of a launch; cache_tokens is 0 for a cache of one page, whatever its size."""
 
     pages: int
+    rows: int
     cache_tokens: int
     rotate_keys: bool
     rotate_values: bool
@@ -48,6 +49,7 @@ def launch_dequantize(
     shape = page_shape(layout)
     mode = Mode(
         pages=plan.pages,
+        rows=plan.rows,
         cache_tokens=key_cache.shape[1] if key_cache.shape[0] > 1 else 0,
         rotate_keys=shape.key_rotated and not rotated,
         rotate_values=shape.value_rotated and not rotated,
@@ -81,6 +83,7 @@ def launch_dequantize(
         MODE=mode,
         num_warps=plan.num_warps,
         num_stages=1,
+        **({"maxnreg": plan.max_registers} if mode.ptx else {}),
     )
 
 

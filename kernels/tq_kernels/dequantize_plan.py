@@ -6,6 +6,13 @@ from tq_kernels._page_shape import PageShape
 
 _PAGES_OF_A_PRODUCT = 4
 """Pages that a program rotates back, so that it reads the rotation once for several pages."""
+_ROWS_OF_A_PRODUCT = 64
+"""Fewest tokens for which Hopper's tensor cores have an instruction."""
+_LARGEST_TILE = 8192
+"""Elements of a tile that four warps hold."""
+_LARGEST_WIDTH = 128
+_MAX_REGISTERS = 128
+"""With these, four programs of four warps share a multiprocessor and hide each other's loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +23,33 @@ class LaunchPlan:
         variant: ``"copy"`` where nothing is rotated back, ``"product"`` where a matrix product does it.
         programs: Programs a KV head and side.
         pages: Pages a program works on, one after the other.
+        rows: Tokens of a page that are rotated back at once.
         num_warps: Warps a program.
+        max_registers: Registers a thread on NVIDIA, so that more programs share a multiprocessor, or None.
     """
 
     variant: str
     programs: int
     pages: int
+    rows: int
     num_warps: int
+    max_registers: int | None
 
 
 def plan_dequantize(num_pages: int, shape: PageShape, *, rotated: bool) -> LaunchPlan:
     """The plan for a number of pages; it depends on nothing else that a launch brings."""
-    num_warps = 8 if shape.page_tokens * shape.tile_dim > 8192 else 4
     if rotated or not (shape.key_rotated or shape.value_rotated):
-        return LaunchPlan("copy", num_pages, 1, num_warps)
-    pages = _PAGES_OF_A_PRODUCT
-    return LaunchPlan("product", -(-num_pages // pages), pages, num_warps)
+        return LaunchPlan("copy", num_pages, 1, shape.page_tokens, _warps(shape.page_tokens, shape), None)
+    rows = min(shape.page_tokens, _ROWS_OF_A_PRODUCT)
+    return LaunchPlan(
+        variant="product",
+        programs=-(-num_pages // _PAGES_OF_A_PRODUCT),
+        pages=_PAGES_OF_A_PRODUCT,
+        rows=rows,
+        num_warps=_warps(rows, shape),
+        max_registers=_MAX_REGISTERS if shape.tile_dim <= _LARGEST_WIDTH else None,
+    )
+
+
+def _warps(rows: int, shape: PageShape) -> int:
+    return 8 if rows * shape.tile_dim > _LARGEST_TILE else 4

@@ -34,6 +34,15 @@ def rotation_error(head_dim: int) -> float:
     return 2 * head_dim * UNIT_ROUNDOFF[torch.float32]
 
 
+def half_product_error(dtype: torch.dtype | None) -> float:
+    """Of a rotated vector that was rounded to float16 before it is rotated back, relative to its length.
+
+    Each coordinate errs by at most u sum |R_ij| |x_j| <= u |x|. Vectors for caches in half precision are so
+    rounded, those for float32 are not.
+    """
+    return UNIT_ROUNDOFF[torch.float16] if dtype in (torch.float16, torch.bfloat16) else 0.0
+
+
 def attention_error(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softmax_scale: float
 ) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from tq_kernels.device.levels import byte_tables
-from tq_kernels.device.rotate_back import rotate_keys, rotate_values
+from tq_kernels.device.rotate_back import columns_of_part, rotate_keys, rotate_values
 from tq_kernels.device.write_rows import write_keys, write_values
 
 
@@ -22,9 +22,20 @@ def _keys(
     MODE: tl.constexpr,
 ):
     if MODE.rotate_keys:
-        rotate_keys(
-            p_section, p_cache, p_slots, p_balance, b_rotation, page_stride, token_stride, tables, SHAPE, MODE
-        )
+        for first_token in range(0, SHAPE.page_tokens, MODE.rows):
+            rotate_keys(
+                p_section,
+                p_cache,
+                p_slots,
+                p_balance,
+                b_rotation,
+                page_stride,
+                token_stride,
+                first_token,
+                tables,
+                SHAPE,
+                MODE,
+            )
     else:
         write_keys(p_section, p_cache, p_slots, p_balance, page_stride, token_stride, tables, SHAPE, MODE)
 
@@ -42,15 +53,27 @@ def _values(
     MODE: tl.constexpr,
 ):
     if MODE.rotate_values:
-        rotate_values(p_section, p_cache, p_slots, b_rotation, page_stride, token_stride, tables, SHAPE, MODE)
+        for first_token in range(0, SHAPE.page_tokens, MODE.rows):
+            rotate_values(
+                p_section,
+                p_cache,
+                p_slots,
+                b_rotation,
+                page_stride,
+                token_stride,
+                first_token,
+                tables,
+                SHAPE,
+                MODE,
+            )
     else:
         write_values(p_section, p_cache, p_slots, page_stride, token_stride, tables, SHAPE, MODE)
 
 
 @triton.jit
 def _rotation(p_rotation, SHAPE: tl.constexpr):
-    """The matrix in parts of at most 128 columns, so that results of a part fit into registers."""
-    PART: tl.constexpr = min(SHAPE.tile_dim, 128)
+    """The matrix in parts, one or two, of so many columns as a product has."""
+    PART: tl.constexpr = columns_of_part(SHAPE.tile_dim)
     o_row, o_column = tl.arange(0, SHAPE.tile_dim), tl.arange(0, PART)
     p_first = p_rotation + o_row[:, None] * SHAPE.tile_dim + o_column[None, :]
     first = tl.load(p_first)
@@ -102,10 +125,12 @@ def dequantize_sides(
         b_key_rotation = (0.0, 0.0)
         if MODE.rotate_keys:
             b_key_rotation = _rotation(p_key_rotation, SHAPE)
+        following = tl.load(p_indices + first_page)  # a page's number is read while the one before is written
         for i_step in range(MODE.pages):
             i_page = first_page + i_step
+            page = following
+            following = tl.load(p_indices + tl.minimum(i_page + 1, num_pages - 1))
             if i_page < num_pages:
-                page = tl.load(p_indices + i_page)
                 _keys(
                     p_pages + page.to(tl.int64) * page_stride,
                     p_key_cache,
@@ -125,10 +150,12 @@ def dequantize_sides(
         b_value_rotation = (0.0, 0.0)
         if MODE.rotate_values:
             b_value_rotation = _rotation(p_value_rotation, SHAPE)
+        following = tl.load(p_indices + first_page)
         for i_step in range(MODE.pages):
             i_page = first_page + i_step
+            page = following
+            following = tl.load(p_indices + tl.minimum(i_page + 1, num_pages - 1))
             if i_page < num_pages:
-                page = tl.load(p_indices + i_page)
                 _values(
                     p_pages + page.to(tl.int64) * page_stride,
                     p_value_cache,

@@ -1,6 +1,8 @@
 """Device functions that write tokens of a page to rows of a cache, rotated back.
 
-Levels, exact in float16, meet the integers of d R on the tensor cores; scales and d come after.
+Float16 numbers meet the integers of d R on the tensor cores. Of values they are levels, which are exact;
+scales and d come after. Keys have a centre, so theirs are levels times scales plus centre: rounded once for
+caches in half precision, in two parts for others.
 """
 
 import triton
@@ -8,6 +10,15 @@ import triton.language as tl
 
 from tq_kernels.device.levels import group_levels
 from tq_kernels.device.write_rows import interleaved, key_words, rounded, rows, value_words
+
+_KEY_UNIT = tl.constexpr(16.0)
+"""Rotated keys are divided by it, so that a key as large as float16 allows does not overflow when rotated."""
+
+
+@triton.constexpr_function
+def columns_of_part(tile_dim):
+    """Columns of a product: as few as leave registers for a second program on a multiprocessor."""
+    return min(tile_dim, 64) if tile_dim <= 128 else 128
 
 
 @triton.jit
@@ -17,11 +28,9 @@ def _beside(x, y):
 
 
 @triton.jit
-def _product(x, b_rotation, PTX: tl.constexpr):
-    """Levels times d R: exact products, float32 sums."""
-    if not PTX:
-        x = x.to(b_rotation.dtype)
-    return tl.dot(x, b_rotation, input_precision="ieee")
+def _product(x, b_rotation):
+    """float16 times d R: exact products, float32 sums."""
+    return tl.dot(x.to(b_rotation.dtype), b_rotation, input_precision="ieee")
 
 
 @triton.jit
@@ -33,16 +42,20 @@ def rotate_keys(
     b_rotation,
     page_stride,
     token_stride,
+    first_token,
     tables,
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Keys, rotated back; columns of levels, like rows of the rotation, in the order (word, lane, group)."""
+    """Keys of MODE.rows tokens, rotated back.
+
+    Columns of levels, like rows of the rotation, stand in the order (word, lane, group).
+    """
     GROUPS: tl.constexpr = SHAPE.key_groups
     CODE: tl.constexpr = SHAPE.key_code
-    PART: tl.constexpr = min(SHAPE.tile_dim, 128)
+    PART: tl.constexpr = columns_of_part(SHAPE.tile_dim)
     DTYPE: tl.constexpr = p_cache.dtype.element_ty
-    words, signs = key_words(p_section, SHAPE)
+    words, signs = key_words(p_section, first_token, MODE.rows, SHAPE)
     x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 0, MODE.ptx)
     x = interleaved(x0, x1, x2, x3)
     if GROUPS > 1:
@@ -54,24 +67,27 @@ def rotate_keys(
             x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 3, MODE.ptx)
             x_1 = _beside(x_1, interleaved(x0, x1, x2, x3))
         x = _beside(x, x_1)
-    o_token = tl.arange(0, SHAPE.page_tokens)
+    o_token = first_token + tl.arange(0, MODE.rows)
     o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
     scales = tl.load((p_section + SHAPE.key_scales).to(tl.pointer_type(tl.float16)) + o_token)
-    scales = scales.to(tl.float32) * (1.0 / SHAPE.head_dim)
-    center = 0.0
+    # a level times a scale is exact in float32, so fused or not the sum is the same
+    x = x.to(tl.float32) * (scales.to(tl.float32) * (1.0 / _KEY_UNIT))[:, None]
     if SHAPE.centered:
         column = tl.arange(0, SHAPE.tile_dim)
         o_center = (column % GROUPS) * (SHAPE.head_dim // GROUPS) + column // GROUPS
         p_center = (p_section + SHAPE.key_center).to(tl.pointer_type(tl.float16)) + o_center
         center = tl.load(p_center, mask=column // GROUPS < SHAPE.head_dim // GROUPS, other=0.0)
-        # as a tile of equal rows it is rotated to where it is added, and threads exchange nothing
-        center = tl.broadcast_to(center[None, :], x.shape)
+        x += (center.to(tl.float32) * (1.0 / _KEY_UNIT))[None, :]
+    x_half = x.to(tl.float16)
+    if DTYPE.is_fp32():
+        x_rest = (x - x_half.to(tl.float32)).to(tl.float16)
     for part in tl.static_range(SHAPE.tile_dim // PART):
         o_channel = part * PART + tl.arange(0, PART)
         m_channel = o_channel < SHAPE.head_dim
-        y = _product(x, b_rotation[part], MODE.ptx) * scales[:, None]
-        if SHAPE.centered:
-            y += _product(center, b_rotation[part], MODE.ptx) * (1.0 / SHAPE.head_dim)
+        y = _product(x_half, b_rotation[part])
+        if DTYPE.is_fp32():
+            y += _product(x_rest, b_rotation[part])
+        y *= _KEY_UNIT / SHAPE.head_dim
         if MODE.balanced:
             y *= tl.load(p_balance + o_channel, mask=m_channel, other=1.0)[None, :]
         p_rows = p_cache + o_row[:, None] + o_channel[None, :]
@@ -100,16 +116,18 @@ def rotate_values(
     b_rotation,
     page_stride,
     token_stride,
+    first_token,
     tables,
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Values, rotated back; rows of levels in the order (word, group, lane)."""
+    """Values of MODE.rows tokens, rotated back; rows of levels in the order (word, group, lane)."""
     GROUPS: tl.constexpr = SHAPE.value_groups
     CODE: tl.constexpr = SHAPE.value_code
-    PART: tl.constexpr = min(SHAPE.tile_dim, 128)
+    PART: tl.constexpr = columns_of_part(SHAPE.tile_dim)
     DTYPE: tl.constexpr = p_cache.dtype.element_ty
-    words, signs = value_words(p_section, SHAPE)
+    first_word = first_token // (4 * GROUPS)
+    words, signs = value_words(p_section, first_word, MODE.rows // (4 * GROUPS), SHAPE)
     x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 0, MODE.ptx)
     x = _rows_of_lanes(x0, x1, x2, x3)
     if GROUPS > 1:
@@ -120,16 +138,16 @@ def rotate_values(
             x_2 = _rows_of_lanes(x0, x1, x2, x3)
             x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 3, MODE.ptx)
             x = _below(x, _below(x_2, _rows_of_lanes(x0, x1, x2, x3)))
-    x = tl.reshape(x, (SHAPE.page_tokens, SHAPE.tile_dim))
-    row = tl.arange(0, SHAPE.page_tokens)
-    group, word = (row // 4) % GROUPS, row // (4 * GROUPS)
+    x = tl.reshape(x, (MODE.rows, SHAPE.tile_dim))
+    row = tl.arange(0, MODE.rows)
+    group, word = (row // 4) % GROUPS, first_word + row // (4 * GROUPS)
     o_token = group * (SHAPE.page_tokens // GROUPS) + 4 * word + row % 4
     o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
     scales = tl.load((p_section + SHAPE.value_scales).to(tl.pointer_type(tl.float16)) + o_token)
     scales = scales.to(tl.float32) * (1.0 / SHAPE.head_dim)
     for part in tl.static_range(SHAPE.tile_dim // PART):
         o_channel = part * PART + tl.arange(0, PART)
-        y = _product(x, b_rotation[part], MODE.ptx) * scales[:, None]
+        y = _product(x, b_rotation[part]) * scales[:, None]
         p_rows = p_cache + o_row[:, None] + o_channel[None, :]
         mask = m_row[:, None] & (o_channel < SHAPE.head_dim)[None, :]
         tl.store(p_rows, rounded(y, DTYPE, MODE.ptx), mask=mask)

@@ -40,11 +40,11 @@ def interleaved(x0, x1, x2, x3):
 
 
 @triton.jit
-def key_words(p_section, SHAPE: tl.constexpr):
-    """Words and, spread, sign words ``[page_tokens, words]``, int32."""
+def key_words(p_section, first_token, TOKENS: tl.constexpr, SHAPE: tl.constexpr):
+    """Words and, spread, sign words of some tokens ``[TOKENS, words]``, int32."""
     WORDS: tl.constexpr = SHAPE.head_dim // (4 * SHAPE.key_groups)
     o_word = tl.arange(0, SHAPE.tile_dim // (4 * SHAPE.key_groups))[None, :]
-    offsets = tl.arange(0, SHAPE.page_tokens)[:, None] * WORDS + o_word
+    offsets = (first_token + tl.arange(0, TOKENS))[:, None] * WORDS + o_word
     mask = tl.broadcast_to(o_word < WORDS, offsets.shape)
     words = tl.load((p_section + SHAPE.key_words).to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
     signs = words
@@ -55,10 +55,10 @@ def key_words(p_section, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def value_words(p_section, SHAPE: tl.constexpr):
-    """Words and, spread, sign words ``[words, tile_dim]``, int32."""
+def value_words(p_section, first_word, WORDS: tl.constexpr, SHAPE: tl.constexpr):
+    """Words and, spread, sign words ``[WORDS, tile_dim]``, int32."""
     o_channel = tl.arange(0, SHAPE.tile_dim)[None, :]
-    o_word = tl.arange(0, SHAPE.page_tokens // (4 * SHAPE.value_groups))
+    o_word = first_word + tl.arange(0, WORDS)
     offsets = o_word[:, None] * SHAPE.head_dim + o_channel
     mask = tl.broadcast_to(o_channel < SHAPE.head_dim, offsets.shape)
     words = tl.load(
@@ -96,7 +96,7 @@ def write_keys(
         scales = tl.load((p_section + SHAPE.key_scales).to(tl.pointer_type(tl.float16)) + o_token)
         scales = scales.to(tl.float32)[:, None]
     if SHAPE.key_code < 16:
-        words, signs = key_words(p_section, SHAPE)
+        words, signs = key_words(p_section, 0, SHAPE.page_tokens, SHAPE)
     for group in tl.static_range(GROUPS):
         o_channel = group * COLUMNS + o_column
         if SHAPE.key_code == 16:
@@ -130,7 +130,7 @@ def write_values(
     o_word, o_channel = tl.arange(0, WORDS), tl.arange(0, SHAPE.tile_dim)
     m_channel = (o_channel < SHAPE.head_dim)[None, :]
     if SHAPE.value_code < 16:
-        words, signs = value_words(p_section, SHAPE)
+        words, signs = value_words(p_section, 0, WORDS, SHAPE)
     else:
         p_words = (p_section + SHAPE.value_words).to(tl.pointer_type(tl.int32))
         o_plane = o_word[:, None] * SHAPE.head_dim + o_channel[None, :]
