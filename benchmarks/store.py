@@ -8,9 +8,9 @@
 Operations: `get` and `put` carry one block a call, as redis-benchmark's requests do; `load` gets a prefix of
 16 blocks in one call, as an engine does; `lookup` asks for a prefix of 128 keys. Tiers: `memory` is our
 client and server over loopback TCP; `memory-shared` the same server through shared memory; `redis` a server
-whose memory holds no block, so that each comes from Redis, and a put counts when Redis has it. `stored` is
-the cost of small blocks with ever more of them stored, `resident` the most memory that a server took for its
-budget.
+whose memory holds no block, so that each comes from Redis, and a put counts when Redis has it;
+`redis-shared` that server through shared memory. `stored` is the cost of small blocks with ever more of them
+stored, `resident` the most memory that a server took for its budget.
 
 An environment for LMCache 0.5: python -m venv V; V/bin/pip install torch numpy redis msgspec; then
 V/bin/pip install --no-deps lmcache==0.5.6 and what it asks for on import.
@@ -162,6 +162,7 @@ class Bench:
             "memory": (memory, memory.address),
             "memory-shared": (memory, memory.local_address),
             "redis": (redis, redis.address),
+            "redis-shared": (redis, redis.local_address),
         }
         held = self._peers(port)
         for block_mib in self._plan.blocks_mib:

@@ -38,7 +38,7 @@ def test_a_quick_run_measures_every_operation_on_every_tier(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     rows = read_rows(out)
-    tiers = {"memory", "memory-shared", "redis"}
+    tiers = {"memory", "memory-shared", "redis", "redis-shared"}
     measured = {(row["op"], row["tier"]) for row in rows}
     assert measured >= {(op, tier) for op in ("get", "put", "load", "lookup") for tier in tiers}
     assert measured >= {("resident", "memory"), ("stored-get", "memory"), ("stored-lookup", "memory")}

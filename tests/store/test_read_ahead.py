@@ -90,16 +90,36 @@ async def test_what_is_at_hand_comes_in_groups_as_large_as_the_window_allows(sto
     await store.put(blocks)
     keys = keys_of(blocks)
     used = [0]
-    assert await groups_of(store, keys, window(20 * size_bytes, used)) == [10] * 30
-    assert max(used) == 10 * size_bytes
+    assert await groups_of(store, keys, window(20 * size_bytes, used)) == [20] * 15
+    assert max(used) == 20 * size_bytes
     assert used[-1] == 0
     assert await groups_of(store, keys, window(100 * MIB, [])) == [256, 44]
-    # for frames, which take longer and count three times where they are small
+    # for frames, which take longer and count three times where they are small, an eighth of it
     store.groups.clear()
-    assert len(await blocks_of(store, keys, window(80 * size_bytes, used))) == 300
-    assert store.groups == [10] * 30
-    assert max(used) == 30 * size_bytes
-    assert used[-1] == 0
+    framed = [0]
+    assert len(await blocks_of(store, keys, window(80 * size_bytes, framed))) == 300
+    assert store.groups == [3] * 100
+    assert max(framed) == 9 * size_bytes
+    assert framed[-1] == 0
+
+
+async def test_what_is_at_hand_takes_the_room_that_others_leave(store: RecordingStore) -> None:
+    store.is_at_hand = True
+    blocks = sample_blocks(40, 1000)
+    size_bytes = len(blocks[0][1])
+    await store.put(blocks)
+    shared = window(40 * size_bytes, [])
+    await shared.take(20 * size_bytes)
+    assert await groups_of(store, keys_of(blocks), shared) == [20, 20]
+    await shared.take(19 * size_bytes)
+    assert shared.free_bytes == size_bytes
+    # it asks for an eighth at least, and waits for it in turn
+    waiting = asyncio.create_task(groups_of(store, keys_of(blocks), shared))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert shared.free_bytes == 0
+    shared.give(19 * size_bytes)
+    assert await waiting == [5, 20, 15]
 
 
 async def test_at_hand_and_elsewhere_mix(store: RecordingStore) -> None:
@@ -115,12 +135,15 @@ async def test_what_was_at_hand_may_be_gone_by_the_time_it_is_read(store: Record
     store.is_at_hand = True
     blocks, used = sample_blocks(3, 1000), [0]
     await store.put(blocks)
-    within = window(2 * len(blocks[0][1]), used)
-    async with aclosing(ReadAhead(store, within).groups(keys_of(blocks))) as groups:
-        assert await anext(groups) == [blocks[0][1]]
-        await store.delete(keys_of(blocks))
-        assert await anext(groups) == [None]
-        assert await anext(groups) == [None]
+    full = window(MIB, used)
+    await full.take(MIB)
+    reading = asyncio.create_task(groups_of(store, keys_of(blocks), full))
+    while full.free_bytes or not full._waiting:
+        await asyncio.sleep(0)
+    await store.delete(keys_of(blocks))
+    full.give(MIB)
+    assert await reading == [3]
+    assert store.groups == [3]
     assert used[-1] == 0
 
 
@@ -159,6 +182,32 @@ async def test_a_reader_that_stops_holds_nothing(store: RecordingStore) -> None:
         store.gate.clear()
         assert used[-1] > 0
     assert used[-1] == 0
+
+
+async def test_a_reader_that_is_cancelled_again_while_it_stops_holds_nothing(store: RecordingStore) -> None:
+    blocks, used = sample_blocks(30, 1000), [0]
+    await store.put(blocks)
+    within, is_reading = window(MIB, used), asyncio.Event()
+
+    async def read() -> None:
+        async with aclosing(ReadAhead(store, within).blocks(keys_of(blocks))) as reading:
+            await anext(reading)
+            is_reading.set()
+            await asyncio.Event().wait()
+
+    for num_turns in range(6):
+        is_reading.clear()
+        task = asyncio.create_task(read())
+        await is_reading.wait()
+        assert used[-1] > 0
+        task.cancel()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert used[-1] == 0
 
 
 async def test_a_window_that_stays_full_ends_the_reading(store: RecordingStore) -> None:

@@ -16,8 +16,6 @@ _MOST_AT_HAND_BLOCKS = 256
 _FIRST_GUESS_BYTES = 4 << 20
 _GROUPS_IN_WINDOW = 8
 """A group is at most this part of the window, so that one slow reader leaves room for others."""
-_COPIED_GROUPS_IN_WINDOW = 2
-"""The same where nothing is waited for: the blocks are in memory, and copied there and then."""
 
 
 class ReadAhead:
@@ -37,7 +35,6 @@ class ReadAhead:
         self._store = store
         self._window = window
         self._most_bytes = min(_MOST_GROUP_BYTES, window.limit_bytes // _GROUPS_IN_WINDOW)
-        self._most_copied_bytes = min(_MOST_GROUP_BYTES, window.limit_bytes // _COPIED_GROUPS_IN_WINDOW)
         self._last_bytes = _FIRST_GUESS_BYTES
 
     async def blocks(self, keys: Sequence[BlockKey]) -> AsyncGenerator[bytes | None, None]:
@@ -48,53 +45,58 @@ class ReadAhead:
         Raises:
             BackendFull: The window stayed full.
         """
-        async with aclosing(self._groups(keys, self._most_bytes, _framed_share)) as groups:
+        async with aclosing(self._groups(keys, _framed_share, is_quick=False)) as groups:
             async for group, blocks in groups:
                 for block in blocks:
                     yield block
                     group.release(block)
 
     async def groups(self, keys: Sequence[BlockKey]) -> AsyncGenerator[list[bytes | None], None]:
-        """As `blocks`, whole groups, for a reader that takes each at once and makes no frames of it."""
-        async with aclosing(self._groups(keys, self._most_copied_bytes, int)) as groups:
+        """As `blocks`, whole groups, for a reader that copies each there and then.
+
+        So a group of what is in memory takes all the room there is: it gives it back in no time.
+        """
+        async with aclosing(self._groups(keys, int, is_quick=True)) as groups:
             async for _, blocks in groups:
                 yield blocks
 
     async def _groups(
-        self, keys: Sequence[BlockKey], most_at_hand_bytes: int, share_of: Callable[[int], int]
+        self, keys: Sequence[BlockKey], share_of: Callable[[int], int], *, is_quick: bool
     ) -> AsyncGenerator[tuple["_Group", list[bytes | None]], None]:
         num_blocks, largest_bytes, start = 1, 1, 0
-        group = self._next_group(keys, num_blocks, most_at_hand_bytes, share_of)
+        ahead: _Group | None = None
         try:
             while start < len(keys):
-                blocks = await group.read()
-                start += len(blocks)
-                self._last_bytes = max((len(block) for block in blocks if block), default=self._last_bytes)
-                largest_bytes = max(largest_bytes, *(len(block or b"") for block in blocks))
-                affordable_blocks = self._most_bytes // largest_bytes
-                num_blocks = max(1, min(2 * num_blocks, _MOST_GROUP_BLOCKS, affordable_blocks))
-                sending = group
-                group = self._next_group(keys[start:], num_blocks, most_at_hand_bytes, share_of)
+                group = ahead or self._next_group(keys[start:], num_blocks, share_of, is_quick=is_quick)
+                ahead = None
                 try:
-                    yield sending, blocks
+                    blocks = await group.read()
+                    start += len(blocks)
+                    largest_bytes = max(largest_bytes, *(len(block or b"") for block in blocks))
+                    self._last_bytes = max(
+                        (len(block) for block in blocks if block), default=self._last_bytes
+                    )
+                    affordable_blocks = self._most_bytes // largest_bytes
+                    num_blocks = max(1, min(2 * num_blocks, _MOST_GROUP_BLOCKS, affordable_blocks))
+                    if start < len(keys) and not self._store.sizes_at_hand(keys[start : start + 1]):
+                        ahead = self._next_group(keys[start:], num_blocks, share_of, is_quick=is_quick)
+                    yield group, blocks
                 finally:
-                    sending.release_rest()
+                    await group.close()
         finally:
-            await group.close()
+            if ahead is not None:
+                await ahead.close()
 
     def _next_group(
-        self,
-        keys: Sequence[BlockKey],
-        num_blocks: int,
-        most_at_hand_bytes: int,
-        share_of: Callable[[int], int],
+        self, keys: Sequence[BlockKey], num_blocks: int, share_of: Callable[[int], int], *, is_quick: bool
     ) -> "_Group":
         """Of the first keys: those in memory, or else so many, which are read from now on."""
         sizes_bytes = self._store.sizes_at_hand(keys[:_MOST_AT_HAND_BLOCKS])
         if sizes_bytes:
-            run = next(runs_of(sizes_bytes, int, most_bytes=most_at_hand_bytes))
-            expected_bytes = sum(map(share_of, run))
-            return _Group(self._store, keys[: len(run)], self._window, expected_bytes, share_of)
+            room_bytes = min(_MOST_GROUP_BYTES, self._window.free_bytes) if is_quick else 0
+            shares = [share_of(num_bytes) for num_bytes in sizes_bytes]
+            run = next(runs_of(shares, int, most_bytes=max(room_bytes, self._most_bytes)))
+            return _Group(self._store, keys[: len(run)], self._window, sum(run), share_of)
         keys = keys[:num_blocks]
         expected_bytes = share_of(self._last_bytes) * len(keys)
         group = _Group(self._store, keys, self._window, expected_bytes, share_of)
@@ -124,6 +126,8 @@ class _Group:
     def read_ahead(self) -> None:
         """Begin now."""
         self._task = asyncio.create_task(self._read())
+        # how it failed is of interest only where its turn comes
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def read(self) -> list[bytes | None]:
         """The blocks, when they are there."""
@@ -135,21 +139,17 @@ class _Group:
         self._held_bytes -= share
         self._window.give(share)
 
-    def release_rest(self) -> None:
-        """Hand back what is still held."""
-        self._window.give(self._held_bytes)
-        self._held_bytes = 0
-
     async def close(self) -> None:
-        """Stop reading, and hand back what is held."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self.release_rest()
+        """Stop reading, and hand back what is still held."""
+        try:
+            if self._task is not None and not self._task.done():
+                self._task.cancel()
+                await asyncio.wait([self._task])
+        finally:  # whoever is cancelled may be so again
+            self._window.give(self._held_bytes)
+            self._held_bytes = 0
 
     async def _read(self) -> list[bytes | None]:
-        if not self._keys:
-            return []
         await self._window.take(self._expected_bytes)
         self._held_bytes = self._expected_bytes
         blocks = await self._store.get(self._keys)

@@ -35,7 +35,7 @@ _REST_S = 0.1
 _INLINE_BYTES = 256 << 10
 """Copying more than this would hold up the event loop, so a thread does it."""
 _BYTES_A_THREAD = 2 << 20
-_MOST_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+_MOST_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 1
 """That copy for one call; where there are few processors, the others are better used by others."""
 
 P = TypeVar("P")

@@ -32,6 +32,11 @@ class ByteWindow:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._steps: dict[asyncio.Timeout, float] = {}
 
+    @property
+    def free_bytes(self) -> int:
+        """What a share may have at once; nothing while others wait for room."""
+        return 0 if self._waiting else max(0, self.limit_bytes - self._used_bytes)
+
     @asynccontextmanager
     async def step(self, *, stall_s: float, hurry_s: float) -> AsyncIterator[None]:
         """One step of a peer that holds a share: at most `stall_s`, and `hurry_s` while others wait for room.
