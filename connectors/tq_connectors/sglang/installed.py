@@ -19,17 +19,22 @@ def require_hooks() -> None:
     """Say in one line that every hook took; called in every process that needs them.
 
     Raises:
-        RuntimeError: One did not, or the function it is on is not the one that we know.
+        RuntimeError: One that is needed did not, or the function it is on is not the one that we know.
     """
     from sglang.version import __version__
 
     hooks = hooks_of_release()
-    for hook in hooks:
-        if problem := _problem(hook):
+    problems = {hook: problem for hook in hooks if (problem := _problem(hook))}
+    for hook, problem in problems.items():
+        if hook.is_needed:
             raise RuntimeError(
                 f"tq-store's plugin does not fit SGLang {__version__}: {hook.target} {problem}"
             )
-    logger.info("tq-store: all %d hooks took in SGLang %s", len(hooks), __version__)
+        logger.warning(
+            "tq-store: SGLang %s goes on slower, without a hook: %s %s", __version__, hook.target, problem
+        )
+    if not problems:
+        logger.info("tq-store: all %d hooks took in SGLang %s", len(hooks), __version__)
 
 
 def _problem(hook: Hook) -> str | None:

@@ -36,9 +36,13 @@ def register() -> None:
 
 
 def _log_as_vllm_does() -> None:
-    """Give what we log to vLLM's handlers, at its level: it configures its own loggers and no others."""
+    """Give what we log to vLLM's handlers, at its level: it configures its own loggers and no others.
+
+    To the root's handlers it goes only where vLLM's own lines do, so that none is there twice.
+    """
     ours, engines = logging.getLogger("tq_connectors"), logging.getLogger("vllm")
-    if not ours.handlers:
+    if engines.handlers and not ours.handlers:
         ours.setLevel(engines.level)
+        ours.propagate = engines.propagate
         for handler in engines.handlers:
             ours.addHandler(handler)

@@ -1,5 +1,6 @@
 """The plugin in this process: SGLang takes our names, every hook took, and what is not served is refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from tq_connectors.engine.layouts import DTYPES
 from tq_connectors.sglang import installed
 from tq_connectors.sglang.hooks import hooks_of_release
 from tq_connectors.sglang.hooks.arguments import BACKEND
-from tq_connectors.sglang.hooks.hook import Hook
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,13 +45,24 @@ def test_every_hook_took(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_hook_that_did_not_take_stops_the_start(
     hook: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = hooks_of_release()[-1]
-    facts = {name: getattr(known, name) for name in ("target", "kind", "function", "parameters")}
-    monkeypatch.setattr(installed, "hooks_of_release", lambda: (Hook(**facts | hook),))
+    known = next(known for known in hooks_of_release() if known.is_needed)
+    monkeypatch.setattr(installed, "hooks_of_release", lambda: (replace(known, **hook),))
     installed.require_hooks.cache_clear()
     with pytest.raises(RuntimeError, match=f"does not fit SGLang.*{message}"):
         installed.require_hooks()
     installed.require_hooks.cache_clear()
+
+
+def test_an_engine_starts_without_a_hook_that_only_makes_it_faster(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = next(hook for hook in hooks_of_release() if not hook.is_needed)
+    monkeypatch.setattr(installed, "hooks_of_release", lambda: (replace(lost, function=print),))
+    installed.require_hooks.cache_clear()
+    installed.require_hooks()
+    installed.require_hooks.cache_clear()
+    assert f"goes on slower, without a hook: {lost.target} is not hooked" in caplog.text
+    assert "hooks took" not in caplog.text
 
 
 def test_names_are_choices_of_the_command_line(tiny_model: str) -> None:

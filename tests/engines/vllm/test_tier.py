@@ -1,6 +1,7 @@
 """Chunks through our spec, workers and tier to a real server, by ranks that need not be as many as before."""
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -129,7 +130,8 @@ def looked_up(ranks: Ranks, tier: object, chunk: int) -> bool:
     return result is LookupResult.HIT
 
 
-def test_an_engine_that_seeds_its_hashes_at_random_is_told_so(caplog):
+def test_an_engine_that_seeds_its_hashes_at_random_is_told_so(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("tq_connectors"), "propagate", True)  # to caplog's handler
     fixed = hash_seed()
     assert not caplog.records
     try:

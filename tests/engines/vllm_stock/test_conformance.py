@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import logging
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,8 +103,9 @@ def test_backends_are_found_by_name_and_promise_graphs_of_decodes():
     assert TQMetadataBuilder._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
 
 
-def test_registering_twice_changes_nothing(caplog):
+def test_registering_twice_changes_nothing(monkeypatch, caplog):
     plugin.register()
+    monkeypatch.setattr(logging.getLogger("tq_connectors"), "propagate", True)  # to caplog's handler
     before = list(cache_config.KV_CACHE_DTYPES), dict(registry.AttentionBackendEnum.__members__)
     plugin.register()
     assert (list(cache_config.KV_CACHE_DTYPES), dict(registry.AttentionBackendEnum.__members__)) == before

@@ -14,9 +14,11 @@ class Hook:
         kind: As SGLang's `HookType` has it.
         function: Gets the original first if it is around, and the result if it is after.
         parameters: Of the target that the function relies on, by name.
+        is_needed: Whether an engine would be wrong without it, not slower alone.
     """
 
     target: str
     kind: Literal["before", "after", "around"]
     function: Callable[..., Any]
     parameters: tuple[str, ...]
+    is_needed: bool = True

@@ -8,4 +8,5 @@ HOOK = Hook(
     kind="after",
     function=rest_for_loads,
     parameters=("self",),
+    is_needed=False,
 )
