@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from tq_connectors.sglang.page_codecs import PackedCodec, PageCodec, QuantizedCodec, RowCodec, narrowed, wide
+from tq_connectors.sglang.packed_pages import PackedCodec
+from tq_connectors.sglang.page_codecs import PageCodec, RowCodec
 from tq_connectors.sglang.page_shape import PageShape
+from tq_connectors.sglang.quantized_pages import QuantizedCodec, narrowed, wide
 
 
 class LayerCodec(PageCodec, Protocol):

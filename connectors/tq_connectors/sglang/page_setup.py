@@ -13,11 +13,13 @@ from tq_connectors.codec_state import CodecState, agree_on_state
 from tq_connectors.engine.state import STATE_VARIABLE, balance_of_layer, load_state
 from tq_connectors.parts import Division, Shard, shard_of
 from tq_connectors.sglang.hicache_settings import UNCODED, PageSettings
-from tq_connectors.sglang.page_codecs import PackedCodec, PageCodec, QuantizedCodec, RowCodec
+from tq_connectors.sglang.packed_pages import PackedCodec
+from tq_connectors.sglang.page_codecs import PageCodec, RowCodec
 from tq_connectors.sglang.page_names import PageNames
 from tq_connectors.sglang.page_rows import num_pairs
 from tq_connectors.sglang.page_shape import PageShape
 from tq_connectors.sglang.page_store import PageStore
+from tq_connectors.sglang.quantized_pages import QuantizedCodec
 from tq_connectors.sglang.rank_state import of_first_rank
 from tq_kernels import PageLayout, preset
 from tq_store.client import StoreClient

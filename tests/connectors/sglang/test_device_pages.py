@@ -9,7 +9,8 @@ from connectors.sglang.host_pool import HostMemory
 from tq_connectors.codec import CacheGeometry
 from tq_connectors.sglang.device_pages import DevicePacked, DevicePool, DeviceQuantized, DeviceRows
 from tq_connectors.sglang.host_pages import read_host_pool
-from tq_connectors.sglang.page_codecs import QuantizedCodec, RowCodec
+from tq_connectors.sglang.page_codecs import RowCodec
+from tq_connectors.sglang.quantized_pages import QuantizedCodec
 from tq_kernels import PageLayout, preset
 from tq_store.keys import Part
 

@@ -8,7 +8,9 @@ from connectors.sglang.host_pool import SHAPES, HostMemory
 
 from tq_connectors.codec import CacheGeometry
 from tq_connectors.sglang.host_pages import HostPages, read_host_pool
-from tq_connectors.sglang.page_codecs import PackedCodec, QuantizedCodec, RowCodec
+from tq_connectors.sglang.packed_pages import PackedCodec
+from tq_connectors.sglang.page_codecs import RowCodec
+from tq_connectors.sglang.quantized_pages import QuantizedCodec
 from tq_kernels import PageLayout, preset, reference
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, Part, part_key
 

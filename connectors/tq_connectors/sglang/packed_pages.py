@@ -1,0 +1,98 @@
+"""Pages in the format of a preset that the engine's own pool holds packed already."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from tq_connectors.codec import block_info
+from tq_connectors.sglang.page_copies import copy_all
+from tq_kernels import PageLayout
+from tq_store.block import BlockInfo
+from tq_store.keys import BlockKey, Part
+
+
+class PresetCodec:
+    """Pages in the format of a preset.
+
+    Args:
+        layout: Page of the whole model, all its KV heads.
+        num_layers: Attention layers of the whole model.
+        part: What the process holds.
+    """
+
+    def __init__(self, layout: PageLayout, num_layers: int, part: Part) -> None:
+        self._whole_layout = layout
+        self._layout = replace(layout, num_kv_heads=part.num_kv_heads)
+        self._total_layers = num_layers
+        self._num_layers = part.num_layers
+        self.section_bytes = layout.section_bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over the codec."""
+        return self._layout.spec.fingerprint.hex()
+
+    def info(self, page_key: BlockKey, part: Part) -> BlockInfo:
+        """Header of the block that holds a part of a page."""
+        return block_info(self._whole_layout, self._total_layers, page_key, part)
+
+    def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
+        """Nowhere, unless a page is packed already."""
+        return None
+
+    def empty(self, num_pages: int) -> torch.Tensor:
+        """Memory ``[n, num_bytes]`` uint8."""
+        return torch.empty(num_pages, self._num_layers * self._layout.page_bytes, dtype=torch.uint8)
+
+
+class PackedCodec(PresetCodec):
+    """Pages that the engine has packed already, two layers in the place of keys and values of one.
+
+    How they lie in the pool is said in `page_rows`.
+    """
+
+    def __init__(self, layout: PageLayout, num_layers: int, part: Part) -> None:
+        super().__init__(layout, num_layers, part)
+        self._memory = (0, memoryview(b""))
+
+    def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
+        """The layers of a page, where a host pool keeps each in one run.
+
+        They are cut from a view of the whole pool, as to ask numpy for each takes ten times as long.
+        """
+        between_sides, between_pairs, *within = page.stride()
+        num_heads, row_bytes = page.shape[3:]
+        if within != [num_heads * row_bytes, row_bytes, 1]:
+            return None
+        storage = page.untyped_storage()
+        address, memory = self._memory
+        if address != storage.data_ptr():
+            memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+            self._memory = storage.data_ptr(), memory
+        first, num_bytes = page.storage_offset(), self._layout.page_bytes
+        starts = [
+            first + layer % 2 * between_sides + layer // 2 * between_pairs
+            for layer in range(self._num_layers)
+        ]
+        return [memory[start : start + num_bytes] for start in starts]
+
+    def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Bytes ``[n, num_bytes]`` uint8 of n pages."""
+        packed = self.empty(len(pages))
+        of_pages, in_order = self._halves(packed, pages)
+        copy_all(in_order, of_pages)
+        return packed
+
+    def unpack(self, stored: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
+        """Fill pages; each byte is copied once."""
+        copy_all(*self._halves(stored, pages))
+
+    def _halves(
+        self, stored: torch.Tensor, pages: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Even layers and odd ones of each page, as the engine has them and as they are stored."""
+        layers = stored.view(len(pages), self._num_layers, *pages[0].shape[2:])
+        in_order = [row[side::2] for row in layers for side in range(2)]
+        of_pages = [page[side] for page in pages for side in range(2)]
+        return [half[: len(own)] for half, own in zip(of_pages, in_order, strict=True)], in_order
