@@ -197,10 +197,6 @@ class BlockKind:
             return False
         return data[:HEADER_BYTES] == self._header(key, _checksum([data[HEADER_BYTES:]]))
 
-    def is_kind_of(self, header: bytes) -> bool:
-        """Whether a sound block with this header is one of these."""
-        return header[: _OWN.start] == self._before and header[_OWN.stop : -_CHECKSUM.size] == self._after
-
     def _header(self, key: BlockKey, checksum: bytes) -> bytes:
         head = b"".join((self._before, checksum, *split_key(key), self._after))
         return head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
-from tq_store.block import HEADER_BYTES, payload_of, verify_block
+from tq_store.block import payload_of, verify_block
 from tq_store.config import ClientConfig
 from tq_store.errors import BlockFormatError, RpcError, RpcUnavailable
 from tq_store.keys import BlockKey
@@ -21,7 +21,7 @@ from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.segment import SegmentPool
 from tq_store.rpc.shared import SharedRoad
-from tq_store.rpc.streamed import StreamRoad
+from tq_store.rpc.streamed import Check, StreamRoad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class StoreClient:
         self._connection = Connection(address or self._config.address, self._config)
         self._segments = SegmentPool(self.address, self._config.shared_memory_bytes)
         self._shared = SharedRoad(self._connection, self._segments)
-        self._streams = StreamRoad(self._connection, self._verified)
+        self._streams = StreamRoad(self._connection)
 
     @property
     def address(self) -> str:
@@ -100,7 +100,8 @@ class StoreClient:
         Raises:
             RpcError: On the way, after any number of blocks.
         """
-        yield from self._get(keys, self._connection.attempts(self._config.transfer_timeout_s))
+        attempts = self._connection.attempts(self._config.transfer_timeout_s)
+        yield from self._get(keys, attempts, self._verified)
 
     def get_into(
         self, keys: Sequence[BlockKey], batches: Iterable[Sequence[PlacedBlock]]
@@ -128,10 +129,10 @@ class StoreClient:
                         self._fill_shared(batch, outcomes, attempts)
                         if len(outcomes) < len(batch):
                             rest = keys[position + len(outcomes) :]
-                            stream = opened.enter_context(closing(self._get(rest, attempts)))
+                            stream = opened.enter_context(closing(self._get(rest, attempts, _unchecked)))
                     if stream is not None:
                         pairs = zip(batch[len(outcomes) :], stream, strict=False)
-                        outcomes.extend(_fill(block, data) for block, (_, data) in pairs)
+                        outcomes.extend(self._filled(block, data) for block, (_, data) in pairs)
                 except RpcError:
                     if outcomes:
                         yield outcomes + [GetOutcome.MISSING] * (len(batch) - len(outcomes))
@@ -215,7 +216,7 @@ class StoreClient:
         return flags
 
     def _get(
-        self, keys: Sequence[BlockKey], attempts: Attempts
+        self, keys: Sequence[BlockKey], attempts: Attempts, check: Check
     ) -> Generator[tuple[int, bytes | None], None, None]:
         position = 0
         for chunk in _chunks(keys):
@@ -223,11 +224,11 @@ class StoreClient:
             while position < end:
                 try:
                     for data in self._shared.get(keys[position:end], attempts):
-                        yield position, self._verified(keys[position], data)
+                        yield position, check(keys[position], data)
                         position += 1
                     if position == end:
                         break
-                    for block in self._streams.get(keys[position:end], attempts):
+                    for block in self._streams.get(keys[position:end], attempts, check):
                         yield position, block
                         position += 1
                 except RpcUnavailable as error:
@@ -257,6 +258,13 @@ class StoreClient:
             except RpcUnavailable as error:
                 self._connection.wait_or_raise(attempts, error)
 
+    def _filled(self, block: PlacedBlock, data: bytes | None) -> GetOutcome:
+        """Copy what came for a block to its places, if it is that; to tell costs no look at what it says."""
+        is_it = data is not None and block.kind.is_block(block.key, memoryview(data))
+        if data is not None and is_it:
+            block.fill(payload_of(data))
+        return self._placed(block, is_it or data or False)
+
     def _placed(self, block: PlacedBlock, found: bytes | bool) -> GetOutcome:
         """What became of a block of which the road has found this."""
         if isinstance(found, bool):
@@ -274,14 +282,9 @@ class StoreClient:
         return data
 
 
-def _fill(block: PlacedBlock, data: bytes | None) -> GetOutcome:
-    """Copy a sound block to its places."""
-    if data is None:
-        return GetOutcome.MISSING
-    if not block.kind.is_kind_of(data[:HEADER_BYTES]):
-        return GetOutcome.UNLIKE
-    block.fill(payload_of(data))
-    return GetOutcome.FILLED
+def _unchecked(_: BlockKey, data: bytes | None) -> bytes | None:
+    """What came, for a reader that knows better what it should be."""
+    return data
 
 
 def _guarded(blocks: Iterable[tuple[BlockKey, bytes]]) -> Iterator[tuple[BlockKey, bytes]]:

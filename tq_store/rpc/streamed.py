@@ -13,45 +13,52 @@ from tq_store.rpc.lanes import Stop, fetch_in_order
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
 from tq_store.rpc.shared import Block, is_possible
 
+Check = Callable[[BlockKey, bytes | None], bytes | None]
+"""Given a key and what came for it: the block, or None for what is not sound."""
+
 
 class StreamRoad:
     """Gets and puts within the limits of the contract. Safe to use from several threads.
 
     Args:
         connection: Carries the streams.
-        verified: Gets a key and what came for it; the block, or None where that is not sound. Called on the
-            threads that receive.
     """
 
-    def __init__(
-        self, connection: Connection, verified: Callable[[BlockKey, bytes | None], bytes | None]
-    ) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._verified = verified
 
-    def get(self, keys: Sequence[BlockKey], attempts: Attempts) -> Iterator[bytes | None]:
+    def get(self, keys: Sequence[BlockKey], attempts: Attempts, check: Check) -> Iterator[bytes | None]:
         """One answer per key, from one call as they arrive, or from calls on all connections.
+
+        Args:
+            keys: Of the blocks.
+            attempts: The deadline.
+            check: Called on the threads that receive.
 
         Raises:
             RpcError: On the way, after any number of answers.
         """
         num_connections = self._connection.num_connections
         if num_connections == 1 or len(keys) == 1:
-            yield from self._fetch(keys, Stop(), attempts)
+            yield from self._fetch(keys, Stop(), attempts, check)
         else:
 
             def fetch(run: Sequence[BlockKey], stop: Stop) -> list[bytes | None]:
-                return [*self._fetch(run, stop, attempts)]
+                return [*self._fetch(run, stop, attempts, check)]
 
             yield from fetch_in_order(fetch, keys, num_connections=num_connections)
 
-    def _fetch(self, keys: Sequence[BlockKey], stop: Stop, attempts: Attempts) -> Iterator[bytes | None]:
+    def _fetch(
+        self, keys: Sequence[BlockKey], stop: Stop, attempts: Attempts, check: Check
+    ) -> Iterator[bytes | None]:
         """One answer per key from one Get."""
         request, timeout_s = convert.pack_keys(keys), attempts.remaining_s
         with closing(self._connection.receive("Get", request, timeout_s=timeout_s, stop=stop)) as frames:
-            yield from self._read(keys, frames)
+            yield from self._read(keys, frames, check)
 
-    def _read(self, keys: Sequence[BlockKey], frames: Iterator[bytes]) -> Iterator[bytes | None]:
+    def _read(
+        self, keys: Sequence[BlockKey], frames: Iterator[bytes], check: Check
+    ) -> Iterator[bytes | None]:
         """One answer per key from one Get. A server that breaks the order of frames is not read further."""
         received = 0
         assembler = Assembler(num_blocks=len(keys), keyed=False)
@@ -60,7 +67,7 @@ class StreamRoad:
                 block = assembler.add(parse_frame(raw))
                 if block is not None:
                     received += 1
-                    yield self._verified(keys[block.index], block.data)
+                    yield check(keys[block.index], block.data)
         except ValueError:
             self._connection.count("broken_streams")
         except RpcError:
