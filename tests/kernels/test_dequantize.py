@@ -181,6 +181,29 @@ def test_keys_rotated_back_are_multiplied_by_their_balance(
     )
 
 
+@pytest.mark.parametrize("name", ["tq4", "tq3", "tq2", "k8v4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_keys_of_any_size_are_finite(
+    name: str, dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> None:
+    """Beyond what float16 allows too; and as exact as their bytes where caches are."""
+    layout, slots = layout_of(name, heads=1), torch.arange(16, device=device)
+    for size in (1e-3, 6e4, 1e6, 1e30):
+        keys = size * torch.randn(16, 1, 64, generator=generator).sign()
+        pages = reference.quantize(keys, keys, layout)
+        wanted, _ = reference.dequantize(pages, layout)
+        caches = [torch.full((1, 16, 1, 64), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+        index = torch.zeros(1, dtype=torch.int32, device=device)
+        dequantize_pages(pages.to(device), index, *caches, slots, layout)
+        found = caches[0][0].cpu().double()
+        assert found.isfinite().all()
+        if size < 1e6:
+            length = torch.linalg.vector_norm(wanted, dim=-1, keepdim=True).double()
+            error = 2 * rotation_error(64) + half_product_error(dtype)
+            allowed = error * length + UNIT_ROUNDOFF[dtype] * (wanted.double().abs() + error * length)
+            assert ((found - wanted.double()).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("num_pages", [1, 4, 5])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_what_is_quantized_comes_back(

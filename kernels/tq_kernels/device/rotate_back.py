@@ -8,17 +8,33 @@ caches in half precision, in two parts for others.
 import triton
 import triton.language as tl
 
+from tq_kernels.codebook import LEVELS
 from tq_kernels.device.levels import group_levels
 from tq_kernels.device.write_rows import interleaved, key_words, rounded, rows, value_words
 
 _KEY_UNIT = tl.constexpr(16.0)
 """Rotated keys are divided by it, so that a key as large as float16 allows does not overflow when rotated."""
+_REST_UNIT = tl.constexpr(2048.0)
+"""What float16 leaves of a key is multiplied by it, or small keys would leave subnormals of few bits."""
 
 
 @triton.constexpr_function
 def columns_of_part(tile_dim):
     """Columns of a product: as few as leave registers for a second program on a multiprocessor."""
     return min(tile_dim, 64) if tile_dim <= 128 else 128
+
+
+@triton.constexpr_function
+def largest_scale(code):
+    """Where scales of keys end, so that levels times them plus a centre are finite in float16."""
+    return (_KEY_UNIT.value - 1) * 65504.0 / max(LEVELS[code])
+
+
+@triton.jit
+def _finite(x):
+    """Numbers of float16; NaNs stay."""
+    x = tl.where(x > 65504.0, 65504.0, x)
+    return tl.where(x < -65504.0, -65504.0, x)
 
 
 @triton.jit
@@ -70,23 +86,28 @@ def rotate_keys(
     o_token = first_token + tl.arange(0, MODE.rows)
     o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
     scales = tl.load((p_section + SHAPE.key_scales).to(tl.pointer_type(tl.float16)) + o_token)
+    scales = scales.to(tl.float32)
+    if CODE < 8:  # one comparison a token; bytes of e4m3 have too large levels for it
+        scales = tl.where(scales > largest_scale(CODE), largest_scale(CODE), scales)
     # a level times a scale is exact in float32, so fused or not the sum is the same
-    x = x.to(tl.float32) * (scales.to(tl.float32) * (1.0 / _KEY_UNIT))[:, None]
+    x = x.to(tl.float32) * (scales * (1.0 / _KEY_UNIT))[:, None]
     if SHAPE.centered:
         column = tl.arange(0, SHAPE.tile_dim)
         o_center = (column % GROUPS) * (SHAPE.head_dim // GROUPS) + column // GROUPS
         p_center = (p_section + SHAPE.key_center).to(tl.pointer_type(tl.float16)) + o_center
         center = tl.load(p_center, mask=column // GROUPS < SHAPE.head_dim // GROUPS, other=0.0)
         x += (center.to(tl.float32) * (1.0 / _KEY_UNIT))[None, :]
+    if CODE == 8:
+        x = _finite(x)
     x_half = x.to(tl.float16)
     if DTYPE.is_fp32():
-        x_rest = (x - x_half.to(tl.float32)).to(tl.float16)
+        x_rest = ((x - x_half.to(tl.float32)) * _REST_UNIT).to(tl.float16)
     for part in tl.static_range(SHAPE.tile_dim // PART):
         o_channel = part * PART + tl.arange(0, PART)
         m_channel = o_channel < SHAPE.head_dim
         y = _product(x_half, b_rotation[part])
         if DTYPE.is_fp32():
-            y += _product(x_rest, b_rotation[part])
+            y += _product(x_rest, b_rotation[part]) * (1.0 / _REST_UNIT)
         y *= _KEY_UNIT / SHAPE.head_dim
         if MODE.balanced:
             y *= tl.load(p_balance + o_channel, mask=m_channel, other=1.0)[None, :]
