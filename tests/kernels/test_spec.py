@@ -133,7 +133,7 @@ def test_sizes_can_be_computed_without_torch() -> None:
     program = (
         "import sys, tq_kernels as k\n"
         "k.PageLayout(spec=k.preset('tq4'), head_dim=128, num_kv_heads=8).page_bytes\n"
-        "print(sorted({'torch', 'numpy', 'triton'} & set(sys.modules)))"
+        "print(sorted({'torch', 'numpy', 'numba', 'triton'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "triton", "transformers", "numpy", "vllm", "sglang", "lmcache")
+HEAVY = ("torch", "triton", "transformers", "numpy", "numba", "vllm", "sglang", "lmcache")
 
 
 def imported_by(statement: str) -> set[str]:
@@ -30,6 +30,10 @@ def imported_by(statement: str) -> set[str]:
 )
 def test_the_store_and_the_sizes_need_no_tensors(statement):
     assert not imported_by(statement).intersection(HEAVY)
+
+
+def test_loops_for_a_cpu_are_compiled_by_whoever_runs_them():
+    assert "numba" not in imported_by("import tq_kernels.host")
 
 
 def test_the_client_needs_no_server_package():
