@@ -157,7 +157,14 @@ class ChunkCodec:
 
     def _read(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> KVLayout:
         assert self._pages is not None
-        return read_layout(shapes, dtypes, self._pages.num_kv_heads, self._pages.head_dim)
+        chunk = read_layout(shapes, dtypes, self._pages.num_kv_heads, self._pages.head_dim)
+        num_layers = chunk.num_layers if self._state is None else len(self._state.key_balance)
+        if chunk.num_layers != num_layers:
+            raise UnsupportedLayout(
+                f"a chunk has {chunk.num_layers} layers, the codec state {num_layers}: a state serves models "
+                "whose chunks hold all layers"
+            )
+        return chunk
 
     def _header(self, key: BlockKey, chunk: KVLayout) -> BlockInfo:
         """The header of a chunk; the fingerprint also covers the dtype that was packed, and the state."""
@@ -172,19 +179,9 @@ class ChunkCodec:
         )
 
     def _balances(self, chunk: KVLayout, rank: RankOf) -> list[torch.Tensor | None]:
-        """What the keys of each group are divided by: ``[layers, heads, channels]`` float32.
-
-        Raises:
-            UnsupportedLayout: The state is of a model with another number of layers.
-        """
+        """What the keys of each group are divided by: ``[layers, heads, channels]`` float32."""
         if self._state is None or self._pages is None:
             return [None] * len(chunk.groups)
-        num_layers = len(self._state.key_balance)
-        if chunk.num_layers != num_layers:
-            raise UnsupportedLayout(
-                f"a chunk has {chunk.num_layers} layers, the codec state {num_layers}: a state serves models "
-                "whose chunks hold all layers"
-            )
         return list(self._balance_of_rank(rank).split([layers for layers, _ in chunk.groups]))
 
     def _slice_balance(self, rank: RankOf) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """One process with LMCache's engine inside: saves or loads a cache of some tokens, and says what came.
 
-Usage: python -m engines.lmcache.engine_process save|load CONFIG.json
+Usage: python -m engines.lmcache.engine_process save|load|load-async CONFIG.json
 """
 
 import json
 import os
+import queue
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,26 @@ class CPUConnector(GPUConnectorInterface):
         return torch.Size((2, LAYERS, num_tokens, HEADS * DIM))
 
 
+class Scheduler:
+    """Whom LMCache tells what a lookup that does not wait has brought into its memory."""
+
+    def __init__(self) -> None:
+        self._answers: queue.Queue[tuple[str, int]] = queue.Queue()
+
+    def send_response_to_scheduler(self, lookup_id: str, num_hit_tokens: int) -> None:
+        self._answers.put((lookup_id, num_hit_tokens))
+
+    def wait_for(self, lookup_id: str) -> int:
+        answered, tokens = self._answers.get(timeout=20)
+        assert answered == lookup_id
+        return tokens
+
+
 def main() -> None:
     action, settings = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     config = LMCacheEngineConfig.from_dict(
         {"chunk_size": CHUNK, "local_cpu": False, "max_local_cpu_size": 0.25, "remote_serde": "naive"}
+        | {"enable_async_loading": action == "load-async"}
         | settings
     )
     metadata = LMCacheMetadata(
@@ -71,13 +88,18 @@ def main() -> None:
     engine = LMCacheEngineBuilder.get_or_create(
         "engine", config, metadata, CPUConnector(cache), lambda tensor, rank: None, lambda item, rank: item
     )
-    engine.post_init()
-    answer: dict[str, Any] = {"found": engine.lookup(TOKENS)}
+    scheduler = Scheduler()
+    engine.post_init(async_lookup_server=scheduler)
+    if action == "load-async":
+        engine.async_lookup_and_prefetch("request", TOKENS)
+        answer: dict[str, Any] = {"found": scheduler.wait_for("request")}
+    else:
+        answer = {"found": engine.lookup(TOKENS)}
     if action == "save":
         engine.store(torch.tensor(TOKENS))
         wait_until(lambda: engine.lookup(TOKENS) == len(TOKENS))
-    else:
-        answer["loaded"] = int(engine.retrieve(torch.tensor(TOKENS)).sum())
+    elif answer["found"]:  # else a scheduler asks for nothing
+        answer["loaded"] = int(engine.retrieve(torch.tensor(TOKENS), req_id="request").sum())
         answer["equal"] = [
             bool(torch.equal(cache[:, :, start : start + CHUNK], whole[:, :, start : start + CHUNK]))
             for start in range(0, len(TOKENS), CHUNK)

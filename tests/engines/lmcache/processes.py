@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,19 @@ class LMCacheServer:
     """A server with these L2 adapters. Started again it has nothing but what they hold."""
 
     def __init__(
-        self, directory: Path, transport: str, *adapters: dict[str, Any], chunk_tokens: int = 256
+        self,
+        directory: Path,
+        transport: str,
+        *adapters: dict[str, Any],
+        chunk_tokens: int = 256,
+        more: Sequence[str] = (),
     ) -> None:
         self._log = directory / "lmcache.log"
         self._command = [sys.executable, "-m", "lmcache.v1.multiprocess.server"]
         self._command += ["--transport", transport, "--chunk-size", str(chunk_tokens)]
         self._command += ["--supported-transfer-mode", "engine_driven"]
         self._command += ["--no-l1-use-lazy", "--l1-size-gb", "0.25", "--eviction-policy", "LRU"]
-        self._command += ["--disable-observability"]
+        self._command += ["--disable-observability", *more]
         for adapter in adapters:
             self._command += ["--l2-adapter", json.dumps(adapter)]
         self._scheme = {"grpc": "grpc", "zmq": "tcp"}[transport]

@@ -262,3 +262,15 @@ def test_a_killed_server_is_a_miss_and_a_new_one_works_again(salt):
         assert controller.find(KEYS) == [True, True, False, False]
         assert adapter.get_usage().total_bytes_used == 2 * CHUNK.nbytes
     adapter.close()
+
+
+def test_what_the_store_does_not_take_leaves_the_rest_stored(salt):
+    big = torch.zeros(1 << 22, dtype=torch.bfloat16)
+    with running_server(memory_budget_bytes=4 << 20) as small:
+        adapter = make_adapter(plugin(small.address, salt=salt))
+        controller = Controller(adapter)
+        assert not controller.store(KEYS[:3], [CHUNK, big, CHUNK])
+        assert controller.find(KEYS) == [True, False, True, False]
+        assert adapter.get_usage().total_bytes_used == 2 * CHUNK.nbytes
+        assert adapter.report_status()["refused_objects"] == 1
+        adapter.close()

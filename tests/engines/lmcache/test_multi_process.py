@@ -50,7 +50,8 @@ def save_and_settle(url: str, pages: list[torch.Tensor], is_stored: Any) -> None
     worker.close()
 
 
-@pytest.mark.parametrize(("transport", "medium"), [("grpc", "store"), ("zmq", "store"), ("zmq", "redis")])
+@pytest.mark.parametrize("transport", ["grpc", "zmq"])
+@pytest.mark.parametrize("medium", ["store", "redis"])
 def test_compressed_pages_come_back_untouched_after_a_restart(
     transport, medium, server, client, redis_server, salt, tmp_path
 ):
@@ -103,6 +104,63 @@ def test_an_engine_in_bf16_is_compressed_and_a_purged_store_is_a_miss(server, cl
         assert worker.look_up(TOKENS) == 0
         worker.close()
         assert "ERROR" not in lmcache.log()
+
+
+REGISTERED = {  # shape of a layer, where its pages are counted, and the order of its axes in LMCache's words
+    "planes of heads by token": ((2, PAGES, PAGE_TOKENS, HEADS, DIM), 1, "NHD"),
+    "planes of tokens by head": ((2, PAGES, HEADS, PAGE_TOKENS, DIM), 1, "HND"),
+    "pages of planes of heads by token": ((PAGES, 2, PAGE_TOKENS, HEADS, DIM), 0, "NHD"),
+    "pages of planes of tokens by head": ((PAGES, 2, HEADS, PAGE_TOKENS, DIM), 0, "HND"),
+    "fused, heads by token": ((PAGES, PAGE_TOKENS, HEADS, 2 * DIM), 0, "NHD"),
+    "fused, tokens by head": ((PAGES, HEADS, PAGE_TOKENS, 2 * DIM), 0, "HND"),
+}
+
+
+def test_every_layout_of_keys_and_values_that_lmcache_registers_is_packed(server, client, salt, tmp_path):
+    adapter = plugin(server.address, salt=salt, codec="serde:tq4") | {"serde": TQ4}
+    generator = torch.Generator().manual_seed(7)
+    with LMCacheServer(tmp_path, "grpc", adapter) as lmcache:
+        for name, (shape, axis, order) in REGISTERED.items():
+            client.purge(None)
+            pages = [torch.randn(shape, generator=generator).bfloat16() for _ in range(LAYERS)]
+            writer = Worker(lmcache.url, pages, PAGE_TOKENS, model=name, kv_layout=order)
+            assert writer.save(TOKENS, FIRST)
+            wait_until(lambda: client.stats().tiers["memory"].num_blocks == 2)
+            writer.forget()
+            writer.close()
+            fetched = blank(pages)
+            reader = Worker(lmcache.url, fetched, PAGE_TOKENS, model=name, kv_layout=order)
+            assert reader.look_up(TOKENS) == len(TOKENS), name
+            assert reader.load(TOKENS, OTHER), name
+            reader.close()
+            for before, after in zip(pages, fetched, strict=True):
+                wanted = before.index_select(axis, torch.tensor(FIRST)).float()
+                found = after.index_select(axis, torch.tensor(OTHER)).float()
+                assert 0.05 < (found - wanted).norm() / wanted.norm() < 0.11, name
+        assert "ERROR" not in lmcache.log()
+
+
+@pytest.mark.parametrize("transport", ["grpc", "zmq"])
+def test_a_cache_that_cannot_be_packed_is_said_when_it_is_registered(
+    transport, server, client, salt, tmp_path
+):
+    adapter = plugin(server.address, salt=salt, codec="serde:tq4") | {"serde": TQ4}
+    module = ["--server-module", '{"module_path": "tq_connectors.lmcache.layout_check"}']
+    good = bf16_pages()
+    latent = [torch.zeros(PAGES, PAGE_TOKENS, 576, dtype=torch.bfloat16) for _ in range(LAYERS)]  # MLA
+    with LMCacheServer(tmp_path, transport, adapter, more=module) as lmcache:
+        fits = Worker(lmcache.url, good, PAGE_TOKENS, model="org/fits")
+        fits.ping()
+        assert "ERROR" not in lmcache.log()
+        for model, pages in (("org/mla", latent), ("org/bytes", engine_pages())):
+            other = Worker(lmcache.url, pages, PAGE_TOKENS, model=model)
+            other.ping()
+            other.ping()
+            wait_until(lambda model=model: f"nothing of model {model} will be stored" in lmcache.log())
+            other.close()
+        assert lmcache.log().count("will be stored: the serde was told 2 KV heads of 64 channels") == 2
+        assert "LMCache registered torch.bfloat16[2, 256, 576]" in lmcache.log()
+        fits.close()
 
 
 def test_lmcache_does_not_start_with_a_wrong_setting(server, tmp_path):

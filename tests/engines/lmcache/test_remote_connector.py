@@ -286,8 +286,12 @@ def run_engine(action: str, settings: dict[str, Any], directory: Path) -> dict[s
     return json.loads(answers[0].removeprefix("ANSWER "))
 
 
-def test_an_engine_loads_what_another_one_saved(server, client, salt, tmp_path):
+def test_engines_load_what_another_one_saved(server, client, salt, tmp_path):
+    """By a lookup that waits, and by one that does not and loads meanwhile."""
     settings = written(server.address, salt)
     assert run_engine("save", settings, tmp_path)["found"] == 0
-    answer = run_engine("load", settings, tmp_path)
-    assert answer == {"found": 4 * CHUNK, "loaded": 4 * CHUNK, "equal": [True] * 4}
+    for action in ("load", "load-async"):
+        answer = run_engine(action, settings, tmp_path)
+        assert answer == {"found": 4 * CHUNK, "loaded": 4 * CHUNK, "equal": [True] * 4}, action
+    client.purge(None)
+    assert run_engine("load-async", settings, tmp_path)["found"] == 0

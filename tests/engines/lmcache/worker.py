@@ -36,8 +36,9 @@ class Worker:
         self._pages = {f"layer.{number}": tensor for number, tensor in enumerate(pages)}
         self._page_tokens, self._model = page_tokens, model
         self._pages_per_chunk = self._client.get_chunk_size().result(timeout=WAIT_S) // page_tokens
+        self._instance = next(_numbers)
         self._context = create_transfer_context(
-            self._pages, instance_id=next(_numbers), req_client=self._client, mode="engine_driven"
+            self._pages, instance_id=self._instance, req_client=self._client, mode="engine_driven"
         )
         self._context.register(
             self._pages,
@@ -47,6 +48,10 @@ class Worker:
             WAIT_S,
             layout_hints={"kv_layout": kv_layout},
         )
+
+    def ping(self) -> None:
+        """Say that it is there, as an engine does from its registration on."""
+        assert self._client.ping(self._instance).result(timeout=WAIT_S)
 
     def save(self, tokens: Sequence[int], page_ids: Sequence[int], salt: str = "") -> bool:
         """Hand the pages of whole chunks to LMCache."""
