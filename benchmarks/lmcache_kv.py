@@ -1,10 +1,14 @@
 """Keys and values of a real model on a real text, in a file that LMCache's environment can read.
 
 ``python -m benchmarks.lmcache_kv`` prefills SmolLM2 in the project's environment and writes bfloat16 bits as
-``[2, layers, tokens, heads, channels]`` int16 to ``out/lmcache_kv.npy``.
+``[2, layers, tokens, heads, channels]`` int16 to ``out/lmcache_kv.npy``, and to ``out/lmcache_kv.json`` how
+long computing them took, and how long a token takes that follows them.
 """
 
 import argparse
+import json
+import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     cache = DynamicCache()
     with torch.inference_mode():
-        model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        started = time.perf_counter()
+        model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        computed_s = time.perf_counter() - started
+        steps_s = []
+        for _ in range(5):
+            started = time.perf_counter()
+            model(torch.tensor([ids[-1:]]), past_key_values=cache, use_cache=True)
+            steps_s.append(time.perf_counter() - started)
+            cache.crop(-1)
     layers = [torch.stack((layer.keys[0], layer.values[0])).transpose(1, 2) for layer in cache.layers]
     bits = torch.stack(layers, dim=1).bfloat16().contiguous().view(torch.int16)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     np.save(options.out, bits.numpy(), allow_pickle=False)
-    print(f"{options.out}: {list(bits.shape)}")
+    times = {"computed_ms": computed_s * 1e3, "step_ms": statistics.median(steps_s) * 1e3}
+    options.out.with_suffix(".json").write_text(json.dumps(times))
+    print(f"{options.out}: {list(bits.shape)}, {times}")
 
 
 if __name__ == "__main__":

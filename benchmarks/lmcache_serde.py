@@ -9,7 +9,8 @@ to device, which leave out every copy to the host, and our checksums.
 Speed and outliers are measured on a chunk of 8 heads of 128 channels. With outliers, four channels of each
 head are 20 times the others, and the error is the relative squared one; ``uniform 4 bits`` is what LMCache's
 turboquant does to values, computed here. A link is shaped in user space; "loaded" is from the lookup until
-LMCache has the prefix in memory in bfloat16: time to first token, less one step of decoding.
+LMCache has the prefix in memory in bfloat16. The first token comes one step of decoding later, whose time was
+measured with the model, as was "computed": its time when the prefix is computed.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from benchmarks.circumstances import circumstances
 from benchmarks.lmcache_serdes import Serde, all_serdes, seconds
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "lmcache_serde.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
 CHUNK_TOKENS = 256
 OUTLIER, NUM_OUTLIERS = 20.0, 4
 LARGE_HEADS, LARGE_DIM = 8, 128
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rates",
         type=float,
         nargs="*",
-        default=[0.5, 1.0, 2.0, 5.0],
+        default=[0.5, 1.0, 2.0, 5.0, 10.0, 25.0],
         help="Gbit/s; none leaves the links out",
     )
     parser.add_argument("--repeats", type=int, default=5)
@@ -112,7 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tokens", type=int, default=CHUNK_TOKENS, help="of the chunk that is timed (default: %(default)s)"
     )
     parser.add_argument("--only", nargs="*", default=[""], help="serdes with one of these in their names")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: benchmarks/results/lmcache_serde.jsonl with a GPU, lmcache_serde_cpu.jsonl without",
+    )
     parser.add_argument("--commit", help="what to write down where this is no git checkout")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -149,10 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.rates:
         from benchmarks.lmcache_links import measure_links  # needs what the store needs, which GPU hosts lack
 
-        for row in measure_links(chunks, heads, dim, options.rates, options.repeats):
+        times = json.loads(options.kv.with_suffix(".json").read_text())
+        for row in measure_links(chunks, heads, dim, options.rates, options.repeats, times):
             add(row)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("".join(json.dumps(row | facts) + "\n" for row in rows))
+    where = "" if torch.cuda.is_available() else "_cpu"
+    out = options.out or RESULTS / f"lmcache_serde{where}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row | facts) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Quantize and dequantize on a CPU, tile by tile, many times as fast as `reference`.
 
 `reference` works on whole tensors, so on a CPU it waits for memory. Here a tile of pages stays in the cache:
-loops that Numba compiles rotate it (`host_rotation`) and turn vectors into packed words and back
-(`host_loops`). Rotated coordinates may differ from the reference's by rounding, and nothing that follows.
+loops that Numba compiles move its tokens (`host_tokens`), rotate them (`host_rotation`) and turn vectors into
+packed words and back (`host_loops`). Sums may differ from the reference's by rounding, and nothing else.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,18 +25,20 @@ from tq_kernels.reference import (
 )
 from tq_kernels.spec import Code, KeyCenter
 
-_TILE_ELEMENTS = 1 << 17
-"""Elements of keys, or of values, that are worked on at once: half a megabyte of float32."""
+_TILE_ELEMENTS = 1 << 18
+"""Elements of keys, or of values, that are worked on at once: a megabyte of float32."""
 _EXACT_SQUARES = {Code.LM2: 1024, Code.LM3: 512, Code.LM4: 256}
 """Channels up to which float32 holds a sum of squared levels exactly, whatever the order."""
 
 
 def prepare(layout: PageLayout) -> None:
     """Compile the loops that a layout needs, which takes seconds and is otherwise done by the first calls."""
-    tokens = torch.zeros(layout.page_tokens, layout.num_kv_heads, layout.head_dim)
     pages = torch.empty(1, layout.page_bytes, dtype=torch.uint8)
-    quantize(tokens, tokens, layout, pages)
-    dequantize(pages, layout, tokens, tokens)
+    shape = (2, layout.page_tokens, layout.num_kv_heads, layout.head_dim)
+    apart, alternating = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(*shape[1:], 2).bfloat16()
+    for keys, values in (apart, apart.float(), alternating.movedim(-1, 0)):
+        quantize(keys, values, layout, pages)
+        dequantize(pages, layout, keys, values)
 
 
 def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout, pages: torch.Tensor) -> None:
@@ -53,7 +56,7 @@ def quantize(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout, pages
     """
     _check(keys, values, layout, pages)
     dense = pages.contiguous()
-    dense.zero_()
+    dense.numpy().fill(0)
     for tile, tokens in _tiles(dense, layout):
         if not _write_tile(tile, keys[tokens], values[tokens], layout):
             tile.copy_(reference.quantize(keys[tokens], values[tokens], layout))
@@ -77,13 +80,9 @@ def dequantize(pages: torch.Tensor, layout: PageLayout, keys: torch.Tensor, valu
     for tile, tokens in _tiles(pages.contiguous(), layout):
         for side, code, out in (("key", layout.spec.key, keys), ("value", layout.spec.value, values)):
             vectors = _read_side(tile, layout, side)
-            center = read_key_center(tile, layout) if side == "key" else None
-            if center is not None:
-                vectors.add_(center[:, :, None])
             if code.rotated:
                 vectors = _rotated(vectors, layout, inverse=True)
-            by_page = out[tokens].unflatten(0, (-1, layout.page_tokens))
-            by_page.copy_(vectors.transpose(1, 2))
+            _store(vectors, out[tokens], layout)
 
 
 def _check(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout, pages: torch.Tensor) -> None:
@@ -109,32 +108,50 @@ def _write_tile(tile: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, la
     for side, tokens, code in (("key", keys, layout.spec.key), ("value", values, layout.spec.value)):
         if layout.head_dim > _EXACT_SQUARES.get(code, layout.head_dim):
             return False
-        by_page = tokens.unflatten(0, (-1, layout.page_tokens)).transpose(1, 2)
-        vectors = torch.empty(by_page.shape, dtype=torch.float32)
-        vectors.copy_(by_page)
+        vectors = _load(tokens, layout)
         if not code.rotated:
             _write_cast(tile, layout, side, _cast(vectors, code))
             continue
         vectors = _rotated(vectors, layout)
+        centers = torch.zeros(*vectors.shape[:2], layout.head_dim)
         if side == "key" and layout.spec.key_center is KeyCenter.PAGE:
-            center = vectors.mean(dim=2).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
-            plane_view(tile, layout, "key_center")[..., 0, :] = center.view(torch.int16)
-            vectors.sub_(center.float()[:, :, None])
-        norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        if not bool(norm.isfinite().all()):
-            return False
+            _loops("host_tokens").mean_of_sections(_rows(vectors), layout.page_tokens, _rows(centers))
+            stored = centers.clamp_(-FP16_MAX, FP16_MAX).to(torch.float16)
+            plane_view(tile, layout, "key_center")[..., 0, :] = stored.view(torch.int16)
+            centers = stored.float()
         write = _write_indices if code in LEVELS else _write_scaled
-        scales = write(tile, layout, side, vectors, norm)
+        scales = write(tile, layout, side, vectors, centers)
+        if scales is None:
+            return False
         plane_view(tile, layout, f"{side}_scales")[..., 0, :] = scales.view(torch.int16)
     return True
 
 
+def _load(tokens: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """``[tokens, heads, dim]`` as float32 ``[pages, heads, page_tokens, dim]``."""
+    loops = _loops("host_tokens")
+    shape = (len(tokens) // layout.page_tokens, layout.num_kv_heads, layout.page_tokens, layout.head_dim)
+    vectors = torch.empty(shape)
+    load = loops.loader(is_bits=tokens.dtype is torch.bfloat16)
+    load(loops.as_array(tokens), layout.page_tokens, _rows(vectors))
+    return vectors
+
+
+def _store(vectors: torch.Tensor, tokens: torch.Tensor, layout: PageLayout) -> None:
+    """Undo `_load`, in place, rounded to the dtype of the tokens."""
+    loops = _loops("host_tokens")
+    is_bits = tokens.dtype is torch.bfloat16
+    array = loops.as_array(tokens)
+    loops.storer(is_bits=is_bits)(array, layout.page_tokens, _rows(vectors))
+    if tokens.dtype not in (torch.bfloat16, torch.float32):
+        tokens.copy_(torch.from_numpy(array))
+
+
 def _rotated(vectors: torch.Tensor, layout: PageLayout, *, inverse: bool = False) -> torch.Tensor:
     """Contiguous ``[pages, heads, page_tokens, dim]`` float32, rotated or rotated back; may be in place."""
-    from tq_kernels import host_rotation  # Numba takes half a second, and whoever has a GPU needs none of it
-
-    if host_rotation.has_butterflies(layout.head_dim):
-        rotate = host_rotation.rotator(layout.head_dim, layout.spec.rotation_seed, inverse=inverse)
+    loops = _loops("host_rotation")
+    if loops.has_butterflies(layout.head_dim):
+        rotate = loops.rotator(layout.head_dim, layout.spec.rotation_seed, inverse=inverse)
         rotate(vectors.view(-1).numpy())
         return vectors
     matrix = rotation_of(layout, vectors.device)
@@ -142,23 +159,31 @@ def _rotated(vectors: torch.Tensor, layout: PageLayout, *, inverse: bool = False
 
 
 def _write_indices(
-    tile: torch.Tensor, layout: PageLayout, side: str, vectors: torch.Tensor, norm: torch.Tensor
-) -> torch.Tensor:
-    """Words and sign words of Lloyd-Max codes; returns their scales ``[pages, heads, tokens]`` float16."""
+    tile: torch.Tensor, layout: PageLayout, side: str, vectors: torch.Tensor, centers: torch.Tensor
+) -> torch.Tensor | None:
+    """Words and sign words of Lloyd-Max codes.
+
+    Returns:
+        Scales ``[pages, heads, tokens]`` float16, or None where a norm is none.
+    """
     code = layout.spec.key if side == "key" else layout.spec.value
-    scales = torch.empty(norm.shape[:-1])
+    scales = torch.empty(vectors.shape[:-1])
     length, limit = TARGETS[code] * layout.head_dim**0.5, likeness_without_gain(code, layout.head_dim)
-    write = _loops().index_writer(code, is_value=side == "value")
-    norms, found = norm.view(-1).numpy(), scales.view(-1).numpy()
-    write(_rows(vectors), norms, found, length, limit, *_place(tile, layout, side))
-    return scales.to(torch.float16)
+    write = _loops("host_loops").index_writer(code, is_value=side == "value")
+    place = _place(tile, layout, side)
+    is_finite = write(_rows(vectors), _rows(centers), scales.view(-1).numpy(), length, limit, *place)
+    return scales.to(torch.float16) if is_finite else None
 
 
 def _write_scaled(
-    tile: torch.Tensor, layout: PageLayout, side: str, vectors: torch.Tensor, norm: torch.Tensor
-) -> torch.Tensor:
+    tile: torch.Tensor, layout: PageLayout, side: str, vectors: torch.Tensor, centers: torch.Tensor
+) -> torch.Tensor | None:
     """Bytes of e4m3; the rest as in `_write_indices`."""
     code = layout.spec.key if side == "key" else layout.spec.value
+    vectors.sub_(centers[:, :, None])
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    if not bool(norm.isfinite().all()):
+        return None
     vectors.mul_(TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
     cast = vectors.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     _write_cast(tile, layout, side, cast)
@@ -180,20 +205,28 @@ def _write_cast(tile: torch.Tensor, layout: PageLayout, side: str, numbers: torc
 
 
 def _read_side(tile: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
-    """Levels times scales ``[pages, heads, tokens, dim]`` float32, still rotated and centred."""
+    """Centres and levels times scales ``[pages, heads, tokens, dim]`` float32, still rotated."""
     code = layout.spec.key if side == "key" else layout.spec.value
-    scales = None
-    if code.rotated:
-        scales = plane_view(tile, layout, f"{side}_scales")[..., 0, :].view(torch.float16).float()
-    if code in LEVELS and scales is not None:
-        vectors = torch.empty(*scales.shape, layout.head_dim)
-        read = _loops().index_reader(code, is_value=side == "value")
-        read(_rows(vectors), scales.view(-1).numpy(), *_place(tile, layout, side))
-        return vectors
+    if not code.rotated:
+        return _read_cast(tile, layout, side)
+    scales = plane_view(tile, layout, f"{side}_scales")[..., 0, :].view(torch.float16).float()
+    centers = read_key_center(tile, layout) if side == "key" else None
+    if centers is None:
+        centers = torch.zeros(*scales.shape[:2], layout.head_dim)
+    if code not in LEVELS:
+        return _read_cast(tile, layout, side).mul_(scales[..., None]).add_(centers[:, :, None])
+    vectors = torch.empty(*scales.shape, layout.head_dim)
+    read = _loops("host_loops").index_reader(code, is_value=side == "value")
+    read(_rows(vectors), scales.view(-1).numpy(), _rows(centers), *_place(tile, layout, side))
+    return vectors
+
+
+def _read_cast(tile: torch.Tensor, layout: PageLayout, side: str) -> torch.Tensor:
+    """Numbers of the codes that are a cast, float32."""
+    code = layout.spec.key if side == "key" else layout.spec.value
     words = _turned(plane_view(tile, layout, f"{side}_words"), side).contiguous()
     numbers = words.view(torch.bfloat16 if code is Code.BF16 else torch.float8_e4m3fn)
-    vectors = _turned(numbers, side).to(torch.float32, memory_format=torch.contiguous_format)
-    return vectors if scales is None else vectors.mul_(scales[..., None])
+    return _turned(numbers, side).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _turned(part: torch.Tensor, side: str) -> torch.Tensor:
@@ -216,8 +249,6 @@ def _place(tile: torch.Tensor, layout: PageLayout, side: str) -> tuple[Any, Any,
     return as_words, as_signs, layout.page_tokens, (*in_words, *in_signs)
 
 
-def _loops() -> Any:
-    """`host_loops`. Numba takes half a second, and whoever has a GPU needs none of it."""
-    from tq_kernels import host_loops
-
-    return host_loops
+def _loops(name: str) -> Any:
+    """A module of loops. Numba takes half a second to import, and whoever has a GPU needs none of it."""
+    return import_module(f"tq_kernels.{name}")

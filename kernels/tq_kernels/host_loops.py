@@ -29,13 +29,23 @@ _SIGN_BIT = np.int32(31)
 _ONE = np.int32(1)
 
 
+@njit(fastmath=_ANY_ORDER)
+def length_of(vector: Any) -> Any:
+    """The norm of a vector, float32."""
+    squares = np.float32(0)
+    for j in range(vector.shape[0]):
+        squares += vector[j] * vector[j]
+    return np.float32(np.sqrt(np.float64(squares)))
+
+
 @lru_cache(maxsize=16)
-def index_writer(code: Code, *, is_value: bool) -> Callable[..., None]:
+def index_writer(code: Code, *, is_value: bool) -> Callable[..., bool]:
     """The loop that writes indices into pages of zeros, by the best set of boundaries for each vector.
 
-    Its arguments: vectors; norms ``[n]`` float32; scales ``[n]`` float32, overwritten, as
-    `reference.nearest_indices` has them; the length that the code wants of a vector; the likeness from which
-    on a value has no gain; and the page's. What is summed must be exact in float32.
+    Its arguments: vectors; centres ``[sections, dim]`` float32, which are taken out; scales ``[n]`` float32,
+    overwritten, as `reference.nearest_indices` has them; the length that the code wants of a vector; the
+    likeness from which on a value has no gain; and the page's. It returns whether all norms were finite.
+    Squared levels must have sums that are exact in float32.
     """
     form, edges, levels = WORD_FORMATS[code], _floats(BOUNDARIES[code]), _floats(LEVELS[code])
     num_sets, num_edges = edges.shape
@@ -61,7 +71,7 @@ def index_writer(code: Code, *, is_value: bool) -> Callable[..., None]:
     @njit(nogil=True)
     def write(
         vectors: Any,
-        norms: Any,
+        centers: Any,
         scales: Any,
         length: float,
         gain_limit: float,
@@ -69,16 +79,22 @@ def index_writer(code: Code, *, is_value: bool) -> Callable[..., None]:
         signs: Any,
         tokens: int,
         places: tuple[int, ...],
-    ) -> None:
+    ) -> bool:
         dim, wanted, limit = vectors.shape[1], np.float32(length), np.float32(gain_limit)
         sizes, halves = np.empty(dim, np.float32), np.empty(dim, np.float32)
         magnitudes, negative = np.empty(dim, np.int32), np.empty(dim, np.int32)
         bits, half_bits = sizes.view(np.int32), halves.view(np.int32)
         for row in range(vectors.shape[0]):
-            vector = vectors[row]
-            factor = _UNIT / max(norms[row], shortest) * wanted  # in the reference's order
+            section, token = row // tokens, row % tokens
+            vector, center = vectors[row], centers[section]
             for j in range(dim):
-                sizes[j] = vector[j] * factor
+                sizes[j] = vector[j] - center[j]
+            norm = length_of(sizes)
+            if not np.isfinite(norm):
+                return False
+            factor = _UNIT / max(norm, shortest) * wanted  # in the reference's order
+            for j in range(dim):
+                sizes[j] *= factor
             for j in range(dim):
                 negative[j] = (bits[j] >> _SIGN_BIT) & _ONE
                 half_bits[j] = bits[j] & _FLOAT16_BITS
@@ -92,7 +108,7 @@ def index_writer(code: Code, *, is_value: bool) -> Callable[..., None]:
                 if i == 0 or like > likeness:
                     best, squares, likeness = i, of_set, like
             # float32 sqrt is off by a unit now and then, where PyTorch's norm is not
-            scale = norms[row] / np.float32(np.sqrt(np.float64(squares)))
+            scale = norm / np.float32(np.sqrt(np.float64(squares)))
             if is_value and likeness < limit:
                 scale *= gain
             scales[row] = min(scale, largest_scale)
@@ -102,7 +118,6 @@ def index_writer(code: Code, *, is_value: bool) -> Callable[..., None]:
                 for k in range(num_edges):
                     magnitude = np.int32(k + 1) if sizes[j] >= boundaries[k] else magnitude
                 magnitudes[j] = magnitude
-            section, token = row // tokens, row % tokens
             word_at, sign_at = section * places[0] + places[1], section * places[2] + places[3]
             if is_value:
                 run = tokens // groups
@@ -135,6 +150,7 @@ def index_writer(code: Code, *, is_value: bool) -> Callable[..., None]:
                         word[w], sign[w] = here, np.int16(flags)
                     else:
                         word[w] = here | flags
+        return True
 
     return write
 
@@ -143,7 +159,7 @@ def index_writer(code: Code, *, is_value: bool) -> Callable[..., None]:
 def index_reader(code: Code, *, is_value: bool) -> Callable[..., None]:
     """The loop that reads levels out of pages, each times the scale of its vector.
 
-    Its arguments: vectors, overwritten; scales ``[n]`` float32; and the page's.
+    Its arguments: vectors, overwritten; scales ``[n]`` float32; centres, which are added; and the page's.
     """
     form, levels = WORD_FORMATS[code], _floats(LEVELS[code])
     groups, lanes = form.groups, form.lanes
@@ -158,7 +174,9 @@ def index_reader(code: Code, *, is_value: bool) -> Callable[..., None]:
         return level
 
     @njit(nogil=True)
-    def read(vectors: Any, scales: Any, words: Any, signs: Any, tokens: int, places: tuple[int, ...]) -> None:
+    def read(
+        vectors: Any, scales: Any, centers: Any, words: Any, signs: Any, tokens: int, places: tuple[int, ...]
+    ) -> None:
         dim = vectors.shape[1]
         indices, negative = np.empty(dim, np.int32), np.empty(dim, np.int32)
         for row in range(vectors.shape[0]):
@@ -188,10 +206,10 @@ def index_reader(code: Code, *, is_value: bool) -> Callable[..., None]:
                             j = (group * count + w) * lanes + lane
                             indices[j] = (here >> magnitude_shifts[group, lane]) & mask
                             negative[j] = (flags >> sign_shifts[group, lane]) & _ONE
-            vector, scale = vectors[row], scales[row]
+            vector, center, scale = vectors[row], centers[section], scales[row]
             for j in range(dim):
                 size = level_of(indices[j]) * scale
-                vector[j] = -size if negative[j] else size
+                vector[j] = (-size if negative[j] else size) + center[j]
 
     return read
 
