@@ -37,7 +37,7 @@ class LMCacheServer:
         self._log = directory / "lmcache.log"
         self._command = [sys.executable, "-m", "lmcache.v1.multiprocess.server"]
         self._command += ["--transport", transport, "--chunk-size", str(chunk_tokens)]
-        self._command += ["--supported-transfer-mode", "engine_driven"]
+        self._command += ["--supported-transfer-mode", "auto"]
         self._command += ["--no-l1-use-lazy", "--l1-size-gb", "0.25", "--eviction-policy", "LRU"]
         self._command += ["--disable-observability", *more]
         for adapter in adapters:

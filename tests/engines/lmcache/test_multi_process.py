@@ -43,17 +43,27 @@ def blank(pages: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.zeros_like(page) for page in pages]
 
 
-def save_and_settle(url: str, pages: list[torch.Tensor], is_stored: Any) -> None:
-    worker = Worker(url, pages, PAGE_TOKENS)
+def save_and_settle(url: str, pages: list[torch.Tensor], is_stored: Any, mode: str = "engine_driven") -> None:
+    worker = Worker(url, pages, PAGE_TOKENS, mode=mode)
     assert worker.save(TOKENS, FIRST)
     wait_until(is_stored)
     worker.close()
 
 
-@pytest.mark.parametrize("transport", ["grpc", "zmq"])
-@pytest.mark.parametrize("medium", ["store", "redis"])
+@pytest.mark.parametrize(
+    ("transport", "medium", "mode"),
+    [
+        ("grpc", "store", "engine_driven"),
+        ("grpc", "redis", "engine_driven"),
+        ("zmq", "store", "engine_driven"),
+        ("zmq", "redis", "engine_driven"),
+        # LMCache's server maps the pages and copies them itself, as it does with those on a GPU
+        ("grpc", "store", "lmcache_driven"),
+        ("zmq", "redis", "lmcache_driven"),
+    ],
+)
 def test_compressed_pages_come_back_untouched_after_a_restart(
-    transport, medium, server, client, redis_server, salt, tmp_path
+    transport, medium, mode, server, client, redis_server, salt, tmp_path
 ):
     address = {"host": "127.0.0.1", "port": redis_server.port, "num_workers": 1}
     adapters = {
@@ -62,19 +72,19 @@ def test_compressed_pages_come_back_untouched_after_a_restart(
     }
     connection = redis.Redis(port=redis_server.port)
     connection.flushall()
-    pages = engine_pages()
+    pages = [page.share_memory_() for page in engine_pages()]
 
     def num_stored() -> int:
         return client.stats().tiers["memory"].num_blocks if medium == "store" else connection.dbsize()
 
     with LMCacheServer(tmp_path, transport, adapters[medium]) as lmcache:
-        save_and_settle(lmcache.url, pages, lambda: num_stored() == 2)
+        save_and_settle(lmcache.url, pages, lambda: num_stored() == 2, mode)
         if medium == "redis":  # nothing but pages and a header lies there
             sizes = [connection.strlen(name) for name in connection.scan_iter()]
             assert max(sizes) < 4 * PAGE_TOKENS * HEADS * LAYOUT.slot_bytes * LAYERS + 512
         lmcache.restart()
-        fetched = blank(pages)
-        worker = Worker(lmcache.url, fetched, PAGE_TOKENS)
+        fetched = [page.share_memory_() for page in blank(pages)]
+        worker = Worker(lmcache.url, fetched, PAGE_TOKENS, mode=mode)
         assert worker.look_up(TOKENS) == len(TOKENS)
         assert worker.load(TOKENS, OTHER)
         for before, after in zip(pages, fetched, strict=True):

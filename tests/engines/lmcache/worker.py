@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lmcache.v1.multiprocess.custom_types import IPCCacheServerKey
@@ -21,6 +22,9 @@ class Worker:
         pages: Tensor of each layer; its first dimension counts pages.
         page_tokens: Tokens of a page.
         model: What it calls the model.
+        kv_layout: In which order the axes of its pages are, in LMCache's words.
+        mode: ``engine_driven``, where it copies pages itself, or ``lmcache_driven``, where LMCache's server has
+            them mapped and does.
     """
 
     def __init__(
@@ -31,14 +35,15 @@ class Worker:
         *,
         model: str = "org/model",
         kv_layout: str = "NHD",
+        mode: str = "engine_driven",
     ) -> None:
         self._client = RequestClientFactory.create(url)
         self._pages = {f"layer.{number}": tensor for number, tensor in enumerate(pages)}
         self._page_tokens, self._model = page_tokens, model
         self._pages_per_chunk = self._client.get_chunk_size().result(timeout=WAIT_S) // page_tokens
-        self._instance = next(_numbers)
+        self._instance, self._mode = next(_numbers), mode
         self._context = create_transfer_context(
-            self._pages, instance_id=self._instance, req_client=self._client, mode="engine_driven"
+            self._pages, instance_id=self._instance, req_client=self._client, mode=mode
         )
         self._context.register(
             self._pages,
@@ -57,7 +62,7 @@ class Worker:
         """Hand the pages of whole chunks to LMCache."""
         key = self._key(tokens, salt)
         future = self._context.submit_store(
-            "request", key, self._pages, [list(page_ids)], None, self._pages_per_chunk
+            "request", key, self._pages, [list(page_ids)], self._event(), self._pages_per_chunk
         )
         return bool(future.result(timeout=WAIT_S))
 
@@ -77,7 +82,7 @@ class Worker:
         """Fill pages with what a lookup found."""
         key = self._key(tokens, salt, self._request)
         future = self._context.submit_retrieve(
-            self._request, key, self._pages, [list(page_ids)], None, self._pages_per_chunk
+            self._request, key, self._pages, [list(page_ids)], self._event(), self._pages_per_chunk
         )
         return bool(future.result(timeout=WAIT_S))
 
@@ -89,6 +94,10 @@ class Worker:
         self._context.unregister()
         self._context.close()
         self._client.close()
+
+    def _event(self) -> Any:
+        """After which LMCache's server may touch the pages."""
+        return self._context.create_recorded_event() if self._mode == "lmcache_driven" else None
 
     def _key(self, tokens: Sequence[int], salt: str, request: str = "request") -> IPCCacheServerKey:
         return IPCCacheServerKey(
