@@ -23,8 +23,8 @@ class Worker:
         page_tokens: Tokens of a page.
         model: What it calls the model.
         kv_layout: In which order the axes of its pages are, in LMCache's words.
-        mode: ``engine_driven``, where it copies pages itself, or ``lmcache_driven``, where LMCache's server has
-            them mapped and does.
+        mode: ``engine_driven``, where it copies pages itself, or ``lmcache_driven``, where LMCache's server
+            has them mapped and does.
     """
 
     def __init__(
