@@ -8,8 +8,8 @@ _SETTINGS = (
     # blocks get a mapping of their own, which goes back to the kernel whole; frames are reused
     (_MMAP_THRESHOLD, 2 << 20),
     # at the heap's end so much stays: giving it back, and faulting it in again, costs more than any copy
-    (_TOP_PAD, 16 << 20),
-    (_TRIM_THRESHOLD, 32 << 20),
+    (_TOP_PAD, 12 << 20),
+    (_TRIM_THRESHOLD, 16 << 20),
     # several arenas would each keep freed frames of their own
     (_ARENA_MAX, 1),
 )
