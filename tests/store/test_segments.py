@@ -2,11 +2,14 @@
 
 import asyncio
 import fcntl
+import gc
 import mmap
 import os
 import socket
 import threading
+import weakref
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +131,29 @@ async def test_who_is_cancelled_while_memory_is_written_waits_for_the_end() -> N
     with pytest.raises(asyncio.CancelledError):
         await writing
     assert await segment.read(63 * BYTES, [BYTES]) == [b"x" * BYTES]
+
+
+async def test_memory_stays_mapped_while_a_thread_may_write_it() -> None:
+    """Whoever is cancelled twice waits no longer, and the client may have gone."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    gate, segment = threading.Event(), Segment(memfd(BYTES, required_seals()))
+    busy = asyncio.get_running_loop().run_in_executor(None, gate.wait)
+    mapped, writing = weakref.ref(segment), asyncio.create_task(segment.write(0, [b"x" * BYTES]))
+    del segment
+    for _ in range(2):
+        await asyncio.sleep(0)
+        writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    del writing
+    await asyncio.sleep(0)
+    was_mapped = mapped() is not None
+    gate.set()
+    await busy
+    assert was_mapped
+    await asyncio.to_thread(bool)  # runs after the copy, in the one thread there is
+    gc.collect()
+    assert mapped() is None
 
 
 @pytest.mark.parametrize(("offset", "size"), [(-1, 1), (0, BYTES + 1), (BYTES, 1), (BYTES - 1, 2)])

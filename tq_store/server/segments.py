@@ -89,22 +89,21 @@ class Segment:
         sizes_bytes = [len(piece) for piece in pieces]
         self._check(offset, sum(sizes_bytes))
         starts = itertools.accumulate(sizes_bytes, initial=self._address + offset)
-        await _in_threads(_write, list(zip(starts, pieces, sizes_bytes, strict=False)), sizes_bytes)
+        await _in_threads(self._write, list(zip(starts, pieces, sizes_bytes, strict=False)), sizes_bytes)
 
     def _read(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         return [os.pread(self._fd, *place) for place in places]
+
+    def _write(self, copies: Sequence[tuple[int, bytes, int]]) -> None:
+        """Copy bytes to addresses, without the interpreter's lock. Whoever runs it keeps memory mapped."""
+        for copy in copies:
+            ctypes.memmove(*copy)
 
     def _check(self, offset: int, num_bytes: int) -> None:
         if not 0 <= offset <= offset + num_bytes <= self.num_bytes:
             raise ValueError(
                 f"bytes {offset} to {offset + num_bytes} lie outside a segment of {self.num_bytes}"
             )
-
-
-def _write(copies: Sequence[tuple[int, bytes, int]]) -> None:
-    """Copy bytes to addresses, without the interpreter's lock."""
-    for copy in copies:
-        ctypes.memmove(*copy)
 
 
 def _seals(fd: int) -> int:
