@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc._channel as grpc_channel
 import pytest
 from store.running_server import WAIT_S, foreign_server, running_server, wait_until, write_token
 from store.sample_blocks import NAMESPACE, bytes_of, keys_of, sample_block, sample_blocks, sample_key
 
+from tq_store.block import HEADER_BYTES, BlockKind, verify_block
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError, RpcError, RpcTimeout, RpcUnavailable
 from tq_store.keys import BlockKey
-from tq_store.results import PutOutcome
+from tq_store.placed import PlacedBlock
+from tq_store.results import GetOutcome, PutOutcome
 from tq_store.rpc import streamed
 from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.limits import MAX_FRAME_BYTES, MAX_KEYS
@@ -380,6 +383,33 @@ def test_a_get_that_fails_on_the_way_raises_after_what_it_got() -> None:
 def test_a_failure_after_the_last_block_does_not_matter() -> None:
     with client_of(Foreign([*honest(0), grpc.StatusCode.INTERNAL])) as client:
         assert list(client.get(keys_of(BLOCKS[:1]))) == [(0, BLOCKS[0][1])]
+
+
+def test_nothing_is_kept_of_streams_that_were_left(
+    client: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """grpc keeps a call until all was heard of it, which nobody does for it where a stream has one thread."""
+    calls: list[Any] = []
+    made = grpc_channel._SingleThreadedRendezvous.__init__
+
+    def noting(call: Any, *arguments: Any) -> None:
+        made(call, *arguments)
+        calls.append(call)
+
+    monkeypatch.setattr(grpc_channel._SingleThreadedRendezvous, "__init__", noting)
+    blocks = sample_blocks(3)
+    client.put(blocks)
+    assert len(list(client.get(keys_of(blocks)))) == 3
+    for position, block in client.get(keys_of(blocks)):
+        assert (position, block) == (0, blocks[0][1])
+        break
+    places = [
+        PlacedBlock(key, BlockKind(verify_block(data)), [memoryview(bytearray(len(data) - HEADER_BYTES))])
+        for key, data in blocks
+    ]
+    assert list(client.get_into(keys_of(blocks), [places])) == [[GetOutcome.FILLED] * 3]
+    assert len(calls) == 3
+    assert not [call for call in calls if call._state.due]
 
 
 def test_a_reader_that_stops_early_cancels_the_call() -> None:
