@@ -89,6 +89,20 @@ def test_every_call_where_that_is_asked_for(tmp_path: Path) -> None:
     assert TOKEN not in log.read_text()
 
 
+def test_a_refused_get_is_recorded_with_what_it_named(tmp_path: Path) -> None:
+    file, log, key = TenantsFile(tmp_path), tmp_path / "audit.jsonl", sample_key(1, OTHER_NAMESPACE)
+    file.add("narrow", namespaces=[NAMESPACE.hex()])
+    with (
+        running_server(tenants_file=file.path, audit_log=log) as server,
+        file.client(server.address, "narrow") as client,
+        pytest.raises(RpcDenied),
+    ):
+        list(client.get([key]))
+    _, refused, _ = records(log)
+    assert (refused["method"], refused["outcome"], refused["keys"]) == ("Get", "PERMISSION_DENIED", 1)
+    assert (refused["scope"], refused["key"]) == (OTHER_NAMESPACE.hex()[:16], key.hex()[64:80])
+
+
 class Kept(NoSink):
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []

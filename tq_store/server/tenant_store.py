@@ -48,8 +48,15 @@ class TenantStore:
         return num_hits
 
     def sizes_at_hand(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Lengths of the leading blocks that a get would find in memory, and so wait for nothing."""
-        return self._store.sizes_at_hand(_named(CALL.get(), keys))
+        """Lengths of the leading blocks that a get would find in memory, and so wait for nothing.
+
+        None where a get is refused, which names the keys in the call's record.
+        """
+        try:
+            store_keys = _named(CALL.get(), keys)
+        except NotPermitted:
+            return []
+        return self._store.sizes_at_hand(store_keys)
 
     async def get(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Blocks, or None for a miss. They count when they have been served."""
