@@ -93,6 +93,13 @@ def test_blocks_go_through_memory_and_back(client: StoreClient, calls: Calls) ->
     assert set(client.counters.values()) == {0}
 
 
+def test_what_does_not_fit_the_segment_is_not_counted_as_found(client: StoreClient) -> None:
+    blocks = sample_blocks(20, 500_000)
+    client.put(blocks)
+    assert got(client, keys_of(blocks)) == bytes_of(blocks)
+    assert client.stats().counters["hits_memory"] == 20
+
+
 def test_a_server_on_a_unix_socket_alone_has_it_too(path: Path, calls: Calls) -> None:
     with running_server(listen=f"unix:{path}"), client_at(path) as client:
         assert client.put([sample_block(1)]) == [STORED]

@@ -191,6 +191,10 @@ class BlockStoreService:
         segment = self._find_segment(handle)
         sizes_bytes: list[int] = []
         offset = 0
+        at_hand = self._store.sizes_at_hand(keys)
+        num_fitting = sum(end <= segment.num_bytes for end in itertools.accumulate(at_hand))
+        if num_fitting < len(at_hand):
+            keys = keys[:num_fitting]  # what does not fit is neither read nor counted
         async with aclosing(self._reader.groups(keys)) as groups:
             async for group in groups:
                 ends = itertools.accumulate((len(block or b"") for block in group), initial=offset)
