@@ -22,6 +22,7 @@ _QUIET = np.uint32(0x400000)
 
 def as_array(tokens: torch.Tensor) -> Any:
     """Tokens as numpy sees them; those that are neither float32 nor bfloat16 come as a copy in float32."""
+    tokens = tokens.detach()
     if tokens.dtype is torch.bfloat16:
         return tokens.view(torch.uint16).numpy()
     return tokens.float().numpy()

@@ -139,6 +139,8 @@ def test_tokens_rotated_back_are_the_reference_but_for_rounding(
         ("k4v2", 128, 1, 64),
         ("tq2", 256, 1, 16),
         ("k8v4", 64, 1, 128),
+        ("tq2", 64, 1, 128),
+        ("tq3", 80, 1, 128),
         ("fp8", 80, 1, 32),
         ("raw", 96, 3, 16),
     ],

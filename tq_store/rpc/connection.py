@@ -1,5 +1,6 @@
 """A client's way to one server: connections, credentials, deadlines, retries, grpc's exceptions made ours."""
 
+import contextlib
 import itertools
 import random
 import threading
@@ -213,9 +214,9 @@ def _end(call: Any) -> None:
     With `SingleThreadedUnaryStream` nobody else does, and grpc keeps a call until all was heard, 16 KiB each.
     """
     call.cancel()
-    hear = getattr(call, "_consume_next_event", None)  # which has no public name
-    while hear is not None and call._state.due:  # noqa: SLF001
-        hear()
+    with contextlib.suppress(AttributeError):  # neither has a public name
+        while call._state.due:  # noqa: SLF001
+            call._consume_next_event()  # noqa: SLF001
 
 
 def _path(method: str) -> str:

@@ -123,7 +123,8 @@ async def _in_threads(
     num_bytes = sum(sizes_bytes)
     if num_bytes <= _INLINE_BYTES:
         return [copy(places)]
-    a_thread_bytes = max(_BYTES_A_THREAD, -(-num_bytes // _MOST_THREADS))
+    # a run ends before the piece that would pass the limit, so with room for one more there are no more runs
+    a_thread_bytes = max(_BYTES_A_THREAD, -(-num_bytes // _MOST_THREADS)) + max(sizes_bytes)
     loop = asyncio.get_running_loop()
     parts = runs_of(list(zip(places, sizes_bytes, strict=True)), itemgetter(1), most_bytes=a_thread_bytes)
     copying = [loop.run_in_executor(None, copy, [place for place, _ in part]) for part in parts]
