@@ -1,8 +1,8 @@
 """The loops of `host` over one vector after the other, compiled by Numba where they run.
 
 A vector stays in the processor's first cache from its comparison with boundaries to its bits in words. Sums
-of levels are of whole numbers that float32 holds exactly, so their order is free. A vector's length is no such
-sum: processors may differ in its last bit, and so in an index that stands next to a boundary.
+of levels are of whole numbers that float32 holds exactly, so their order is free. Lengths are another
+kind of sum: processors may differ in its last bit, and so in an index next to a boundary.
 
 All arrays are contiguous. Vectors are ``[n, dim]`` float32, by section and token. A page is handed over as
 flat int32 for its words and as flat int16 for its signs, with `tokens` of a section and `places`, in items of
