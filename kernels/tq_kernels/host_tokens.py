@@ -65,10 +65,8 @@ def storer(*, is_bits: bool) -> Callable[[Any, int, Any], None]:
                     if is_bits:
                         wide = vector_bits[j]
                         rounded = wide + _ROUND + ((wide >> _HALF_WORD) & _ONE)
-                        kept = (
-                            wide | _QUIET if (wide & _SIZE) > _EXPONENT else rounded
-                        )  # no number stays none
-                        target[j] = np.uint16(kept >> _HALF_WORD)
+                        is_number = (wide & _SIZE) <= _EXPONENT  # what is none stays so
+                        target[j] = np.uint16((rounded if is_number else wide | _QUIET) >> _HALF_WORD)
                     else:
                         target[j] = vector[j]
 
