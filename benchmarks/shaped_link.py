@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Self
 
+_HOST = "127.0.0.2"
 _CHUNK_BYTES = 256 << 10
 _BURST_S = 0.005
 """What may pass at once after a pause, as time: below it, a sleep is not exact enough."""
@@ -58,14 +59,15 @@ class TokenBucket:
 class ShapedProxy:
     """Listens on a port of loopback and passes what comes on to another, each direction at the link's rate.
 
-    All connections share the link. Use as a context.
+    All connections share the link. Use as a context. It has an address of its own, so that a client finds no
+    other port of the server there, on which it could go round the link.
     """
 
     def __init__(self, target_port: int, gbit: float) -> None:
         self._target = ("127.0.0.1", target_port)
         self._buckets = (TokenBucket(gbit), TokenBucket(gbit))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((_HOST, 0))
+        self.address = f"{_HOST}:{self._listener.getsockname()[1]}"
         self._sockets: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
 

@@ -7,10 +7,11 @@
 
 Operations: `get` and `put` carry one block a call, as redis-benchmark's requests do; `load` gets a prefix of
 16 blocks in one call, as an engine does; `lookup` asks for a prefix of 128 keys. Tiers: `memory` is our
-client and server over loopback TCP; `memory-shared` the same server through shared memory; `redis` a server
-whose memory holds no block, so that each comes from Redis, and a put counts when Redis has it;
-`redis-shared` that server through shared memory. `stored` is the cost of small blocks with ever more of them
-stored, `resident` the most memory that a server took for its budget.
+client and server over loopback TCP, gets through pipes; `memory-grpc` the same through grpc's streams alone;
+`memory-shared` the same server through shared memory; `redis` a server whose memory holds no block, so that
+each comes from Redis, and a put counts when Redis has it; `redis-grpc`, `redis-shared` that server likewise.
+`stored` is the cost of small blocks with ever more of them stored, `resident` the most memory that a server
+took for its budget.
 
 An environment for LMCache 0.5: python -m venv V; V/bin/pip install torch numpy redis msgspec; then
 V/bin/pip install --no-deps lmcache==0.5.6 and what it asks for on import.
@@ -159,10 +160,12 @@ class Bench:
             )
         )
         tiers = {
-            "memory": (memory, memory.address),
-            "memory-shared": (memory, memory.local_address),
-            "redis": (redis, redis.address),
-            "redis-shared": (redis, redis.local_address),
+            "memory": (memory, memory.address, True),
+            "memory-grpc": (memory, memory.address, False),
+            "memory-shared": (memory, memory.local_address, False),
+            "redis": (redis, redis.address, True),
+            "redis-grpc": (redis, redis.address, False),
+            "redis-shared": (redis, redis.local_address, False),
         }
         held = self._peers(port)
         for block_mib in self._plan.blocks_mib:
@@ -181,9 +184,11 @@ class Bench:
                         if (self._is_middle(block_mib) or not name.startswith("lmcache"))
                         and (measured := ask(op, block_bytes, clients, self._plan.seconds)) is not None
                     }
-                    for tier, (server, address) in tiers.items():
+                    for tier, (server, address, with_pipes) in tiers.items():
+                        if op not in ("get", "load") and tier.endswith("-grpc"):
+                            continue  # they differ in gets alone
                         before_s = server.cpu_s()
-                        result = workers.run(self._command(op, address, block_bytes, clients))
+                        result = workers.run(self._command(op, address, block_bytes, clients, with_pipes))
                         result["cpu_s"] += server.cpu_s() - before_s
                         yield from _rows(op, tier, block_mib, clients, result, compared)
             for address in (memory.address, redis.address):
@@ -208,7 +213,9 @@ class Bench:
                 held[f"lmcache-{client}"] = peers.lmcache(self._lmcache_python, port, NUM_KEYS, client)
         return held
 
-    def _command(self, op: str, address: str, block_bytes: int, clients: int) -> Command:
+    def _command(
+        self, op: str, address: str, block_bytes: int, clients: int, with_pipes: bool = True
+    ) -> Command:
         return Command(
             op=op,
             address=address,
@@ -217,6 +224,7 @@ class Bench:
             seconds=self._plan.seconds,
             start_at=0.0,
             num_keys=NUM_KEYS,
+            with_pipes=with_pipes,
         )
 
     def _resident_row(self, directory: Path, workers: Workers) -> Row:
@@ -233,6 +241,7 @@ class Bench:
                 seconds=_MOST_RESIDENT_S,
                 start_at=0.0,
                 num_keys=max(2, self._plan.resident_bytes // clients // block_bytes),
+                with_pipes=True,
             )
             result = workers.run(command)
             peak_bytes = server.peak_resident_bytes()

@@ -4,9 +4,10 @@
 client is a thread with a connection of its own, as `redis-benchmark -c` counts them. A command:
 
     {"op": "get", "address": "127.0.0.1:7437", "block_bytes": 4194304, "clients": [0, 1], "seconds": 1.0,
-     "start_at": 12345.6, "num_keys": 16}
+     "start_at": 12345.6, "num_keys": 16, "with_pipes": true}
 
-`clients` are the numbers of this process's clients, so that each has keys of its own to put. The answer:
+`clients` are the numbers of this process's clients, so that each has keys of its own to put. Without
+pipes everything goes through grpc. The answer:
 
     {"bytes": 1234, "elapsed_s": 1.01, "cpu_s": 0.8, "times_ms": [3.2, ...]}
 """
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.store_blocks import bench_block, bench_key
@@ -28,6 +29,7 @@ LOOKUP_KEYS = 128
 LOAD_BLOCKS = 16
 _PUT_BLOCKS = 4
 _CLIENT = ClientConfig(lookup_timeout_s=60.0, transfer_timeout_s=120.0, admin_timeout_s=60.0)
+_STREAMS = replace(_CLIENT, pipes=0)
 _POLL_S = 0.002
 
 
@@ -42,6 +44,7 @@ class Command:
     seconds: float
     start_at: float
     num_keys: int
+    with_pipes: bool
 
 
 class _Failed(RuntimeError):
@@ -125,7 +128,7 @@ def _steps(command: Command, client: StoreClient, number: int) -> Iterator[int]:
 
 def _run_client(command: Command, number: int) -> tuple[int, float, list[float]]:
     """Bytes moved, seconds taken and the time of each call in ms."""
-    with StoreClient(command.address, config=_CLIENT) as client:
+    with StoreClient(command.address, config=_CLIENT if command.with_pipes else _STREAMS) as client:
         client.ping()
         steps = _steps(command, client, number)
         next(steps)  # connects, allocates and finds its pace

@@ -19,6 +19,8 @@ from tq_store.results import GetOutcome, PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.limits import MAX_KEYS
+from tq_store.rpc.pipe import PipePool
+from tq_store.rpc.piped import PipeRoad
 from tq_store.rpc.segment import SegmentPool
 from tq_store.rpc.shared import SharedRoad
 from tq_store.rpc.streamed import Check, StreamRoad
@@ -35,7 +37,8 @@ class Pong:
 class StoreClient:
     """One server, seen from an engine. Safe to use from several threads; they share one connection.
 
-    At ``unix:path`` blocks go through memory that is shared with the server, elsewhere as streams.
+    At ``unix:path`` blocks go through memory that is shared with the server. Elsewhere gets come through
+    pipes, where the server has them, and all else goes as streams.
 
     Every call blocks until its deadline at the latest. Nothing is connected before the first call, and a lost
     connection comes back by itself. Calls that change nothing are tried again, within their deadline, while
@@ -58,7 +61,8 @@ class StoreClient:
         self._connection = Connection(address or self._config.address, self._config)
         self._segments = SegmentPool(self.address, self._config.shared_memory_bytes)
         self._shared = SharedRoad(self._connection, self._segments)
-        self._streams = StreamRoad(self._connection)
+        self._pipes = PipePool(self._connection, self._config)
+        self._streams = StreamRoad(self._connection, PipeRoad(self._connection, self._pipes))
 
     @property
     def address(self) -> str:
@@ -69,10 +73,10 @@ class StoreClient:
     def counters(self) -> dict[str, int]:
         """What went wrong since the client was made.
 
-        ``rejected_blocks`` did not verify, ``broken_streams`` broke the order of frames, ``retries`` were
-        made, ``failed_calls`` ended in an exception.
+        ``rejected_blocks`` did not verify, ``broken_streams`` broke the order of frames, ``broken_pipes``
+        broke in the middle of a get, ``retries`` were made, ``failed_calls`` ended in an exception.
         """
-        return {"rejected_blocks": 0, "broken_streams": 0} | self._connection.counters
+        return {"rejected_blocks": 0, "broken_streams": 0, "broken_pipes": 0} | self._connection.counters
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:
         """Number of leading keys that are there; one request for up to 4096 keys."""
@@ -190,6 +194,7 @@ class StoreClient:
     def close(self) -> None:
         """Cut the connection; calls in other threads end with RpcError. A second close does nothing."""
         self._segments.close()
+        self._pipes.close()
         self._connection.close()
 
     def __enter__(self) -> "StoreClient":

@@ -53,6 +53,19 @@ class ServerConfig:
         default=64,
         metadata=about(COUNT, "pieces of memory that clients on a Unix socket may share; 0 takes none"),
     )
+    payload_port: int | None = field(
+        default=None,
+        metadata=about(
+            COUNT,
+            "port for block bytes beside grpc (0 picks one); by default one is picked on loopback without"
+            " TLS, and none opened elsewhere",
+            "PORT",
+        ),
+    )
+    payload_pipes: int = field(
+        default=256,
+        metadata=about(COUNT, "connections that clients may have on that port; 0 opens none"),
+    )
     memory_budget_bytes: int = field(
         default=1 << 30, metadata=about(SIZE, "host memory for blocks, payload and headers")
     )
@@ -203,8 +216,12 @@ class ServerConfig:
             raise ConfigError(f"redis_ttl_s is {self.redis_ttl_s}; it must be at least 1")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("tls_client_ca asks clients for certificates; set tls_cert and tls_key too")
-        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
-            raise ConfigError(f"metrics_port is {self.metrics_port}; a port lies in 0 to 65535")
+        for name in ("metrics_port", "payload_port"):
+            number = getattr(self, name)
+            if number is not None and not 0 <= number <= 65535:
+                raise ConfigError(f"{name} is {number}; a port lies in 0 to 65535")
+        if self.payload_port is not None and port is None:
+            raise ConfigError(f"payload_port is for clients by TCP; listen is {self.listen}")
         if self.token_file is not None and self.tenants_file is not None:
             raise ConfigError(
                 "token_file and tenants_file exclude each other: give tokens to tenants, or to all"
@@ -221,6 +238,16 @@ class ServerConfig:
                 f"listen is {self.listen}, which other machines can reach: add {' and '.join(missing)}, "
                 f"or listen on 127.0.0.1"
             )
+
+    @property
+    def pipe_port(self) -> int | None:
+        """The port for block bytes, 0 to pick one; None for none."""
+        _, port = split_address(self.listen)
+        if port is None or not self.payload_pipes:
+            return None
+        if self.payload_port is None and is_local(self.listen) and self.tls_cert is None:
+            return 0
+        return self.payload_port
 
     @property
     def local_path(self) -> Path | None:
@@ -257,6 +284,12 @@ class ClientConfig:
         default=32 << 20,
         metadata=about(
             SIZE, "memory shared with the server for each of at most 4 transfers, on a Unix socket; 0 streams"
+        ),
+    )
+    pipes: int = field(
+        default=8,
+        metadata=about(
+            COUNT, "connections beside grpc for the bytes of gets, where the server has them; 0 streams"
         ),
     )
     max_attempts: int = field(

@@ -23,6 +23,7 @@
     └── RpcError                 the service answered with a failure, or not at all
         ├── RpcTimeout           the deadline passed
         ├── RpcUnavailable       nobody listens, or the server is draining
+        ├── RpcUnknown           the server does not know the call
         ├── RpcDenied            the token is missing, wrong, or not allowed to do this
         └── RpcOverLimit         the server, or the caller, has reached a limit; later it may work
 
@@ -116,6 +117,10 @@ class RpcTimeout(RpcError):
 
 class RpcUnavailable(RpcError):
     """Nobody listens at the address, or the server is draining."""
+
+
+class RpcUnknown(RpcError):
+    """The server does not know the call: it is older than the client, or does without."""
 
 
 class RpcDenied(RpcError):

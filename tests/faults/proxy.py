@@ -50,7 +50,7 @@ class Fault:
 
 
 class Proxy:
-    """Listens on a port of its own, passes on what comes, and strikes every connection once.
+    """Listens, by default on a port of its own, passes on what comes, and strikes every connection once.
 
     Runs on a thread of its own; made by `proxied`. `passed` are the bytes of both directions so far, upward
     first, `struck` how often the fault came about, and `struck_port` the client's port of the last time.
@@ -58,10 +58,12 @@ class Proxy:
     Args:
         upstream: ``host:port`` or ``unix:path``.
         fault: None passes everything on as it is.
+        listen: ``host:port``.
     """
 
-    def __init__(self, upstream: str, fault: Fault | None) -> None:
+    def __init__(self, upstream: str, fault: Fault | None, listen: str) -> None:
         self._upstream = upstream
+        self._listen = listen
         self._fault = fault
         self.address = ""
         self.passed = [0, 0]
@@ -70,8 +72,9 @@ class Proxy:
 
     async def start(self) -> None:
         """Open the port."""
-        self._listener = await asyncio.start_server(self._connect, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        host, port = self._listen.split(":")
+        self._listener = await asyncio.start_server(self._connect, host, int(port))
+        self.address = f"{host}:{self._listener.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         """Cut everything."""
@@ -173,7 +176,7 @@ class _Ended(Exception):
 
 
 @contextmanager
-def proxied(upstream: str, fault: Fault | None) -> Iterator[Proxy]:
+def proxied(upstream: str, fault: Fault | None, *, listen: str = "127.0.0.1:0") -> Iterator[Proxy]:
     """A running proxy."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -182,7 +185,7 @@ def proxied(upstream: str, fault: Fault | None) -> Iterator[Proxy]:
     def run(call: Callable[[], Awaitable[None]]) -> None:
         asyncio.run_coroutine_threadsafe(call(), loop).result(20)
 
-    proxy = Proxy(upstream, fault)
+    proxy = Proxy(upstream, fault, listen)
     try:
         run(proxy.start)
         try:

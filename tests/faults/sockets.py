@@ -6,6 +6,7 @@ answers everyone else.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from faults.engine import Engine, engine, pages_of, prompt
 from faults.proxy import Fault, Kind, proxied, random_fault
@@ -16,6 +17,8 @@ from store.server_process import ServerProcess
 
 from tq_store.client import StoreClient
 
+_HASTY = replace(HASTY, pipes=0)
+"""Everything through the fault; a pipe would go round it."""
 _ROUNDS = 25
 """Of every kind of fault."""
 _AT_ONCE = 6
@@ -53,7 +56,7 @@ def run(trial: Trial) -> None:
 def _one(trial: Trial, server: ServerProcess, document: int, fault: Fault) -> None:
     """The shared prefix is loaded, and a document of this fault's own saved, over one struck connection."""
     result = trial.result
-    with proxied(server.address, fault) as proxy, engine(proxy.address, result, HASTY) as struck:
+    with proxied(server.address, fault) as proxy, engine(proxy.address, result, _HASTY) as struck:
         _work(struck, document)
         if proxy.struck:
             result.count(COUNTED_AS[fault.kind], proxy.struck)
@@ -69,7 +72,7 @@ def _work(one: Engine, document: int) -> None:
 def _measure(trial: Trial, server: ServerProcess) -> tuple[int, int]:
     """Bytes of both directions when nothing is wrong."""
     with proxied(server.address, None) as proxy:
-        with engine(proxy.address, trial.result, PATIENT) as whole:
+        with engine(proxy.address, trial.result, replace(PATIENT, pipes=0)) as whole:
             _work(whole, 10**6)
         trial.result.expect(whole.cache.counters.loaded_pages == _PAGES + _SAVED_PAGES, "a load failed")
         return proxy.passed[0], proxy.passed[1]

@@ -11,7 +11,7 @@ from tq_store.block import HEADER_BYTES
 from tq_store.keys import BLOCK_KEY_BYTES, DIGEST_BYTES, BlockKey
 from tq_store.results import BackendStats, NamespaceUsage, PutOutcome, ShardStats
 from tq_store.rpc import convert
-from tq_store.rpc.limits import MAX_KEYS
+from tq_store.rpc.limits import MAX_KEYS, TICKET_BYTES
 from tq_store.rpc.v1 import block_store_pb2 as pb
 
 _COUNT = 5
@@ -59,6 +59,8 @@ _KINDS: tuple[tuple[Callable[[bytes], Any], bytes], ...] = (
         lambda raw: convert.parse_shared_sizes(raw, num_keys=_SEGMENT_KEYS, segment_bytes=_SEGMENT_BYTES),
         convert.pack_shared_sizes([0, 512, 300]),
     ),
+    (convert.parse_opened_pipe, convert.pack_opened_pipe(7438, bytes(TICKET_BYTES))),
+    (convert.parse_piped_get, convert.pack_piped_get(bytes(16), 2**63, _KEYS)),
     (convert.parse_keys, pb.Keys(keys=[b""] * (MAX_KEYS + 1)).SerializeToString()),
 )
 """Who reads a message, and one to begin with."""
@@ -100,7 +102,7 @@ def _check(value: object) -> None:
             else:
                 assert len(value) == _COUNT, "answers to other keys than were asked for"
     elif isinstance(value, tuple):
-        assert len(value[1]) <= MAX_KEYS, "more keys than a call may carry"
+        assert len(value[-1]) <= MAX_KEYS, "more keys than a call may carry"
     elif isinstance(value, int):
         assert value >= 0, "a negative count"
     elif isinstance(value, convert.ServerStats):

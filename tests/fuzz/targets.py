@@ -12,6 +12,7 @@ from fuzz import (
     fuzz_documents,
     fuzz_frames,
     fuzz_messages,
+    fuzz_pipes,
     fuzz_redis,
     fuzz_secrets,
     fuzz_service,
@@ -30,6 +31,7 @@ TARGETS: dict[str, Target] = {
     "addresses": fuzz_addresses,
     "documents": fuzz_documents,
     "disk": fuzz_disk,
+    "pipes": fuzz_pipes,
     "service": fuzz_service,
 }
 

@@ -28,6 +28,7 @@ RUNS = {
     "addresses": (10_000, "address local standalone sentinel cluster key peer table refused"),
     "documents": (3_000, "status model object layout refused"),
     "disk": (40, "block miss quarantined"),
+    "pipes": (300, "opened refused slow block missing broken"),
     "service": (400, "slow raw Put Get Ping Stats GetShared nameless"),
 }
 """Inputs, and the first words of outcomes that must be among those seen."""

@@ -41,6 +41,7 @@ def test_a_quick_run_measures_every_operation_on_every_tier(tmp_path: Path) -> N
     tiers = {"memory", "memory-shared", "redis", "redis-shared"}
     measured = {(row["op"], row["tier"]) for row in rows}
     assert measured >= {(op, tier) for op in ("get", "put", "load", "lookup") for tier in tiers}
+    assert measured >= {(op, tier) for op in ("get", "load") for tier in ("memory-grpc", "redis-grpc")}
     assert measured >= {("resident", "memory"), ("stored-get", "memory"), ("stored-lookup", "memory")}
     for row in rows:
         assert set(KEYS) <= row.keys()
@@ -96,6 +97,7 @@ def test_a_worker_that_cannot_do_it_says_so() -> None:
         seconds=0.1,
         start_at=0.0,
         num_keys=1,
+        with_pipes=True,
     )
     with Workers(1) as workers, pytest.raises(BenchmarkError, match=r"get at 127\.0\.0\.1:1: RpcUnavailable"):
         workers.run(command)
@@ -111,6 +113,7 @@ def test_a_miss_is_no_measurement(tmp_path: Path) -> None:
             seconds=0.1,
             start_at=0.0,
             num_keys=4,
+            with_pipes=False,
         )
         with pytest.raises(RuntimeError, match="is a miss"):
             run(command)

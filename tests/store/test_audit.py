@@ -82,9 +82,10 @@ def test_every_call_where_that_is_asked_for(tmp_path: Path) -> None:
         key, block = sample_block(1)
         client.put([(key, block)])
         list(client.get([key]))
-    _, put, get, _ = records(log)
+    _, put, opened, get, _ = records(log)
     assert (put["method"], put["keys"], put["bytes"]) == ("Put", 1, len(block))
-    assert (get["method"], get["keys"], get["bytes"]) == ("Get", 1, len(block))
+    assert (opened["method"], opened["keys"], opened["bytes"]) == ("OpenPipe", 0, 0)
+    assert (get["method"], get["keys"], get["bytes"]) == ("GetPiped", 1, len(block))
     assert (get["tenant"], get["token"], get["admin"]) == ("", "1", True)
     assert TOKEN not in log.read_text()
 
@@ -99,7 +100,7 @@ def test_a_refused_get_is_recorded_with_what_it_named(tmp_path: Path) -> None:
     ):
         list(client.get([key]))
     _, refused, _ = records(log)
-    assert (refused["method"], refused["outcome"], refused["keys"]) == ("Get", "PERMISSION_DENIED", 1)
+    assert (refused["method"], refused["outcome"], refused["keys"]) == ("GetPiped", "PERMISSION_DENIED", 1)
     assert (refused["scope"], refused["key"]) == (OTHER_NAMESPACE.hex()[:16], key.hex()[64:80])
 
 

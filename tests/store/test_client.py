@@ -271,7 +271,7 @@ def test_the_requests_of_a_call_share_its_deadline(monkeypatch: pytest.MonkeyPat
             assert PATIENT.lookup_timeout_s > left_s[0] > left_s[1] > left_s[2] > 0
 
 
-REJECTED, BROKEN = "rejected_blocks", "broken_streams"
+REJECTED, BROKEN, PIPES = "rejected_blocks", "broken_streams", "broken_pipes"
 HONEST_END = honest(2)
 
 
@@ -294,7 +294,9 @@ def test_a_block_that_does_not_verify_is_a_miss_and_the_others_are_not(
     with client_of(Foreign([*honest(0), *lie, *HONEST_END])) as client:
         got = [data for _, data in client.get(keys_of(BLOCKS))]
         assert got == [BLOCKS[0][1], None, BLOCKS[2][1]]
-        assert client.counters == {REJECTED: 0, BROKEN: 0, "retries": 0, "failed_calls": 0} | {counter: 1}
+        assert client.counters == {REJECTED: 0, BROKEN: 0, PIPES: 0, "retries": 0, "failed_calls": 0} | {
+            counter: 1
+        }
 
 
 @pytest.mark.parametrize(
@@ -332,7 +334,7 @@ def test_a_server_that_breaks_the_order_of_frames_is_not_read_further(lie: list[
     with client_of(Foreign([*honest(0), *lie, *HONEST_END])) as client:
         got = [data for _, data in client.get(keys_of(BLOCKS))]
         assert got == [BLOCKS[0][1], None, None]
-        assert client.counters == {REJECTED: 0, BROKEN: 1, "retries": 0, "failed_calls": 0}
+        assert client.counters == {REJECTED: 0, BROKEN: 1, PIPES: 0, "retries": 0, "failed_calls": 0}
 
 
 def test_frames_after_the_last_block_change_nothing() -> None:
@@ -461,7 +463,7 @@ def test_several_connections_share_the_blocks_of_a_get() -> None:
         servicer.peers.clear()
         assert list(client.get(keys_of(blocks)[:1])) == [(0, BLOCKS[0][1])]
         assert len(servicer.peers) == 1
-        assert client.counters == {REJECTED: 0, BROKEN: 0, "retries": 0, "failed_calls": 0}
+        assert client.counters == {REJECTED: 0, BROKEN: 0, PIPES: 0, "retries": 0, "failed_calls": 0}
 
 
 def test_a_connection_of_several_that_fails_costs_what_is_asked_again() -> None:

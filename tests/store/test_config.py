@@ -93,6 +93,8 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_not_ours() -> None:
         ({"arguments": {"tls_cert": "c"}}, "tls_cert and tls_key go together"),
         ({"arguments": {"tls_client_ca": "c"}}, "set tls_cert and tls_key too"),
         ({"arguments": {"metrics_port": 65536}}, "metrics_port is 65536"),
+        ({"arguments": {"payload_port": 65536}}, "payload_port is 65536"),
+        ({"arguments": {"listen": "unix:s", "payload_port": 0}}, "payload_port is for clients by TCP"),
         ({"arguments": {"max_concurrent_calls": 1.5}}, "max_concurrent_calls (arguments): 1.5"),
         ({"arguments": {"grace": -1}}, "grace (arguments): -1 is not understood"),
     ],
@@ -121,6 +123,31 @@ def test_wrong_files_are_explained(tmp_path: Path, text: str, complaint: str) ->
         load(file=write(tmp_path, text))
     assert complaint in str(caught.value)
     assert "tq-store.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "port"),
+    [
+        ({}, 0),
+        ({"listen": "[::1]:7437"}, 0),
+        ({"payload_port": 7438}, 7438),
+        ({"payload_pipes": 0}, None),
+        ({"payload_port": 7438, "payload_pipes": 0}, None),
+        ({"listen": "unix:s"}, None),
+        ({"tls_cert": Path("c"), "tls_key": Path("k")}, None),
+        ({"tls_cert": Path("c"), "tls_key": Path("k"), "payload_port": 0}, 0),
+    ],
+)
+def test_a_port_for_payload_is_opened_where_it_gains_something(
+    settings: dict[str, Any], port: int | None
+) -> None:
+    assert ServerConfig(**settings).pipe_port == port
+
+
+def test_a_port_for_payload_that_others_can_reach_is_asked_for() -> None:
+    public = {"tls_cert": Path("c"), "tls_key": Path("k"), "token_file": Path("t"), "listen": "0.0.0.0:7437"}
+    assert ServerConfig(**public).pipe_port is None
+    assert ServerConfig(**public, payload_port=7438).pipe_port == 7438
 
 
 def test_a_file_that_is_not_there_is_explained(tmp_path: Path) -> None:

@@ -43,10 +43,13 @@ def file(tmp_path: Path) -> TenantsFile:
     return file
 
 
-@pytest.fixture(params=["streams", "shared memory"])
+@pytest.fixture(params=["streams", "pipes", "shared memory"])
 def server(file: TenantsFile, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    listen = "127.0.0.1:0" if request.param == "streams" else f"unix:{tmp_path}/socket"
-    with running_server(listen=listen, tenants_file=file.path, metrics_port=0) as started:
+    listen = f"unix:{tmp_path}/socket" if request.param == "shared memory" else "127.0.0.1:0"
+    pipes = 8 if request.param == "pipes" else 0
+    with running_server(
+        listen=listen, payload_pipes=pipes, tenants_file=file.path, metrics_port=0
+    ) as started:
         yield started
 
 
@@ -267,7 +270,8 @@ def test_what_tenants_do_is_counted_for_each(file: TenantsFile, server: Server) 
     assert metric(server, "tq_store_tenant_misses_total", tenant="b") == 2
     assert metric(server, "tq_store_tenant_written_bytes_total", tenant="a") == num_bytes
     assert metric(server, "tq_store_tenant_read_bytes_total", tenant="a") == num_bytes
-    assert metric(server, "tq_store_tenant_requests_total", tenant="a", status="OK") == 3
+    opened = metric(server, "tq_store_requests_total", method="OpenPipe", status="OK") or 0
+    assert metric(server, "tq_store_tenant_requests_total", tenant="a", status="OK") == 3 + opened / 2
     assert metric(server, "tq_store_tenant_blocks", tenant="a") == 3
     assert metric(server, "tq_store_tenant_used_bytes", tenant="a") == num_bytes
     assert metric(server, "tq_store_tenant_used_bytes", tenant="b") == 0

@@ -41,15 +41,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return Calls(monkeypatch)
 
 
-@pytest.fixture(params=["shared", "stream"])
+@pytest.fixture(params=["shared", "pipe", "stream"])
 def client(request: pytest.FixtureRequest, path: Path) -> Iterator[StoreClient]:
-    settings: dict[str, Any] = {} if request.param == "shared" else {"shared_memory_bytes": 0}
     with running_server(local_socket=path) as server:
         if request.param == "shared":
-            with client_at(path, **settings) as opened:
+            with client_at(path) as opened:
                 yield opened
         else:
-            with StoreClient(server.address, config=ClientConfig(transfer_timeout_s=WAIT_S)) as opened:
+            pipes = 1 if request.param == "pipe" else 0
+            config = ClientConfig(transfer_timeout_s=WAIT_S, pipes=pipes)
+            with StoreClient(server.address, config=config) as opened:
                 yield opened
 
 
@@ -208,7 +209,7 @@ def test_a_bit_that_flips_in_a_stream_is_a_miss(position: int, monkeypatch: pyte
         data[position] ^= 1
         return replace(frame, data=memoryview(data))
 
-    with running_server() as server, StoreClient(server.address) as client:
+    with running_server() as server, StoreClient(server.address, config=ClientConfig(pipes=0)) as client:
         client.put(blocks)
         monkeypatch.setattr(streamed_module, "parse_frame", flipped)
         assert got(client, [places_for(blocks)]) == [[FILLED, MISSING, FILLED]]

@@ -54,7 +54,7 @@ async def blocks_of(store: TieredStore, keys: Sequence[BlockKey], within: ByteWi
 
 
 async def groups_of(store: TieredStore, keys: Sequence[BlockKey], within: ByteWindow) -> list[int]:
-    async with aclosing(ReadAhead(store, within).groups(keys)) as groups:
+    async with aclosing(ReadAhead(store, within).groups(keys, is_quick=True)) as groups:
         return [len(group) async for group in groups]
 
 

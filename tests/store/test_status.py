@@ -67,9 +67,9 @@ def test_rates_cover_the_window_and_ratios_also_all_time() -> None:
     assert [moment.sent_bytes_per_s for moment in status.history] == [50, 2000]
 
 
-def test_calls_through_shared_memory_count_with_the_others() -> None:
+def test_calls_through_pipes_and_shared_memory_count_with_the_others() -> None:
     def calls(clock_s: float, get: int, get_shared: int) -> Reading:
-        counts = {"Get": get, "GetShared": get_shared}
+        counts = {"Get": get, "GetShared": get_shared, "GetPiped": get_shared}
         return Reading(
             clock_s=clock_s,
             samples={
@@ -84,7 +84,7 @@ def test_calls_through_shared_memory_count_with_the_others() -> None:
             },
         )
 
-    lookup, get, put = view(calls(0, 10, 100), calls(10, 30, 180)).calls
+    lookup, get, put = view(calls(0, 10, 100), calls(10, 30, 140)).calls
     assert (lookup.method, lookup.calls_per_s, lookup.p99_s) == ("Lookup", 0, None)
     assert (get.method, get.calls_per_s, get.p50_s, get.p99_s) == ("Get", 10, 0.1, 0.1)
     assert (put.method, put.calls_per_s) == ("Put", 0)

@@ -78,12 +78,12 @@ def test_one_trace_leads_from_the_engine_to_the_tier(
         assert [block for _, block in client.get(keys_of(blocks))] == [block for _, block in blocks]
     (prefill,) = by_name(engine)["prefill"]
     spans = by_name(collected)
-    for method in ("Lookup", "Get"):
+    for method in ("Lookup", "OpenPipe", "GetPiped"):
         (sent,), (served,) = by_name(engine)[method], spans[method]
         assert (sent.kind, served.kind) == (SpanKind.CLIENT, SpanKind.SERVER)
         assert is_child(sent, prefill)
         assert is_child(served, sent)
-    (served,) = spans["Get"]
+    (served,) = spans["GetPiped"]
     for name in ("memory get", "disk get", "memory put"):
         assert all(is_child(span, served) for span in spans[name])
     assert served.attributes is not None
@@ -136,7 +136,7 @@ def test_a_reader_that_stops_early_ends_its_span(engine: InMemorySpanExporter) -
         blocks = client.get([sample_key(number) for number in range(3)])
         next(blocks)
         blocks.close()  # type: ignore[attr-defined]
-        assert [span.status.status_code for span in by_name(engine)["Get"]] == [StatusCode.UNSET]
+        assert [span.status.status_code for span in by_name(engine)["GetPiped"]] == [StatusCode.UNSET]
 
 
 def test_a_server_without_traces_serves_clients_with_them(engine: InMemorySpanExporter) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 
 from tq_store.config import ClientConfig, is_local
-from tq_store.errors import ConfigError, RpcError, RpcUnavailable
+from tq_store.errors import ConfigError, RpcError, RpcUnavailable, RpcUnknown
 from tq_store.rpc.convert import SERVICE_NAME
 from tq_store.rpc.lanes import Stop
 from tq_store.rpc.status import error_of
@@ -181,7 +181,8 @@ class _Translated:
             translated = RpcError(f"{self._what}: {error}")
         else:
             return
-        self._connection.count("failed_calls")
+        if not isinstance(translated, RpcUnknown):
+            self._connection.count("failed_calls")
         raise translated from error
 
 

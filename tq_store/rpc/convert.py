@@ -20,7 +20,7 @@ from tq_store.results import (
     ShardStats,
     largest_namespaces,
 )
-from tq_store.rpc.limits import MAX_KEYS
+from tq_store.rpc.limits import MAX_KEYS, TICKET_BYTES
 from tq_store.rpc.v1 import block_store_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["BlockStore"]
@@ -183,6 +183,40 @@ def parse_shared_put(raw: bytes) -> tuple[bytes, list[tuple[BlockKey, int]]]:
         if not 0 < size <= MAX_BLOCK_BYTES:
             raise ValueError(f"a block of {size} bytes; it may have 1 to {MAX_BLOCK_BYTES}")
     return message.segment, list(zip(keys, sizes_bytes, strict=True))
+
+
+def pack_open_pipe() -> bytes:
+    """Request of OpenPipe."""
+    return pb.OpenPipeRequest().SerializeToString()
+
+
+def pack_opened_pipe(port: int, ticket: bytes) -> bytes:
+    """Answer of OpenPipe; port 0 for none."""
+    return pb.OpenPipeResponse(port=port, ticket=ticket).SerializeToString()
+
+
+def parse_opened_pipe(raw: bytes) -> tuple[int, bytes]:
+    """Port and ticket; port 0 for none."""
+    message = _parse(pb.OpenPipeResponse, raw)
+    if message.port > 65535 or (message.port and len(message.ticket) != TICKET_BYTES):
+        raise ValueError(f"a ticket of {len(message.ticket)} bytes for port {message.port}")
+    return message.port, message.ticket
+
+
+def pack_piped_get(pipe: bytes, call: int, keys: Sequence[BlockKey]) -> bytes:
+    """Request of GetPiped."""
+    return pb.PipedGetRequest(pipe=pipe, call=call, keys=keys).SerializeToString()
+
+
+def parse_piped_get(raw: bytes) -> tuple[bytes, int, list[BlockKey]]:
+    """Pipe, number of the call, and keys, at most `MAX_KEYS`."""
+    message = _parse(pb.PipedGetRequest, raw)
+    return message.pipe, message.call, _checked_keys(message.keys)
+
+
+def pack_piped_begin() -> bytes:
+    """The one message that answers GetPiped."""
+    return pb.PipedGetResponse().SerializeToString()
 
 
 def pack_purge(namespace: bytes | None) -> bytes:

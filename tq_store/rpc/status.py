@@ -14,6 +14,7 @@ from tq_store.errors import (
     RpcOverLimit,
     RpcTimeout,
     RpcUnavailable,
+    RpcUnknown,
 )
 
 ERROR_STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
@@ -21,6 +22,7 @@ ERROR_STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (RpcUnavailable, grpc.StatusCode.UNAVAILABLE),
     (RpcDenied, grpc.StatusCode.UNAUTHENTICATED),
     (RpcDenied, grpc.StatusCode.PERMISSION_DENIED),
+    (RpcUnknown, grpc.StatusCode.UNIMPLEMENTED),
     (RpcOverLimit, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
     (OverLimit, grpc.StatusCode.RESOURCE_EXHAUSTED),

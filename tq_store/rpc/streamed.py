@@ -11,6 +11,7 @@ from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.lanes import Stop, fetch_in_order
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+from tq_store.rpc.piped import PipeRoad
 from tq_store.rpc.shared import Block, is_possible
 
 Check = Callable[[BlockKey, bytes | None], bytes | None]
@@ -22,10 +23,12 @@ class StreamRoad:
 
     Args:
         connection: Carries the streams.
+        pipes: Carry blocks of gets as far as they go.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, pipes: PipeRoad) -> None:
         self._connection = connection
+        self._pipes = pipes
 
     def get(self, keys: Sequence[BlockKey], attempts: Attempts, check: Check) -> Iterator[bytes | None]:
         """One answer per key, from one call as they arrive, or from calls on all connections.
@@ -51,7 +54,14 @@ class StreamRoad:
     def _fetch(
         self, keys: Sequence[BlockKey], stop: Stop, attempts: Attempts, check: Check
     ) -> Iterator[bytes | None]:
-        """One answer per key from one Get."""
+        """One answer per key, from a pipe and from one Get for what it leaves."""
+        received = 0
+        for block in self._pipes.get(keys, stop, attempts):
+            yield check(keys[received], block)
+            received += 1
+        keys = keys[received:]
+        if not keys or stop.is_set:
+            return
         request, timeout_s = convert.pack_keys(keys), attempts.remaining_s
         with closing(self._connection.receive("Get", request, timeout_s=timeout_s, stop=stop)) as frames:
             yield from self._read(keys, frames, check)

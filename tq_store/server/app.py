@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -28,13 +29,14 @@ from tq_store.server.gate import CallGate
 from tq_store.server.heap import settle_heap
 from tq_store.server.metrics import Metrics
 from tq_store.server.pages import Pages
+from tq_store.server.pipes import Pipes
 from tq_store.server.readings import Sampler
 from tq_store.server.scrape import StoreCollector
 from tq_store.server.segments import Segments
 from tq_store.server.service import BlockStoreService
 from tq_store.server.status_view import StatusView
 from tq_store.server.tiers import coded_tiers, open_tiers
-from tq_store.server.tls import server_credentials
+from tq_store.server.tls import tls_files
 from tq_store.server.traces import ServerTraces
 from tq_store.server.window import ByteWindow
 from tq_store.tiering.store import TieredStore
@@ -125,6 +127,15 @@ class Server:
         if config.local_path is not None and config.shared_segments:
             segments = Segments(_memory_socket(config.local_path), limit=config.shared_segments)
             self._resources.push_async_callback(segments.close)
+        pipes = None
+        if config.pipe_port is not None:
+            files = tls_files(config)
+            pipes = Pipes(
+                limit=config.payload_pipes,
+                tls=files.context if files else None,
+                on_denied=partial(metrics.denied, "OpenPipe"),
+            )
+            self._resources.push_async_callback(pipes.close)
         reception, tenant_store = self._access.guard(store, tiers, activity)
         gate = CallGate(
             metrics,
@@ -141,6 +152,7 @@ class Server:
             inward=_window("max_inflight", config.max_inflight_bytes, metrics.inflight),
             outward=_window("max_outflight", config.max_outflight_bytes, metrics.outflight),
             segments=segments,
+            pipes=pipes,
             metrics=metrics,
         )
         if config.metrics_port is not None:
@@ -171,6 +183,9 @@ class Server:
         self.address = _bind(grpc_server, config)
         await grpc_server.start()
         self._resources.push_async_callback(grpc_server.stop, _LAST_BYTES_S)
+        if pipes is not None:
+            assert config.pipe_port is not None, "there are no pipes otherwise"
+            pipes.listen(split_address(self.address)[0], config.pipe_port)
         if segments is not None:
             segments.listen()  # only now: the address beside it is ours
         self._resources.push_async_callback(self._drain, gate, config.grace_s)
@@ -228,14 +243,14 @@ def _window(name: str, limit_bytes: int, on_change: Callable[[int], None]) -> By
 def _bind(grpc_server: grpc.aio.Server, config: ServerConfig) -> str:
     """Open the port; returns the address with the port that was chosen."""
     _, port_number = split_address(config.listen)
-    credentials = server_credentials(config)
+    files = tls_files(config)
     try:
         if config.local_path is not None and port_number is not None:
             grpc_server.add_insecure_port(f"unix:{config.local_path}")
-        if credentials is None:
+        if files is None:
             port = grpc_server.add_insecure_port(config.listen)
         else:
-            port = grpc_server.add_secure_port(config.listen, credentials)
+            port = grpc_server.add_secure_port(config.listen, files.credentials())
     except RuntimeError as error:
         where = f"{config.listen} and {config.local_socket}" if config.local_socket else config.listen
         raise ConfigError(

@@ -51,12 +51,17 @@ class ReadAhead:
                     yield block
                     group.release(block)
 
-    async def groups(self, keys: Sequence[BlockKey]) -> AsyncGenerator[list[bytes | None], None]:
-        """As `blocks`, whole groups, for a reader that copies each there and then.
+    async def groups(
+        self, keys: Sequence[BlockKey], *, is_quick: bool
+    ) -> AsyncGenerator[list[bytes | None], None]:
+        """As `blocks`, whole groups, for a sender that makes no copies.
 
-        So a group of what is in memory takes all the room there is: it gives it back in no time.
+        Args:
+            keys: Of the blocks.
+            is_quick: Whether each group is done with there and then. So a group of what is in memory takes
+                all the room there is: it gives it back in no time.
         """
-        async with aclosing(self._groups(keys, int, is_quick=True)) as groups:
+        async with aclosing(self._groups(keys, int, is_quick=is_quick)) as groups:
             async for _, blocks in groups:
                 yield blocks
 

@@ -20,10 +20,12 @@ from tq_store.results import PutOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.frames import Assembler, cut_block, pack_frame, parse_frame
 from tq_store.rpc.limits import MAX_KEYS, MAX_PUT_BYTES
+from tq_store.rpc.parcels import cut_parcels
 from tq_store.runs import runs_of
 from tq_store.server.calls import CALL
 from tq_store.server.gate import CallGate, Context
 from tq_store.server.metrics import Metrics
+from tq_store.server.pipes import Pipes
 from tq_store.server.read_ahead import ReadAhead
 from tq_store.server.segments import Segment, Segments
 from tq_store.server.tenant_store import TenantStore
@@ -56,6 +58,7 @@ class BlockStoreService:
         inward: Bounds the blocks being received.
         outward: Bounds the blocks being sent.
         segments: Memory shared with clients of this host, or None where there is none.
+        pipes: Connections beside grpc, or None where there are none.
         metrics: Told about block bytes.
     """
 
@@ -69,6 +72,7 @@ class BlockStoreService:
         inward: ByteWindow,
         outward: ByteWindow,
         segments: Segments | None,
+        pipes: Pipes | None,
         metrics: Metrics,
     ) -> None:
         self._store = store
@@ -78,6 +82,7 @@ class BlockStoreService:
         self._inward = inward
         self._outward = outward
         self._segments = segments
+        self._pipes = pipes
         self._reader = ReadAhead(store, outward)
         self._metrics = metrics
         self._started = time.monotonic()
@@ -101,6 +106,11 @@ class BlockStoreService:
         if self._segments is not None:
             for name, method in (("GetShared", self._get_shared), ("PutShared", self._put_shared)):
                 routes[name] = grpc.unary_unary_rpc_method_handler(self._gated(name, method))
+        if self._pipes is not None:
+            routes["OpenPipe"] = grpc.unary_unary_rpc_method_handler(self._gated("OpenPipe", self._open_pipe))
+            routes["GetPiped"] = grpc.unary_stream_rpc_method_handler(
+                self._gated("GetPiped", self._get_piped)
+            )
         routes["Get"] = grpc.unary_stream_rpc_method_handler(self._gated("Get", self._get))
         routes["Put"] = grpc.stream_unary_rpc_method_handler(self._gated("Put", self._put))
         return grpc.method_handlers_generic_handler(convert.SERVICE_NAME, routes)
@@ -195,7 +205,7 @@ class BlockStoreService:
         num_fitting = sum(end <= segment.num_bytes for end in itertools.accumulate(at_hand))
         if num_fitting < len(at_hand):
             keys = keys[:num_fitting]  # what does not fit is neither read nor counted
-        async with aclosing(self._reader.groups(keys)) as groups:
+        async with aclosing(self._reader.groups(keys, is_quick=True)) as groups:
             async for group in groups:
                 ends = itertools.accumulate((len(block or b"") for block in group), initial=offset)
                 num_fitting = sum(end <= segment.num_bytes for end in ends) - 1
@@ -229,6 +239,28 @@ class BlockStoreService:
                 self._inward.give(held_bytes)
             offset += held_bytes
         return convert.pack_outcomes(outcomes)
+
+    async def _open_pipe(self, _: bytes, __: Context) -> bytes:
+        assert self._pipes is not None, "the method is served only with pipes"
+        ticket = self._pipes.ticket(CALL.get().tenant)
+        return convert.pack_opened_pipe(self._pipes.port if ticket else 0, ticket or b"")
+
+    async def _get_piped(self, request: bytes, context: Context) -> None:
+        """Write the blocks to the client's pipe. One that takes nothing in time is given up, as in a Get."""
+        assert self._pipes is not None, "the method is served only with pipes"
+        name, number, keys = convert.parse_piped_get(request)
+        num_sent = 0
+        with self._pipes.lend(name, CALL.get().tenant) as pipe:
+            async with aclosing(self._reader.groups(keys, is_quick=False)) as groups:
+                async for group in groups:
+                    if not num_sent:
+                        await context.write(convert.pack_piped_begin())
+                    for pieces in cut_parcels(number, num_sent, group):
+                        async with self._outward.step(stall_s=_STALL_S, hurry_s=_HURRY_S):
+                            await pipe.write(pieces)
+                    self._metrics.sent(sum(len(block or b"") for block in group))
+                    self._store.served(keys[num_sent : num_sent + len(group)], group)
+                    num_sent += len(group)
 
     async def _next_frame(self, frames: AsyncIterator[bytes], *, is_holding: bool) -> bytes | None:
         """The next frame of a put, or None after the last. A client that sends none in time is given up."""

@@ -13,8 +13,8 @@ from tq_store.status import CallStatus, Moment, NamespaceStatus, Status, TierSta
 _WINDOW_S = 30.0
 _NUM_NAMESPACES = 10
 _DIGITS = 12
-_METHODS = {"Lookup": ("Lookup",), "Get": ("Get", "GetShared"), "Put": ("Put", "PutShared")}
-"""As people see them, with those that do the same through shared memory."""
+_METHODS = {"Lookup": ("Lookup",), "Get": ("Get", "GetPiped", "GetShared"), "Put": ("Put", "PutShared")}
+"""As people see them, with those that do the same through pipes and shared memory."""
 _TROUBLES = {
     "corrupt blocks": table.CORRUPT_BLOCKS,
     "dropped writes": table.DROPPED_WRITES,

@@ -41,6 +41,11 @@ class TlsFiles:
             require_client_authentication=len(self._files) > 2,
         )
 
+    def context(self) -> ssl.SSLContext:
+        """For the next handshake on a socket. Not beside `credentials`: each notices a change of its own."""
+        self._refresh()
+        return self._context
+
     def _refresh(self) -> grpc.ServerCertificateConfiguration | None:
         """Called by grpc before each handshake, in a thread of its own; None for no change."""
         versions = self._read_versions()
@@ -61,30 +66,33 @@ class TlsFiles:
     def _load(self) -> grpc.ServerCertificateConfiguration:
         cert, key, *authorities = contents = [_read(file) for file in self._files]
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.num_tickets = 0  # nothing is sent that was not asked for, and no session resumed
         try:
             context.load_cert_chain(self._files[0], self._files[1], password="")
             for authority in authorities:
                 context.load_verify_locations(cadata=authority.decode("ascii"))
+                context.verify_mode = ssl.CERT_REQUIRED
         except (OSError, ValueError) as error:  # an SSLError is an OSError, and so is a file that has gone
             raise ConfigError(
                 f"the TLS files may not fit together: {', '.join(str(file) for file in self._files)}"
             ) from error
         if contents != [_read(file) for file in self._files]:
             raise ConfigError(f"{self._files[0]} and its key are being replaced just now")
+        self._context = context
         return grpc.ssl_server_certificate_configuration(
             [(key, cert)], root_certificates=authorities[0] if authorities else None
         )
 
 
-def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """What a server encrypts with, or None for a server without TLS.
+def tls_files(config: ServerConfig) -> TlsFiles | None:
+    """What a server encrypts with on one of its ports, or None for a server without TLS.
 
     Raises:
         ConfigError: A file cannot be used.
     """
     if config.tls_cert is None or config.tls_key is None:
         return None
-    return TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca).credentials()
+    return TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
 
 
 def _read(path: Path) -> bytes:

@@ -75,6 +75,32 @@ class SharedPutRequest(_message.Message):
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, segment: _Optional[bytes] = ..., block_bytes: _Optional[_Iterable[int]] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class OpenPipeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenPipeResponse(_message.Message):
+    __slots__ = ("port", "ticket")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    ticket: bytes
+    def __init__(self, port: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+
+class PipedGetRequest(_message.Message):
+    __slots__ = ("keys", "pipe", "call")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PIPE_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    pipe: bytes
+    call: int
+    def __init__(self, keys: _Optional[_Iterable[bytes]] = ..., pipe: _Optional[bytes] = ..., call: _Optional[int] = ...) -> None: ...
+
+class PipedGetResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class PutResponse(_message.Message):
     __slots__ = ("outcomes",)
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]

@@ -64,6 +64,16 @@ class BlockStoreStub(object):
                 request_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedPutRequest.SerializeToString,
                 response_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.FromString,
                 _registered_method=True)
+        self.OpenPipe = channel.unary_unary(
+                '/tq_store.rpc.v1.BlockStore/OpenPipe',
+                request_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.OpenPipeRequest.SerializeToString,
+                response_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.OpenPipeResponse.FromString,
+                _registered_method=True)
+        self.GetPiped = channel.unary_stream(
+                '/tq_store.rpc.v1.BlockStore/GetPiped',
+                request_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PipedGetRequest.SerializeToString,
+                response_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PipedGetResponse.FromString,
+                _registered_method=True)
         self.Delete = channel.unary_unary(
                 '/tq_store.rpc.v1.BlockStore/Delete',
                 request_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.Keys.SerializeToString,
@@ -139,6 +149,21 @@ class BlockStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenPipe(self, request, context):
+        """A connection beside this one, for block bytes that need no more than bytes (see OpenPipeResponse).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPiped(self, request, context):
+        """As Get, but the blocks go through a pipe of the caller's tenant. The server answers with one message when it
+        begins to write to the pipe, and ends the call when all is written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Delete(self, request, context):
         """Remove blocks; says which were there.
         """
@@ -206,6 +231,16 @@ def add_BlockStoreServicer_to_server(servicer, server):
                     servicer.PutShared,
                     request_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedPutRequest.FromString,
                     response_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.SerializeToString,
+            ),
+            'OpenPipe': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenPipe,
+                    request_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.OpenPipeRequest.FromString,
+                    response_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.OpenPipeResponse.SerializeToString,
+            ),
+            'GetPiped': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetPiped,
+                    request_deserializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PipedGetRequest.FromString,
+                    response_serializer=tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PipedGetResponse.SerializeToString,
             ),
             'Delete': grpc.unary_unary_rpc_method_handler(
                     servicer.Delete,
@@ -395,6 +430,60 @@ class BlockStore(object):
             '/tq_store.rpc.v1.BlockStore/PutShared',
             tq__store_dot_rpc_dot_v1_dot_block__store__pb2.SharedPutRequest.SerializeToString,
             tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenPipe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tq_store.rpc.v1.BlockStore/OpenPipe',
+            tq__store_dot_rpc_dot_v1_dot_block__store__pb2.OpenPipeRequest.SerializeToString,
+            tq__store_dot_rpc_dot_v1_dot_block__store__pb2.OpenPipeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPiped(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tq_store.rpc.v1.BlockStore/GetPiped',
+            tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PipedGetRequest.SerializeToString,
+            tq__store_dot_rpc_dot_v1_dot_block__store__pb2.PipedGetResponse.FromString,
             options,
             channel_credentials,
             insecure,

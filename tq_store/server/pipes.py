@@ -1,0 +1,341 @@
+"""Connections of clients for block bytes beside grpc: who may open one, whose it is, and writing to it.
+
+A connection begins with a ticket, which a tenant has asked for by an authenticated call. Until then it has
+two seconds for 32 bytes, and few are let in at a time. Nothing else is ever read from it.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from tq_store.errors import ConfigError
+from tq_store.rpc.limits import PIPE_NAME_BYTES, TICKET_BYTES, TICKET_LIFE_S
+from tq_store.server.tenants import Tenant
+
+logger = logging.getLogger(__name__)
+
+_HELLO_S = 2.0
+_GREETING = 32
+"""Connections that may be on their way to a pipe."""
+_IDLE_S = 60.0
+_REST_S = 0.1
+"""Before the next connection is let in, when files or memory ran out."""
+_SHARE = 2
+"""One of several tenants may have the limit over this."""
+_PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+_THREADS = max(1, min(4, _PROCESSORS // 2))
+"""That encrypt, and copy to sockets where there are processors to spare."""
+
+T = TypeVar("T")
+
+
+class Pipe:
+    """A client's connection, as the server sees it. Written by one call at a time.
+
+    Args:
+        connection: Not blocking; owned by whoever makes the pipe.
+        tenant: Whose it is.
+        threads: To write from; None for the event loop.
+    """
+
+    def __init__(self, connection: socket.socket, tenant: Tenant, threads: Executor | None) -> None:
+        self.tenant = tenant.name
+        self.is_lent = False
+        self.num_calls = 0
+        self.has_gone = asyncio.Event()
+        self.is_free = asyncio.Event()
+        self.is_free.set()
+        self._connection = connection
+        self._threads = threads
+
+    async def write(self, pieces: Sequence[memoryview]) -> None:
+        """Send bytes, as fast as the client takes them.
+
+        Raises:
+            ValueError: The client has closed the pipe.
+        """
+        try:
+            if isinstance(self._connection, ssl.SSLSocket):
+                whole = b"".join(pieces)
+                await self._retried(partial(self._connection.send, whole))
+                return
+            while pieces:
+                num_bytes = await self._retried(partial(self._connection.sendmsg, pieces))
+                pieces = _after(pieces, num_bytes)
+        except OSError as error:
+            raise ValueError("the client has closed the pipe") from error
+
+    async def _retried(self, send: Callable[[], int]) -> int:
+        while True:
+            try:
+                return await _run(self._threads, send)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                await _writable(self._connection)
+
+
+class Pipes:
+    """The pipes of all clients, and the port on which they are opened.
+
+    Bound to one event loop. A pipe goes when its client closes it or leaves it idle, or a call on it fails.
+
+    Args:
+        limit: Pipes at once, and tickets for them; one of several tenants may have half of them.
+        tls: Gives what to encrypt the next connection with; None for none.
+        on_denied: Told of connections without a valid ticket.
+    """
+
+    def __init__(
+        self, *, limit: int, tls: Callable[[], ssl.SSLContext] | None, on_denied: Callable[[], None]
+    ) -> None:
+        self.port = 0
+        self._limit = limit
+        self._tls = tls
+        self._on_denied = on_denied
+        self._tickets: dict[bytes, tuple[Tenant, float]] = {}
+        self._pipes: dict[bytes, Pipe] = {}
+        self._held: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._greeting = 0
+        self._listeners: list[socket.socket] = []
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tq-store-pipe")
+
+    def listen(self, host: str, port: int) -> None:
+        """Open the port.
+
+        Raises:
+            ConfigError: It cannot be had.
+        """
+        try:
+            for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+                where = (address[0], self.port or port, *address[2:])
+                listener = socket.create_server(where, family=family)
+                self._listeners.append(listener)
+                listener.setblocking(False)
+                self.port = listener.getsockname()[1]
+        except OSError as error:
+            raise ConfigError(f"cannot take pipes on {host}:{port}: {error.strerror or error}") from error
+        for listener in self._listeners:
+            self._begin(self._accept(listener))
+
+    def __len__(self) -> int:
+        return len(self._pipes)
+
+    def ticket(self, tenant: Tenant) -> bytes | None:
+        """What opens one pipe for a tenant, within five seconds; None where there are enough."""
+        self._forget_late_tickets()
+        most_of_one = max(1, self._limit // _SHARE) if tenant.name else self._limit
+        if self._held.total() >= self._limit or self._held[tenant.name] >= most_of_one:
+            return None
+        ticket = secrets.token_bytes(TICKET_BYTES)
+        self._tickets[ticket] = (tenant, asyncio.get_running_loop().time() + TICKET_LIFE_S)
+        self._held[tenant.name] += 1
+        return ticket
+
+    @contextmanager
+    def lend(self, name: bytes, tenant: Tenant) -> Iterator[Pipe]:
+        """The pipe that a call names, to be written by it alone. It is closed unless the call ends well.
+
+        Raises:
+            ValueError: The tenant has no such pipe, or another call writes to it.
+        """
+        pipe = self._pipes.get(name)
+        if pipe is None or pipe.tenant != tenant.name or pipe.has_gone.is_set():
+            raise ValueError("no such pipe; open another")
+        if pipe.is_lent:
+            raise ValueError("another call writes to this pipe")
+        pipe.is_lent = True
+        pipe.is_free.clear()
+        pipe.num_calls += 1
+        try:
+            yield pipe
+        except BaseException:
+            pipe.has_gone.set()
+            raise
+        finally:
+            pipe.is_lent = False
+            pipe.is_free.set()
+
+    async def close(self) -> None:
+        """Close everything."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for listener in self._listeners:
+            listener.close()
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:
+                logger.warning("a client that opens a pipe cannot be let in: %s", error)
+                await asyncio.sleep(_REST_S)
+                continue
+            try:
+                self._forget_late_tickets()
+                if not self._tickets or self._greeting >= _GREETING:
+                    raise ConnectionRefusedError  # nobody is due
+                connection.setblocking(False)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._tls is not None:
+                    connection = self._tls().wrap_socket(
+                        connection, server_side=True, do_handshake_on_connect=False
+                    )
+            except OSError:
+                connection.close()
+                continue
+            self._greeting += 1
+            serving = self._begin(self._serve(connection))
+            # not in the task, as one that is cancelled before it starts does nothing at all
+            serving.add_done_callback(partial(_close, connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        """Greet one client, and keep its pipe until it has gone."""
+        tenant = None
+        try:
+            try:
+                async with asyncio.timeout(_HELLO_S):
+                    tenant = self._redeem(await self._read_ticket(connection))
+            except (OSError, EOFError, TimeoutError):
+                pass
+            finally:
+                self._greeting -= 1
+            if tenant is None:
+                self._on_denied()
+                return
+            await self._keep(connection, tenant)
+        finally:
+            if tenant is not None:
+                self._held[tenant.name] -= 1
+
+    async def _keep(self, connection: socket.socket, tenant: Tenant) -> None:
+        loop, name = asyncio.get_running_loop(), secrets.token_bytes(PIPE_NAME_BYTES)
+        is_encrypted = isinstance(connection, ssl.SSLSocket)
+        pipe = Pipe(connection, tenant, self._threads if is_encrypted or _THREADS > 1 else None)
+
+        def end() -> None:
+            loop.remove_reader(connection)
+            pipe.has_gone.set()
+
+        try:
+            self._pipes[name] = pipe
+            await pipe.write([memoryview(name)])
+            loop.add_reader(connection, end)  # a client has nothing to say: whatever comes is the end
+            num_calls = -1
+            while not pipe.has_gone.is_set() and (pipe.is_lent or num_calls != pipe.num_calls):
+                num_calls = pipe.num_calls
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_IDLE_S):
+                        await pipe.has_gone.wait()
+        except ValueError:
+            pass
+        finally:
+            self._pipes.pop(name, None)
+            pipe.has_gone.set()
+            loop.remove_reader(connection)
+            # a call that still writes finds the end; only then may the descriptor go
+            with suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+            await pipe.is_free.wait()
+
+    async def _read_ticket(self, connection: socket.socket) -> bytes:
+        """What a connection begins with.
+
+        Raises:
+            EOFError: It ends before that.
+            OSError: It fails, or does not understand TLS.
+        """
+        if isinstance(connection, ssl.SSLSocket):
+            await self._retried(connection, connection.do_handshake)
+        ticket = b""
+        while len(ticket) < TICKET_BYTES:
+            left_bytes = TICKET_BYTES - len(ticket)
+            received = await self._retried(connection, partial(connection.recv, left_bytes))
+            if not received:
+                raise EOFError
+            ticket += received
+        return ticket
+
+    async def _retried(self, connection: socket.socket, operation: Callable[[], T]) -> T:
+        while True:
+            try:
+                return await _run(self._threads, operation)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                await _readable(connection)
+            except ssl.SSLWantWriteError:
+                await _writable(connection)
+
+    def _redeem(self, ticket: bytes) -> Tenant | None:
+        """Whose pipe a ticket opens, once; it counts on as that pipe."""
+        self._forget_late_tickets()
+        tenant, _ = self._tickets.pop(ticket, (None, 0.0))
+        return tenant
+
+    def _forget_late_tickets(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for ticket, (tenant, until_s) in [*self._tickets.items()]:
+            if until_s > now_s:
+                break
+            del self._tickets[ticket]
+            self._held[tenant.name] -= 1
+
+
+async def _run(threads: Executor | None, operation: Callable[[], T]) -> T:
+    """Do what does not wait, in a thread if there is one; a caller that is cancelled waits for its end."""
+    if threads is None:
+        return operation()
+    doing = asyncio.get_running_loop().run_in_executor(threads, operation)
+    try:
+        await asyncio.wait([doing])
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        raise
+    return doing.result()
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(connection, arrived.set)
+    try:
+        await arrived.wait()
+    finally:
+        loop.remove_reader(connection)
+
+
+async def _writable(connection: socket.socket) -> None:
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_writer(connection, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_writer(connection)
+
+
+def _after(pieces: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
+    """What is left of pieces after so many bytes."""
+    left: list[memoryview] = []
+    for piece in pieces:
+        if num_bytes < len(piece):
+            left.append(piece[num_bytes:])
+        num_bytes = max(0, num_bytes - len(piece))
+    return left
+
+
+def _close(connection: socket.socket, _: object) -> None:
+    connection.close()
