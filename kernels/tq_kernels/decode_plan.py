@@ -15,7 +15,7 @@ MAX_ROWS = 16
 _FEWEST_COLUMNS = 8
 _MOST_TILE_COLUMNS = 64
 _MOST_MERGE_COLUMNS = 16
-_MOST_SPLITS = 128
+_MOST_SPLITS = 512
 _SPLIT_TOKENS = 256
 """What starting and ending a split costs, in tokens that could have been read instead."""
 _GOOD_ENOUGH = 1.03
@@ -73,7 +73,8 @@ class DecodePlan:
         padded_columns: Columns of the prepared query: a power of two up to 64, then a multiple of 64.
         tile_columns: Columns of a program.
         tile_tokens: Tokens that a program holds at once.
-        num_splits: Programs over the pages of one sequence, KV head and tile of columns.
+        num_splits: Programs over the pages of one sequence, KV head and tile of columns: their shares are
+            whole pages of the plain variant, whole rounds of the Hopper kernel.
         num_warps: Warps of a program.
         num_registers: Most registers of a thread.
         merge_columns: Columns of a program that merges splits.
@@ -111,10 +112,12 @@ def plan_decode(
     if variant == "hopper":
         tile_columns, num_warps = hopper.columns_of_a_program(padded), 1
         tile_tokens = hopper.strip_tokens(layout)
+        round_tokens = tile_tokens * hopper.strips_of_a_round(layout)
         resident = machine.num_processors * hopper.resident_programs(layout, padded)
         num_registers = hopper.max_registers(layout, padded)
     else:
         tile_columns, tile_tokens, num_warps = _tile(layout, padded)
+        round_tokens = layout.page_tokens
         programs, num_registers = _PLAIN_OCCUPANCY[num_warps]
         resident = machine.num_processors * programs
     return DecodePlan(
@@ -123,7 +126,12 @@ def plan_decode(
         padded_columns=padded,
         tile_columns=tile_columns,
         tile_tokens=tile_tokens,
-        num_splits=num_splits(pairs * (padded // tile_columns), resident, max_pages, layout.page_tokens),
+        num_splits=num_splits(
+            pairs * (padded // tile_columns),
+            resident,
+            max_pages * (layout.page_tokens // round_tokens),
+            round_tokens,
+        ),
         num_warps=num_warps,
         num_registers=num_registers,
         merge_columns=1 if variant == "hopper" else merge_columns(columns, pairs, machine),
@@ -160,19 +168,19 @@ def _tile(layout: PageLayout, padded: int) -> tuple[int, int, int]:
     return columns, tokens, 8 if columns * layout.head_dim > 32 * 128 else 4
 
 
-def num_splits(programs: int, resident: int, max_pages: int, page_tokens: int) -> int:
+def num_splits(programs: int, resident: int, max_rounds: int, round_tokens: int) -> int:
     """Few splits that keep the machine's waves of programs short and full.
 
     Args:
         programs: Programs without splits.
         resident: Programs that the machine runs at once.
-        max_pages: Pages that the splits of a program share out.
-        page_tokens: Tokens in a page.
+        max_rounds: Rounds that the splits of a program share out.
+        round_tokens: Tokens that are read in one go.
     """
 
     def cost(splits: int) -> int:
-        tokens = -(-max_pages // splits) * page_tokens
+        tokens = -(-max_rounds // splits) * round_tokens
         return -(-programs * splits // resident) * (tokens + _SPLIT_TOKENS)
 
-    costs = [cost(splits) for splits in range(1, max(1, min(_MOST_SPLITS, max_pages)) + 1)]
+    costs = [cost(splits) for splits in range(1, max(1, min(_MOST_SPLITS, max_rounds)) + 1)]
     return 1 + next(i for i, each in enumerate(costs) if each <= _GOOD_ENOUGH * min(costs))

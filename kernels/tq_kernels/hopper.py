@@ -45,6 +45,11 @@ def strip_tokens(layout: PageLayout) -> int:
     return _STRIP_ROWS * WORD_FORMATS[layout.spec.value].groups
 
 
+def strips_of_a_round(layout: PageLayout) -> int:
+    """Strips that are read one after the other without a branch; shares of a sequence are whole rounds."""
+    return layout.page_tokens // strip_tokens(layout)
+
+
 def columns_of_a_program(padded_columns: int) -> int:
     """Columns that share a read of the pages."""
     return min(padded_columns, _BLOCK_COLUMNS)
@@ -106,6 +111,7 @@ def constants(
         "WINDOW": window,
         "SOFTCAP": softcap,
         "VEC": together,
+        "ROUND": strips_of_a_round(layout),
         "K_ASM": levels_of_groups(layout.spec.key),
         "V_ASM": levels_of_groups(layout.spec.value),
         "K_TABLE": level_bytes(layout.spec.key),

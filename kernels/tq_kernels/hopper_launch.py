@@ -22,7 +22,7 @@ from tq_kernels.rotation import rotation_signs
 
 _COLUMNS_AT_ONCE = 4
 _SPLITS_AT_ONCE = 8
-_MOST_MERGE_WARPS = 4
+_MOST_MERGE_WARPS = 16
 
 
 def launch_prepare(

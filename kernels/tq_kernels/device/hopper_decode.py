@@ -20,12 +20,15 @@ from tq_kernels.device.hopper_operands import (
     bits_of_both,
     count,
     key_operand,
+    load_center,
     let_next_begin,
     load_keys,
     load_values,
     log2,
     pick,
+    score_of_center,
     seen,
+    share_start,
     spread,
     table,
     transpose_sides,
@@ -72,6 +75,7 @@ def attend_split(
     WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
     VEC: gl.constexpr,
+    ROUND: gl.constexpr,
     K_ASM: gl.constexpr,
     V_ASM: gl.constexpr,
     K_TABLE: gl.constexpr,
@@ -81,8 +85,9 @@ def attend_split(
     L_VALUES: gl.constexpr,
     L_CENTER: gl.constexpr,
 ):
-    """A run of pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences).
+    """A share of the pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences).
 
+    Shares are of rounds, ROUND strips of a page, and differ by at most one.
     A sequence whose entry of `p_sink_rows` is negative has no raw sinks: its pages are read from the start.
     """
     L_A: gl.constexpr = gl.DotOperandLayout(0, L_ACC, 2)
@@ -91,7 +96,7 @@ def attend_split(
     V_GROUPS: gl.constexpr = count(V_ASM)
     KW: gl.constexpr = D // (4 * K_GROUPS)
     HIGH: gl.constexpr = KW // (4 * VEC)
-    STRIPS: gl.constexpr = P // (16 * V_GROUPS)
+    ROUNDS: gl.constexpr = P // (16 * V_GROUPS * ROUND)
     RUN: gl.constexpr = P // V_GROUPS
     # a fresh reference leaves this many binary orders of room above the largest probability
     ROOM: gl.constexpr = 6.0
@@ -117,10 +122,9 @@ def attend_split(
         whole_from = gl.maximum(first, position - window + 1)
     whole_to = gl.minimum(end, earliest + 1)
     first_page = first // P
-    num_pages = gl.maximum((end + P - 1) // P - first_page, 0)
-    per_split = (num_pages + num_splits - 1) // num_splits
-    start_page = first_page + i_split * per_split
-    end_page = gl.minimum(start_page + per_split, first_page + num_pages)
+    num_rounds = gl.maximum((end + P - 1) // P - first_page, 0) * ROUNDS
+    start = first_page * ROUNDS + share_start(i_split, num_splits, num_rounds)
+    stop = first_page * ROUNDS + share_start(i_split + 1, num_splits, num_rounds)
     p_table += i_seq.to(gl.int64) * table_stride
     row0 = i_seq.to(gl.int64) * num_heads + i_head
 
@@ -148,39 +152,32 @@ def attend_split(
     b_reference = gl.full([N], -1e30, gl.float32, layout=gl.SliceLayout(0, L_ACC))
     b_sum = gl.zeros([16, N], gl.float32, layout=L_ACC)
     # pages are there when the grid begins; queries come from the launch before, which may still run
-    if start_page >= end_page:
+    if start >= stop:
         wait_for_launch_before()
         let_next_begin()
     else:
         k_table = table(length, K_TABLE)
         v_table = table(length, V_TABLE)
         p_pages += i_head * SECTION
-        page = gl.load(p_table + start_page).to(gl.int64)
-        next_page = gl.load(p_table + gl.minimum(start_page + 1, end_page - 1)).to(gl.int64)
-        p_section = p_pages + page * page_stride
-        b_k = load_keys(p_section, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES)
-        b_v = load_values(p_section, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES)
+        # the table says where the page of a round is, its place in the page which strips are its
+        p_section = p_pages + gl.load(p_table + start // ROUNDS).to(gl.int64) * page_stride
+        next_page = gl.load(p_table + gl.minimum(start + 1, stop - 1) // ROUNDS).to(gl.int64)
+        strip = start % ROUNDS * ROUND
+        b_k = load_keys(p_section, strip, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES)
+        b_v = load_values(p_section, strip, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES)
+        b_center = load_center(p_section, o_center, CENTER, HAS_CENTER)
         wait_for_launch_before()
         let_next_begin()
         b_query = gl.load(p_q, mask=gl.expand_dims(o_n < PADDED, 0), other=0.0)
-        for i_page in range(start_page, end_page):
-            p_section = p_pages + page * page_stride
+        b_base = score_of_center(b_center, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC, HAS_CENTER)
+        for i_round in range(start, stop):
             p_ahead = p_pages + next_page * page_stride
-            page = next_page
-            next_page = gl.load(p_table + gl.minimum(i_page + 2, end_page - 1)).to(gl.int64)
+            next_page = gl.load(p_table + gl.minimum(i_round + 2, stop - 1) // ROUNDS).to(gl.int64)
+            strip_ahead = gl.minimum(i_round + 1, stop - 1) % ROUNDS * ROUND
+            i_page = i_round // ROUNDS
             partial = (i_page * P < whole_from) | ((i_page + 1) * P > whole_to)
-            b_base = gl.zeros([16, N], gl.float32, layout=L_ACC)
-            if HAS_CENTER:
-                p_center = (p_section + CENTER).to(gl.pointer_type(gl.float16)) + o_center
-                b_center = gl.reshape(gl.load(p_center), [K_GROUPS, HIGH, 4, VEC, 2, 2])
-                b_center = gl.reshape(gl.permute(b_center, (0, 1, 3, 4, 2, 5)), [D])
-                b_center = gl.convert_layout(b_center, gl.SliceLayout(0, L_A), assert_trivial=True)
-                b_center, _ = gl.broadcast(
-                    gl.expand_dims(b_center, 0), gl.zeros([16, D], gl.float16, layout=L_A)
-                )
-                b_base = mma_v2(b_center, b_query, b_base)
-            for part in gl.static_range(STRIPS):
-                first_token = i_page * P + part * 16
+            for part in gl.static_range(ROUND):
+                first_token = i_page * P + (strip + part) * 16
                 b_scores = ()
                 b_weighted = ()
                 b_scales = ()
@@ -221,14 +218,15 @@ def attend_split(
                     b_added += probability
                     b_weighted = b_weighted + (weighted.to(gl.float16),)
                 # words of the next strip take the registers of those just used
-                if part + 1 < STRIPS:
+                if part + 1 < ROUND:
                     b_k = load_keys(
-                        p_section, part + 1, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES
+                        p_section, strip, part + 1, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES
                     )
                 else:
                     b_k = load_keys(
-                        p_ahead, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES
+                        p_ahead, strip_ahead, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES
                     )
+                    b_center = load_center(p_ahead, o_center, CENTER, HAS_CENTER)
                 # bit 30 of a float is set from 2 on, and of what is no number
                 if (gl.reduce(large, None, bits_of_both) & TWO) != 0:
                     b_top = gl.full([16, N], -float("inf"), gl.float32, layout=L_ACC)
@@ -253,14 +251,17 @@ def attend_split(
                     b_values = gl.convert_layout(b_values, L_A, assert_trivial=True)
                     b_right = transpose_sides(b_weighted[g], N, L_B)
                     b_out = mma_v2(b_values, b_right, b_out)
-                if part + 1 < STRIPS:
+                if part + 1 < ROUND:
                     b_v = load_values(
-                        p_section, part + 1, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
+                        p_section, strip, part + 1, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
                     )
                 else:
                     b_v = load_values(
-                        p_ahead, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
+                        p_ahead, strip_ahead, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
                     )
+                    b_base = score_of_center(b_center, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC, HAS_CENTER)
+            p_section = p_ahead
+            strip = strip_ahead
 
     # a value of zero may weigh more than floats reach, as nothing moves the reference for it
     b_total = gl.minimum(gl.sum(b_sum, axis=0), 3.0e38)

@@ -2,6 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 
 @gluon.constexpr_function
@@ -14,6 +15,12 @@ def pick(items, i):
 def count(items):
     """Length of a constant tuple."""
     return len(items)
+
+
+@gluon.jit
+def share_start(i_share, num_shares, num_rounds):
+    """Where a share of consecutive rounds begins, and the one before it ends; shares differ by at most one."""
+    return i_share * num_rounds // num_shares
 
 
 @gluon.jit
@@ -38,9 +45,17 @@ def log2(x):
 def table(length, BYTES: gl.constexpr):
     """Level bytes of a code as the two registers that `_levels` wants.
 
-    A constant operand of `prmt` would be moved to a register each time; these the assembler cannot know.
+    A constant operand of `prmt`, or one that all threads of a warp share, would be moved to a register each
+    time; as the assembler sees it, these may differ by thread.
     """
-    zero = length >> 31
+    zero = gl.inline_asm_elementwise(
+        "{ .reg .b32 t; mov.u32 t, %laneid; add.s32 t, t, $1; shr.s32 $0, t, 31; }",
+        "=r,r",
+        [length],
+        gl.int32,
+        True,
+        1,
+    )
     return zero ^ pick(BYTES, 0), zero ^ pick(BYTES, 1)
 
 
@@ -111,6 +126,7 @@ def bits_of_both(a, b):
 @gluon.jit
 def load_keys(
     p_section,
+    strip,
     PART: gl.constexpr,
     o_keys,
     o_token,
@@ -125,15 +141,18 @@ def load_keys(
     words = ()
     signs = ()
     scales = ()
+    p_words0 = p_section.to(gl.pointer_type(gl.int32)) + strip * (16 * KW)
+    p_signs0 = p_section.to(gl.pointer_type(gl.int16)) + strip * (16 * KW)
+    p_scales0 = p_section.to(gl.pointer_type(gl.float16)) + strip * 16
     for g in gl.static_range(GROUPS):
-        p_words = p_section.to(gl.pointer_type(gl.int32)) + (WORDS // 4 + (PART * 16 + g * RUN) * KW)
+        p_words = p_words0 + (WORDS // 4 + (PART * 16 + g * RUN) * KW)
         words = words + (gl.load(p_words + o_keys),)
         if SIGNS > 0:
-            p_signs = p_section.to(gl.pointer_type(gl.int16)) + (SIGNS // 2 + (PART * 16 + g * RUN) * KW)
+            p_signs = p_signs0 + (SIGNS // 2 + (PART * 16 + g * RUN) * KW)
             signs = signs + (gl.load(p_signs + o_keys),)
         else:
             signs = signs + (0,)
-        p_scales = p_section.to(gl.pointer_type(gl.float16)) + (SCALES // 2 + PART * 16 + g * RUN)
+        p_scales = p_scales0 + (SCALES // 2 + PART * 16 + g * RUN)
         scales = scales + (gl.load(p_scales + o_token),)
     return words, signs, scales
 
@@ -141,6 +160,7 @@ def load_keys(
 @gluon.jit
 def load_values(
     p_section,
+    strip,
     PART: gl.constexpr,
     o_values,
     o_token,
@@ -152,15 +172,50 @@ def load_values(
     SCALES: gl.constexpr,
 ):
     """Words and sign words of the values of a strip, and their scales by group."""
-    words = gl.load(p_section.to(gl.pointer_type(gl.int32)) + o_values + (WORDS // 4 + PART * 4 * D))
+    p_words = p_section.to(gl.pointer_type(gl.int32)) + strip * (4 * D)
+    p_scales0 = p_section.to(gl.pointer_type(gl.float16)) + strip * 16
+    words = gl.load(p_words + o_values + (WORDS // 4 + PART * 4 * D))
     signs = 0
     if SIGNS > 0:
-        signs = gl.load(p_section.to(gl.pointer_type(gl.int16)) + o_values + (SIGNS // 2 + PART * 4 * D))
+        signs = gl.load(p_section.to(gl.pointer_type(gl.int16)) + strip * (4 * D) + o_values + (SIGNS // 2 + PART * 4 * D))
     scales = ()
     for g in gl.static_range(GROUPS):
-        p_scales = p_section.to(gl.pointer_type(gl.float16)) + (SCALES // 2 + PART * 16 + g * RUN)
+        p_scales = p_scales0 + (SCALES // 2 + PART * 16 + g * RUN)
         scales = scales + (gl.load(p_scales + o_token),)
     return words, signs, scales
+
+
+@gluon.jit
+def load_center(p_section, o_center, CENTER: gl.constexpr, HAS_CENTER: gl.constexpr):
+    """The centre of the keys of a page: [D] float16, if there is one."""
+    if HAS_CENTER:
+        return gl.load((p_section + CENTER).to(gl.pointer_type(gl.float16)) + o_center)
+    else:
+        return 0
+
+
+@gluon.jit
+def score_of_center(
+    b_center,
+    b_query,
+    K_GROUPS: gl.constexpr,
+    HIGH: gl.constexpr,
+    VEC: gl.constexpr,
+    D: gl.constexpr,
+    N: gl.constexpr,
+    L_A: gl.constexpr,
+    L_ACC: gl.constexpr,
+    HAS_CENTER: gl.constexpr,
+):
+    """What the centre adds to every score of a page: [16, N], all rows alike."""
+    b_base = gl.zeros([16, N], gl.float32, layout=L_ACC)
+    if HAS_CENTER:
+        x = gl.reshape(b_center, [K_GROUPS, HIGH, 4, VEC, 2, 2])
+        x = gl.reshape(gl.permute(x, (0, 1, 3, 4, 2, 5)), [D])
+        x = gl.convert_layout(x, gl.SliceLayout(0, L_A), assert_trivial=True)
+        x, _ = gl.broadcast(gl.expand_dims(x, 0), gl.zeros([16, D], gl.float16, layout=L_A))
+        b_base = mma_v2(x, b_query, b_base)
+    return b_base
 
 
 @gluon.jit
