@@ -133,7 +133,7 @@ def launch_split(
 
         hopper_launch.launch_split(
             plan,
-            prepared=prepared,
+            query=prepared,
             pages=pages,
             block_table=block_table,
             lengths=lengths,

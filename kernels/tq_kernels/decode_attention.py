@@ -5,12 +5,11 @@ head; a split of a sequence attends with all columns of a KV head at once, so th
 pages; splits and raw sinks are merged and the output is rotated back, once.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from tq_kernels import reference_attention
+from tq_kernels import hopper, reference_attention
 from tq_kernels._attention_guards import check_decode, check_mask, check_sinks
 from tq_kernels._dispatch import takes_kernel
 from tq_kernels._guards import FLOATS, check_tensor
@@ -224,26 +223,18 @@ def _launch(
     num_seqs = len(query)
     prepared, positions = workspace.prepared[:num_seqs], workspace.positions[:num_seqs]
     partial_out, partial_lse = workspace.partial_out[:num_seqs], workspace.partial_lse[:num_seqs]
-    is_hopper = workspace.plan.variant == "hopper"
-    launch_prepare: Callable[..., None] = plain.launch_prepare
-    if is_hopper:
+    factor = plain.score_factor(softmax_scale, softcap)
+    if workspace.plan.variant == "hopper":
         from tq_kernels import hopper_launch  # Gluon is a part of some Triton releases only
 
-        launch_prepare = hopper_launch.launch_prepare
-    launch_prepare(
-        query=query,
-        lengths=lengths,
-        query_positions=query_positions,
-        key_balance=key_balance,
-        prepared=prepared,
-        positions=positions,
-        layout=layout,
-        factor=plain.score_factor(softmax_scale, softcap),
-    )
-    if is_hopper:
+        raw = hopper.rotates_queries(layout, workspace.plan.padded_columns)
+        if not raw:
+            hopper_launch.launch_prepare(
+                query=query, key_balance=key_balance, prepared=prepared, layout=layout, factor=factor
+            )
         hopper_launch.launch_split(
             workspace.plan,
-            prepared=prepared,
+            query=query if raw else prepared,
             pages=pages,
             block_table=block_table,
             lengths=lengths,
@@ -258,12 +249,16 @@ def _launch(
             softcap=softcap,
             cap_log2=plain.cap_log2(softcap),
             early=True,
+            raw=raw,
+            key_balance=key_balance if raw else None,
+            factor=factor if raw else 1.0,
         )
         hopper_launch.launch_merge(
             partial_out=partial_out,
             partial_lse=partial_lse,
             query=query,
-            positions=positions,
+            lengths=lengths,
+            positions=query_positions,
             out=out,
             lse=lse,
             layout=layout,
@@ -275,6 +270,16 @@ def _launch(
             softcap=softcap,
         )
         return
+    plain.launch_prepare(
+        query=query,
+        lengths=lengths,
+        query_positions=query_positions,
+        key_balance=key_balance,
+        prepared=prepared,
+        positions=positions,
+        layout=layout,
+        factor=factor,
+    )
     plain.launch_split(
         workspace.plan,
         prepared=prepared,

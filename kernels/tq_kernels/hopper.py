@@ -55,6 +55,11 @@ def columns_of_a_program(padded_columns: int) -> int:
     return min(padded_columns, _BLOCK_COLUMNS)
 
 
+def rotates_queries(layout: PageLayout, padded_columns: int) -> bool:
+    """Whether each program rotates the queries itself, while its first words are on their way."""
+    return padded_columns == _COLUMNS_MULTIPLE and layout.head_dim <= _MEASURED_HEAD_DIM
+
+
 def max_registers(layout: PageLayout, padded_columns: int) -> int:
     """Most registers of a thread: fewer than all where the loop then hardly spills, as measured."""
     spec, head_dim = layout.spec, layout.head_dim
@@ -81,6 +86,7 @@ def constants(
     tile_columns: int,
     window: bool,
     softcap: bool,
+    raw: bool = False,
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel, thread layouts among them; the same object for the same call."""
     from triton.experimental.gluon import language as gl
@@ -112,6 +118,7 @@ def constants(
         "SOFTCAP": softcap,
         "VEC": together,
         "ROUND": strips_of_a_round(layout),
+        "RAW": raw,
         "K_ASM": levels_of_groups(layout.spec.key),
         "V_ASM": levels_of_groups(layout.spec.value),
         "K_TABLE": level_bytes(layout.spec.key),
@@ -134,6 +141,17 @@ def constants(
             warp_bases=[],
             block_bases=[],
             shape=[4, head_dim],
+        ),
+        "L_QUERY": gl.DistributedLinearLayout(
+            reg_bases=[
+                *([0, bit] for bit in _bits(4 * together)),
+                *([0, bit] for bit in _bits(head_dim) if bit >= 16 * together),
+                *([bit, 0] for bit in _bits(tile_columns) if bit >= _COLUMNS_MULTIPLE),
+            ],
+            lane_bases=[[0, 4 * together], [0, 8 * together], [1, 0], [2, 0], [4, 0]],
+            warp_bases=[],
+            block_bases=[],
+            shape=[tile_columns, head_dim],
         ),
         "L_CENTER": gl.DistributedLinearLayout(
             reg_bases=[

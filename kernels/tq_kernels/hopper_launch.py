@@ -28,15 +28,12 @@ _MOST_MERGE_WARPS = 16
 def launch_prepare(
     *,
     query: torch.Tensor,
-    lengths: torch.Tensor,
-    query_positions: torch.Tensor | None,
     key_balance: torch.Tensor | None,
     prepared: torch.Tensor,
-    positions: torch.Tensor,
     layout: PageLayout,
     factor: float,
 ) -> None:
-    """Bring queries ``[num_seqs, rows, num_query_heads, head_dim]`` into columns and note their positions."""
+    """Bring queries ``[num_seqs, rows, num_query_heads, head_dim]`` into columns."""
     num_seqs, rows, num_query_heads, head_dim = query.shape
     padded = prepared.shape[2]
     group = num_query_heads // layout.num_kv_heads
@@ -46,10 +43,7 @@ def launch_prepare(
         p_query=query,
         p_balance=key_balance,
         p_signs=_signs(layout, query.device),
-        p_lengths=lengths,
-        p_given_positions=query_positions,
         p_prepared=prepared,
-        p_positions=positions,
         num_kv_heads=layout.num_kv_heads,
         factor=factor / head_dim,
         query_seq_stride=query.stride(0),
@@ -68,7 +62,7 @@ def launch_prepare(
 def launch_split(
     plan: DecodePlan,
     *,
-    prepared: torch.Tensor,
+    query: torch.Tensor,
     pages: torch.Tensor,
     block_table: torch.Tensor,
     lengths: torch.Tensor,
@@ -83,9 +77,20 @@ def launch_split(
     softcap: float | None,
     cap_log2: float,
     early: bool,
+    raw: bool = False,
+    key_balance: torch.Tensor | None = None,
+    factor: float = 1.0,
 ) -> None:
-    """Attend every split of every sequence and KV head; see `decode_attention` for the tensors."""
-    num_seqs = len(prepared)
+    """Attend every split of every sequence and KV head; see `decode_attention` for the tensors.
+
+    Args:
+        query: Prepared, or as the caller of `decode_attention` has it: ``[num_seqs, rows, heads, head_dim]``.
+        early: Begin while the launch before still runs.
+        raw: Whether the query is not prepared; the next two are used then only.
+        key_balance: ``[num_kv_heads, head_dim]`` float32, or none.
+        factor: On the scores.
+    """
+    num_seqs, *strides = len(query), *(query.stride()[:3] if raw else (0, 0, 0))
     fixed = hopper.constants(
         layout,
         rows=rows,
@@ -94,24 +99,31 @@ def launch_split(
         tile_columns=plan.tile_columns,
         window=sliding_window is not None,
         softcap=softcap is not None,
+        raw=raw,
     )
     launch(
         attend_split,
         (plan.num_splits, layout.num_kv_heads * fixed["BLOCKS"], num_seqs),
         fixed,
-        p_query=prepared,
+        p_query=query,
         p_pages=pages,
         p_table=block_table,
         p_lengths=lengths,
         p_positions=positions,
         p_sink_rows=sink_rows,
+        p_balance=key_balance,
+        p_signs=_signs(layout, query.device) if raw else None,
         p_out=partial_out,
         p_lse=partial_lse,
         table_stride=block_table.stride(0),
         page_stride=pages.stride(0),
+        query_seq_stride=strides[0],
+        query_row_stride=strides[1],
+        query_head_stride=strides[2],
         num_splits=plan.num_splits,
         num_sinks=num_sinks,
         window=sliding_window or 0,
+        factor=factor / layout.head_dim,
         cap_log2=cap_log2,
         num_warps=plan.num_warps,
         launch_pdl=early,
@@ -124,7 +136,8 @@ def launch_merge(
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
     query: torch.Tensor,
-    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    positions: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     layout: PageLayout,
@@ -135,7 +148,7 @@ def launch_merge(
     sliding_window: int | None,
     softcap: float | None,
 ) -> None:
-    """Merge splits and raw sinks, rotate outputs back; tensors are those of `_launch.launch_merge`."""
+    """Merge splits and raw sinks, rotate outputs back; tensors are those of `decode_attention`."""
     num_seqs, rows, num_query_heads, head_dim = query.shape
     group = num_query_heads // layout.num_kv_heads
     sinks = query if sink_keys is None else sink_keys
@@ -151,6 +164,7 @@ def launch_merge(
         p_sink_keys=sink_keys,
         p_sink_values=sink_values,
         p_sink_rows=sink_rows,
+        p_lengths=lengths,
         p_positions=positions,
         p_signs=_signs(layout, query.device),
         p_out=out,

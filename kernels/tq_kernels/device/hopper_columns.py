@@ -44,14 +44,33 @@ def _hadamard(x, R: gl.constexpr, D: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
+def rotate_columns(
+    x, signs_first, signs_second, VEC: gl.constexpr, N: gl.constexpr, D: gl.constexpr, L: gl.constexpr
+):
+    """Columns [N, D] rotated and D times as long: 4 * VEC channels after each other in a thread, 4 threads."""
+    x = _hadamard_of_four(x * gl.expand_dims(signs_first, 0), VEC, N, D, L)
+    return _hadamard_of_four(x * gl.expand_dims(signs_second, 0), VEC, N, D, L)
+
+
+@gluon.jit
+def _hadamard_of_four(x, VEC: gl.constexpr, N: gl.constexpr, D: gl.constexpr, L: gl.constexpr):
+    """Hadamard matrix of order D times every row of x: [N, D], a row in four neighbouring threads."""
+    lane = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, L)) // (4 * VEC), 0)
+    for bit in gl.static_range(2):
+        sign = gl.where((lane >> bit) & 1 == 1, -1.0, 1.0)
+        x = x * sign + _exchange(x, 1 << bit)
+    for bit in gl.static_range(8):
+        if (1 << bit) < D and ((1 << bit) < 4 * VEC or (1 << bit) >= 16 * VEC):
+            x = _within_thread(x, 1 << bit, N, D)
+    return gl.convert_layout(x, L, assert_trivial=True)
+
+
+@gluon.jit
 def prepare_columns(
     p_query,
     p_balance,
     p_signs,
-    p_lengths,
-    p_given_positions,
     p_prepared,
-    p_positions,
     num_kv_heads,
     factor,
     query_seq_stride,
@@ -81,11 +100,6 @@ def prepare_columns(
     x = _hadamard(x * gl.expand_dims(gl.load(p_signs + D + o_d), 0), R, D, L) * factor
     p_out = p_prepared + ((i_seq * num_kv_heads + i_head) * PADDED + gl.expand_dims(o_c, 1)) * D
     gl.store(p_out + gl.expand_dims(o_d, 0), x.to(gl.float16))
-    if (gl.program_id(0) == 0) & (i_head == 0):
-        if p_given_positions is not None:
-            gl.store(p_positions + i_seq, gl.load(p_given_positions + i_seq))
-        else:
-            gl.store(p_positions + i_seq, gl.load(p_lengths + i_seq) - 1)
 
 
 @gluon.jit(do_not_specialize=["num_columns", "num_splits", "lse_seq_stride", "lse_row_stride", "window"])
@@ -96,6 +110,7 @@ def merge_columns(
     p_sink_keys,
     p_sink_values,
     p_sink_rows,
+    p_lengths,
     p_positions,
     p_signs,
     p_out,
@@ -188,7 +203,10 @@ def merge_columns(
         i_sinks = gl.load(p_sink_rows + i_seq).to(gl.int64)
     for i_sink in gl.static_range(SINKS):
         # raw token i_sink of the sequence
-        position = gl.load(p_positions + i_seq) - (num_columns // GROUP - 1) + i_row
+        position = gl.load(p_lengths + i_seq) - 1
+        if p_positions is not None:
+            position = gl.load(p_positions + i_seq)
+        position = position - (num_columns // GROUP - 1) + i_row
         o_sink = gl.maximum(i_sinks, 0) * sink_seq_stride + i_head * sink_head_stride
         o_sink += gl.to_tensor(i_sink).to(gl.int64) * sink_token_stride
         p_q = p_query + i_seq * query_seq_stride + i_row * query_row_stride + i_query_head * query_head_stride

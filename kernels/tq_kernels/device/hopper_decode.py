@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from tq_kernels.device.hopper_columns import rotate_columns
 from tq_kernels.device.hopper_operands import (
     bits_of_both,
     count,
@@ -45,13 +46,19 @@ def attend_split(
     p_lengths,
     p_positions,
     p_sink_rows,
+    p_balance,
+    p_signs,
     p_out,
     p_lse,
     table_stride,
     page_stride,
+    query_seq_stride,
+    query_row_stride,
+    query_head_stride,
     num_splits,
     num_sinks,
     window,
+    factor,
     cap_log2,
     KEY: gl.constexpr,
     VALUE: gl.constexpr,
@@ -76,6 +83,7 @@ def attend_split(
     SOFTCAP: gl.constexpr,
     VEC: gl.constexpr,
     ROUND: gl.constexpr,
+    RAW: gl.constexpr,
     K_ASM: gl.constexpr,
     V_ASM: gl.constexpr,
     K_TABLE: gl.constexpr,
@@ -83,6 +91,7 @@ def attend_split(
     L_ACC: gl.constexpr,
     L_KEYS: gl.constexpr,
     L_VALUES: gl.constexpr,
+    L_QUERY: gl.constexpr,
     L_CENTER: gl.constexpr,
 ):
     """A share of the pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences).
@@ -107,6 +116,19 @@ def attend_split(
     i_block = gl.program_id(1) % BLOCKS
     i_seq = gl.program_id(2)
     num_heads = gl.num_programs(1) // BLOCKS
+    if RAW:
+        wait_for_launch_before()
+        # queries are rotated while the first words are on their way
+        o_q = i_block * N + gl.arange(0, N, layout=gl.SliceLayout(1, L_QUERY))
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, L_QUERY))
+        query_row = (o_q // GROUP).to(gl.int64) * query_row_stride
+        query_row += (i_head * GROUP + o_q % GROUP).to(gl.int64) * query_head_stride
+        p_raw = p_query + i_seq.to(gl.int64) * query_seq_stride + gl.expand_dims(query_row, 1)
+        b_raw = gl.load(p_raw + gl.expand_dims(o_d, 0), mask=gl.expand_dims(o_q < COLUMNS, 1), other=0.0)
+        signs_first = gl.load(p_signs + o_d)
+        signs_second = gl.load(p_signs + D + o_d)
+        if p_balance is not None:
+            signs_first = signs_first * gl.load(p_balance + i_head * D + o_d)
     length = gl.load(p_lengths + i_seq)
     position = length - 1
     if p_positions is not None:
@@ -128,7 +150,7 @@ def attend_split(
     p_table += i_seq.to(gl.int64) * table_stride
     row0 = i_seq.to(gl.int64) * num_heads + i_head
 
-    # queries in the order in which keys come out of their words
+    # prepared queries in the order in which keys come out of their words
     o_k = gl.arange(0, D, layout=gl.SliceLayout(1, L_B))
     word = ((o_k >> 4) % (HIGH * VEC)) // VEC * (4 * VEC) + ((o_k >> 1) & 3) * VEC + (o_k >> 4) % VEC
     channel = (o_k // (16 * HIGH * VEC)) * (D // K_GROUPS) + 4 * word + ((o_k >> 3) & 1) * 2 + (o_k & 1)
@@ -153,7 +175,8 @@ def attend_split(
     b_sum = gl.zeros([16, N], gl.float32, layout=L_ACC)
     # pages are there when the grid begins; queries come from the launch before, which may still run
     if start >= stop:
-        wait_for_launch_before()
+        if not RAW:
+            wait_for_launch_before()
         let_next_begin()
     else:
         k_table = table(length, K_TABLE)
@@ -164,11 +187,21 @@ def attend_split(
         next_page = gl.load(p_table + gl.minimum(start + 1, stop - 1) // ROUNDS).to(gl.int64)
         strip = start % ROUNDS * ROUND
         b_k = load_keys(p_section, strip, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES)
-        b_v = load_values(p_section, strip, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES)
+        b_v = load_values(
+            p_section, strip, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
+        )
         b_center = load_center(p_section, o_center, CENTER, HAS_CENTER)
-        wait_for_launch_before()
-        let_next_begin()
-        b_query = gl.load(p_q, mask=gl.expand_dims(o_n < PADDED, 0), other=0.0)
+        if RAW:
+            # which also keeps the assembler from rotating before it loads
+            let_next_begin()
+            b_query = rotate_columns(b_raw.to(gl.float32), signs_first, signs_second, VEC, N, D, L_QUERY)
+            b_query = gl.reshape((b_query * factor).to(gl.float16), [N, K_GROUPS, HIGH, 4, VEC, 2, 2])
+            b_query = gl.reshape(gl.permute(b_query, (1, 2, 4, 5, 3, 6, 0)), [D, N])
+            b_query = gl.convert_layout(b_query, L_B, assert_trivial=True)
+        else:
+            wait_for_launch_before()
+            let_next_begin()
+            b_query = gl.load(p_q, mask=gl.expand_dims(o_n < PADDED, 0), other=0.0)
         b_base = score_of_center(b_center, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC, HAS_CENTER)
         for i_round in range(start, stop):
             p_ahead = p_pages + next_page * page_stride
@@ -220,11 +253,31 @@ def attend_split(
                 # words of the next strip take the registers of those just used
                 if part + 1 < ROUND:
                     b_k = load_keys(
-                        p_section, strip, part + 1, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES
+                        p_section,
+                        strip,
+                        part + 1,
+                        o_keys,
+                        o_token,
+                        V_GROUPS,
+                        KW,
+                        RUN,
+                        K_WORDS,
+                        K_SIGNS,
+                        K_SCALES,
                     )
                 else:
                     b_k = load_keys(
-                        p_ahead, strip_ahead, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES
+                        p_ahead,
+                        strip_ahead,
+                        0,
+                        o_keys,
+                        o_token,
+                        V_GROUPS,
+                        KW,
+                        RUN,
+                        K_WORDS,
+                        K_SIGNS,
+                        K_SCALES,
                     )
                     b_center = load_center(p_ahead, o_center, CENTER, HAS_CENTER)
                 # bit 30 of a float is set from 2 on, and of what is no number
@@ -253,13 +306,35 @@ def attend_split(
                     b_out = mma_v2(b_values, b_right, b_out)
                 if part + 1 < ROUND:
                     b_v = load_values(
-                        p_section, strip, part + 1, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
+                        p_section,
+                        strip,
+                        part + 1,
+                        o_values,
+                        o_token,
+                        V_GROUPS,
+                        D,
+                        RUN,
+                        V_WORDS,
+                        V_SIGNS,
+                        V_SCALES,
                     )
                 else:
                     b_v = load_values(
-                        p_ahead, strip_ahead, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
+                        p_ahead,
+                        strip_ahead,
+                        0,
+                        o_values,
+                        o_token,
+                        V_GROUPS,
+                        D,
+                        RUN,
+                        V_WORDS,
+                        V_SIGNS,
+                        V_SCALES,
                     )
-                    b_base = score_of_center(b_center, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC, HAS_CENTER)
+                    b_base = score_of_center(
+                        b_center, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC, HAS_CENTER
+                    )
             p_section = p_ahead
             strip = strip_ahead
 

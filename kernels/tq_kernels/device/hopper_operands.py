@@ -177,7 +177,9 @@ def load_values(
     words = gl.load(p_words + o_values + (WORDS // 4 + PART * 4 * D))
     signs = 0
     if SIGNS > 0:
-        signs = gl.load(p_section.to(gl.pointer_type(gl.int16)) + strip * (4 * D) + o_values + (SIGNS // 2 + PART * 4 * D))
+        signs = gl.load(
+            p_section.to(gl.pointer_type(gl.int16)) + strip * (4 * D) + o_values + (SIGNS // 2 + PART * 4 * D)
+        )
     scales = ()
     for g in gl.static_range(GROUPS):
         p_scales = p_scales0 + (SCALES // 2 + PART * 16 + g * RUN)
