@@ -27,12 +27,16 @@ def _levels_of_group(code: Code, group: int) -> str:
         pick = f"and.b32 m, $4, 0x77777777; shr.u32 m, m, {16 * group}; prmt.b32 x, $6, $7, m;"
         sign = f"shl.b32 s, $4, {4 * group};"
     elif code is Code.LM3:
-        pick = f"shr.u32 m, $4, {(0, 2, 16, 18)[group]}; and.b32 m, m, 0x33333333; prmt.b32 x, $6, 0, m;"
+        # the same steps for two groups, so that the assembler takes them once
+        odd, high = group % 2, group // 2
+        pick = f"""shr.u32 m, $4, {2 * odd}; and.b32 m, m, 0x33333333; shr.u32 m, m, {16 * high};
+        prmt.b32 x, $6, 0, m;"""
         sign = f"shl.b32 s, $5, {group};"
     elif code is Code.LM2:
         small, large = level_bytes(code)[0] & 0xFF, level_bytes(code)[0] >> 8
-        pick = f"""shr.u32 m, $4, {group}; and.b32 m, m, 0x01010101;
-        mad.lo.u32 x, m, {large - small}, {small * 0x01010101};"""
+        odd, high = group % 2, group // 2
+        pick = f"""shr.u32 m, $4, {2 * high}; and.b32 m, m, {0x01010101 << odd};
+        mad.lo.u32 x, m, {(large - small) >> odd}, {small * 0x01010101};"""
         sign = f"shl.b32 s, $4, {group};"
     else:
         pick, sign = "mov.b32 x, $4;", ""
