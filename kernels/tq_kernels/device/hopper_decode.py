@@ -24,6 +24,7 @@ from tq_kernels.device.hopper_operands import (
     load_center,
     let_next_begin,
     load_keys,
+    load_scales,
     load_values,
     log2,
     pick,
@@ -186,10 +187,9 @@ def attend_split(
         p_section = p_pages + gl.load(p_table + start // ROUNDS).to(gl.int64) * page_stride
         next_page = gl.load(p_table + gl.minimum(start + 1, stop - 1) // ROUNDS).to(gl.int64)
         strip = start % ROUNDS * ROUND
-        b_k = load_keys(p_section, strip, 0, o_keys, o_token, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS, K_SCALES)
-        b_v = load_values(
-            p_section, strip, 0, o_values, o_token, V_GROUPS, D, RUN, V_WORDS, V_SIGNS, V_SCALES
-        )
+        b_k = load_keys(p_section, strip, 0, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
+        b_factors = load_scales(p_section, strip, 0, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES)
+        b_v = load_values(p_section, strip, 0, o_values, D, V_WORDS, V_SIGNS)
         b_center = load_center(p_section, o_center, CENTER, HAS_CENTER)
         if RAW:
             # which also keeps the assembler from rotating before it loads
@@ -220,11 +220,11 @@ def attend_split(
                     b_keys = key_operand(b_k[0][g], spread(b_k[1][g], KEY), k_table, K_ASM, D, VEC)
                     b_keys = gl.convert_layout(b_keys, L_A, assert_trivial=True)
                     b_s = mma_v2(b_keys, b_query, gl.zeros([16, N], gl.float32, layout=L_ACC))
-                    b_s = b_s * gl.expand_dims(b_k[2][g].to(gl.float32), 1) + b_base
+                    b_s = b_s * gl.expand_dims(b_factors[0][g].to(gl.float32), 1) + b_base
                     if SOFTCAP:
                         # cap * tanh(s / cap) * log2(e); queries are divided by the cap already
                         b_s = cap_log2 * (1.0 - 2.0 / (gl.exp2(b_s * 2.8853900817779268) + 1.0))
-                    b_scale = gl.expand_dims(b_v[2][g].to(gl.float32), 1)
+                    b_scale = gl.expand_dims(b_factors[1][g].to(gl.float32), 1)
                     probability = gl.exp2(b_s - gl.expand_dims(b_reference, 0))
                     if partial:
                         m_seen = seen(
@@ -252,33 +252,11 @@ def attend_split(
                     b_weighted = b_weighted + (weighted.to(gl.float16),)
                 # words of the next strip take the registers of those just used
                 if part + 1 < ROUND:
-                    b_k = load_keys(
-                        p_section,
-                        strip,
-                        part + 1,
-                        o_keys,
-                        o_token,
-                        V_GROUPS,
-                        KW,
-                        RUN,
-                        K_WORDS,
-                        K_SIGNS,
-                        K_SCALES,
-                    )
+                    b_k = load_keys(p_section, strip, part + 1, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
+                    b_factors = load_scales(p_section, strip, part + 1, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES)
                 else:
-                    b_k = load_keys(
-                        p_ahead,
-                        strip_ahead,
-                        0,
-                        o_keys,
-                        o_token,
-                        V_GROUPS,
-                        KW,
-                        RUN,
-                        K_WORDS,
-                        K_SIGNS,
-                        K_SCALES,
-                    )
+                    b_k = load_keys(p_ahead, strip_ahead, 0, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
+                    b_factors = load_scales(p_ahead, strip_ahead, 0, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES)
                     b_center = load_center(p_ahead, o_center, CENTER, HAS_CENTER)
                 # bit 30 of a float is set from 2 on, and of what is no number
                 if (gl.reduce(large, None, bits_of_both) & TWO) != 0:
@@ -305,33 +283,9 @@ def attend_split(
                     b_right = transpose_sides(b_weighted[g], N, L_B)
                     b_out = mma_v2(b_values, b_right, b_out)
                 if part + 1 < ROUND:
-                    b_v = load_values(
-                        p_section,
-                        strip,
-                        part + 1,
-                        o_values,
-                        o_token,
-                        V_GROUPS,
-                        D,
-                        RUN,
-                        V_WORDS,
-                        V_SIGNS,
-                        V_SCALES,
-                    )
+                    b_v = load_values(p_section, strip, part + 1, o_values, D, V_WORDS, V_SIGNS)
                 else:
-                    b_v = load_values(
-                        p_ahead,
-                        strip_ahead,
-                        0,
-                        o_values,
-                        o_token,
-                        V_GROUPS,
-                        D,
-                        RUN,
-                        V_WORDS,
-                        V_SIGNS,
-                        V_SCALES,
-                    )
+                    b_v = load_values(p_ahead, strip_ahead, 0, o_values, D, V_WORDS, V_SIGNS)
                     b_base = score_of_center(
                         b_center, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC, HAS_CENTER
                     )

@@ -129,32 +129,24 @@ def load_keys(
     strip,
     PART: gl.constexpr,
     o_keys,
-    o_token,
     GROUPS: gl.constexpr,
     KW: gl.constexpr,
     RUN: gl.constexpr,
     WORDS: gl.constexpr,
     SIGNS: gl.constexpr,
-    SCALES: gl.constexpr,
 ):
-    """Words, sign words and scales of the keys of a strip, one of each for every group of the values."""
+    """Words and sign words of the keys of a strip, for every group of the values."""
     words = ()
     signs = ()
-    scales = ()
-    p_words0 = p_section.to(gl.pointer_type(gl.int32)) + strip * (16 * KW)
-    p_signs0 = p_section.to(gl.pointer_type(gl.int16)) + strip * (16 * KW)
-    p_scales0 = p_section.to(gl.pointer_type(gl.float16)) + strip * 16
+    p_words = p_section.to(gl.pointer_type(gl.int32)) + strip * (16 * KW)
+    p_signs = p_section.to(gl.pointer_type(gl.int16)) + strip * (16 * KW)
     for g in gl.static_range(GROUPS):
-        p_words = p_words0 + (WORDS // 4 + (PART * 16 + g * RUN) * KW)
-        words = words + (gl.load(p_words + o_keys),)
+        words = words + (gl.load(p_words + (WORDS // 4 + (PART * 16 + g * RUN) * KW) + o_keys),)
         if SIGNS > 0:
-            p_signs = p_signs0 + (SIGNS // 2 + (PART * 16 + g * RUN) * KW)
-            signs = signs + (gl.load(p_signs + o_keys),)
+            signs = signs + (gl.load(p_signs + (SIGNS // 2 + (PART * 16 + g * RUN) * KW) + o_keys),)
         else:
             signs = signs + (0,)
-        p_scales = p_scales0 + (SCALES // 2 + PART * 16 + g * RUN)
-        scales = scales + (gl.load(p_scales + o_token),)
-    return words, signs, scales
+    return words, signs
 
 
 @gluon.jit
@@ -163,28 +155,39 @@ def load_values(
     strip,
     PART: gl.constexpr,
     o_values,
-    o_token,
-    GROUPS: gl.constexpr,
     D: gl.constexpr,
-    RUN: gl.constexpr,
     WORDS: gl.constexpr,
     SIGNS: gl.constexpr,
-    SCALES: gl.constexpr,
 ):
-    """Words and sign words of the values of a strip, and their scales by group."""
+    """Words and sign words of the values of a strip."""
     p_words = p_section.to(gl.pointer_type(gl.int32)) + strip * (4 * D)
-    p_scales0 = p_section.to(gl.pointer_type(gl.float16)) + strip * 16
-    words = gl.load(p_words + o_values + (WORDS // 4 + PART * 4 * D))
+    words = gl.load(p_words + (WORDS // 4 + PART * 4 * D) + o_values)
     signs = 0
     if SIGNS > 0:
-        signs = gl.load(
-            p_section.to(gl.pointer_type(gl.int16)) + strip * (4 * D) + o_values + (SIGNS // 2 + PART * 4 * D)
-        )
-    scales = ()
+        p_signs = p_section.to(gl.pointer_type(gl.int16)) + strip * (4 * D)
+        signs = gl.load(p_signs + (SIGNS // 2 + PART * 4 * D) + o_values)
+    return words, signs
+
+
+@gluon.jit
+def load_scales(
+    p_section,
+    strip,
+    PART: gl.constexpr,
+    o_token,
+    GROUPS: gl.constexpr,
+    RUN: gl.constexpr,
+    KEYS: gl.constexpr,
+    VALUES: gl.constexpr,
+):
+    """Scales of the keys and of the values of a strip, for every group of the values."""
+    keys = ()
+    values = ()
+    p_scales = p_section.to(gl.pointer_type(gl.float16)) + strip * 16
     for g in gl.static_range(GROUPS):
-        p_scales = p_scales0 + (SCALES // 2 + PART * 16 + g * RUN)
-        scales = scales + (gl.load(p_scales + o_token),)
-    return words, signs, scales
+        keys = keys + (gl.load(p_scales + (KEYS // 2 + PART * 16 + g * RUN) + o_token),)
+        values = values + (gl.load(p_scales + (VALUES // 2 + PART * 16 + g * RUN) + o_token),)
+    return keys, values
 
 
 @gluon.jit
