@@ -153,15 +153,16 @@ def constants(
             block_bases=[],
             shape=[tile_columns, head_dim],
         ),
-        "L_CENTER": gl.DistributedLinearLayout(
+        "L_CENTERS": gl.DistributedLinearLayout(
             reg_bases=[
-                *([bit] for bit in _bits(4 * together)),
-                *([bit] for bit in _bits(head_dim) if bit >= 16 * together),
+                *([0, bit] for bit in _bits(4 * together)),
+                *([0, bit] for bit in _bits(head_dim) if bit >= 16 * together),
+                [8, 0],
             ],
-            lane_bases=[[4 * together], [8 * together], [0], [0], [0]],
+            lane_bases=[[0, 4 * together], [0, 8 * together], [1, 0], [2, 0], [4, 0]],
             warp_bases=[],
             block_bases=[],
-            shape=[head_dim],
+            shape=[_STRIP_ROWS, head_dim],
         ),
     }
 

@@ -21,14 +21,15 @@ from tq_kernels.device.hopper_operands import (
     bits_of_both,
     count,
     key_operand,
-    load_center,
+    load_centers,
     let_next_begin,
     load_keys,
     load_scales,
     load_values,
     log2,
     pick,
-    score_of_center,
+    row_of,
+    scores_of_centers,
     seen,
     share_start,
     spread,
@@ -93,7 +94,7 @@ def attend_split(
     L_KEYS: gl.constexpr,
     L_VALUES: gl.constexpr,
     L_QUERY: gl.constexpr,
-    L_CENTER: gl.constexpr,
+    L_CENTERS: gl.constexpr,
 ):
     """A share of the pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences).
 
@@ -127,7 +128,6 @@ def attend_split(
         p_raw = p_query + i_seq.to(gl.int64) * query_seq_stride + gl.expand_dims(query_row, 1)
         b_raw = gl.load(p_raw + gl.expand_dims(o_d, 0), mask=gl.expand_dims(o_q < COLUMNS, 1), other=0.0)
         signs_first = gl.load(p_signs + o_d)
-        signs_second = gl.load(p_signs + D + o_d)
         if p_balance is not None:
             signs_first = signs_first * gl.load(p_balance + i_head * D + o_d)
     length = gl.load(p_lengths + i_seq)
@@ -168,7 +168,6 @@ def attend_split(
     o_values = gl.expand_dims(o_c * D, 1) + gl.expand_dims(o_channel, 0)
     o_row = gl.arange(0, 16, layout=gl.SliceLayout(1, L_ACC))
     o_token = (o_row & 1) + ((o_row >> 3) << 1) + (((o_row >> 1) & 3) << 2)
-    o_center = gl.arange(0, D, layout=L_CENTER)
     o_column = i_block * N + gl.arange(0, N, layout=gl.SliceLayout(0, L_ACC))
 
     b_out = gl.zeros([D, N], gl.float32, layout=L_ACC)
@@ -190,10 +189,16 @@ def attend_split(
         b_k = load_keys(p_section, strip, 0, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
         b_factors = load_scales(p_section, strip, 0, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES)
         b_v = load_values(p_section, strip, 0, o_values, D, V_WORDS, V_SIGNS)
-        b_center = load_center(p_section, o_center, CENTER, HAS_CENTER)
+        center_page = start // ROUNDS
+        last_page = (stop - 1) // ROUNDS
+        if HAS_CENTER:
+            b_centers = load_centers(
+                p_pages, p_table, page_stride, center_page, last_page, D, CENTER, L_CENTERS
+            )
         if RAW:
             # which also keeps the assembler from rotating before it loads
             let_next_begin()
+            signs_second = gl.load(p_signs + D + o_d)
             b_query = rotate_columns(b_raw.to(gl.float32), signs_first, signs_second, VEC, N, D, L_QUERY)
             b_query = gl.reshape((b_query * factor).to(gl.float16), [N, K_GROUPS, HIGH, 4, VEC, 2, 2])
             b_query = gl.reshape(gl.permute(b_query, (1, 2, 4, 5, 3, 6, 0)), [D, N])
@@ -202,12 +207,22 @@ def attend_split(
             wait_for_launch_before()
             let_next_begin()
             b_query = gl.load(p_q, mask=gl.expand_dims(o_n < PADDED, 0), other=0.0)
-        b_base = score_of_center(b_center, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC, HAS_CENTER)
+        b_base = gl.zeros([16, N], gl.float32, layout=L_ACC)
+        if HAS_CENTER:
+            b_bases = scores_of_centers(b_centers, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC)
         for i_round in range(start, stop):
             p_ahead = p_pages + next_page * page_stride
             next_page = gl.load(p_table + gl.minimum(i_round + 2, stop - 1) // ROUNDS).to(gl.int64)
             strip_ahead = gl.minimum(i_round + 1, stop - 1) % ROUNDS * ROUND
             i_page = i_round // ROUNDS
+            if HAS_CENTER:
+                if i_page - center_page == 16:
+                    center_page = i_page
+                    b_next = load_centers(
+                        p_pages, p_table, page_stride, i_page, last_page, D, CENTER, L_CENTERS
+                    )
+                    b_bases = scores_of_centers(b_next, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC)
+                b_base = row_of(b_bases, i_page - center_page, N, L_ACC)
             partial = (i_page * P < whole_from) | ((i_page + 1) * P > whole_to)
             for part in gl.static_range(ROUND):
                 first_token = i_page * P + (strip + part) * 16
@@ -253,11 +268,14 @@ def attend_split(
                 # words of the next strip take the registers of those just used
                 if part + 1 < ROUND:
                     b_k = load_keys(p_section, strip, part + 1, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
-                    b_factors = load_scales(p_section, strip, part + 1, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES)
+                    b_factors = load_scales(
+                        p_section, strip, part + 1, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES
+                    )
                 else:
                     b_k = load_keys(p_ahead, strip_ahead, 0, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
-                    b_factors = load_scales(p_ahead, strip_ahead, 0, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES)
-                    b_center = load_center(p_ahead, o_center, CENTER, HAS_CENTER)
+                    b_factors = load_scales(
+                        p_ahead, strip_ahead, 0, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES
+                    )
                 # bit 30 of a float is set from 2 on, and of what is no number
                 if (gl.reduce(large, None, bits_of_both) & TWO) != 0:
                     b_top = gl.full([16, N], -float("inf"), gl.float32, layout=L_ACC)
@@ -286,9 +304,6 @@ def attend_split(
                     b_v = load_values(p_section, strip, part + 1, o_values, D, V_WORDS, V_SIGNS)
                 else:
                     b_v = load_values(p_ahead, strip_ahead, 0, o_values, D, V_WORDS, V_SIGNS)
-                    b_base = score_of_center(
-                        b_center, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC, HAS_CENTER
-                    )
             p_section = p_ahead
             strip = strip_ahead
 

@@ -191,17 +191,30 @@ def load_scales(
 
 
 @gluon.jit
-def load_center(p_section, o_center, CENTER: gl.constexpr, HAS_CENTER: gl.constexpr):
-    """The centre of the keys of a page: [D] float16, if there is one."""
-    if HAS_CENTER:
-        return gl.load((p_section + CENTER).to(gl.pointer_type(gl.float16)) + o_center)
-    else:
-        return 0
+def load_centers(
+    p_pages,
+    p_table,
+    page_stride,
+    first_page,
+    last_page,
+    D: gl.constexpr,
+    CENTER: gl.constexpr,
+    L_CENTERS: gl.constexpr,
+):
+    """The centres of the keys of 16 pages, if there are so many: [16, D] float16."""
+    o_page = first_page + gl.arange(0, 16, layout=gl.SliceLayout(1, L_CENTERS))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, L_CENTERS))
+    m_page = o_page <= last_page
+    page = gl.load(p_table + o_page, mask=m_page, other=0).to(gl.int64)
+    p_centers = (p_pages + CENTER).to(gl.pointer_type(gl.float16)) + gl.expand_dims(
+        page * (page_stride // 2), 1
+    )
+    return gl.load(p_centers + gl.expand_dims(o_d, 0), mask=gl.expand_dims(m_page, 1), other=0.0)
 
 
 @gluon.jit
-def score_of_center(
-    b_center,
+def scores_of_centers(
+    b_centers,
     b_query,
     K_GROUPS: gl.constexpr,
     HIGH: gl.constexpr,
@@ -210,17 +223,34 @@ def score_of_center(
     N: gl.constexpr,
     L_A: gl.constexpr,
     L_ACC: gl.constexpr,
-    HAS_CENTER: gl.constexpr,
 ):
-    """What the centre adds to every score of a page: [16, N], all rows alike."""
-    b_base = gl.zeros([16, N], gl.float32, layout=L_ACC)
-    if HAS_CENTER:
-        x = gl.reshape(b_center, [K_GROUPS, HIGH, 4, VEC, 2, 2])
-        x = gl.reshape(gl.permute(x, (0, 1, 3, 4, 2, 5)), [D])
-        x = gl.convert_layout(x, gl.SliceLayout(0, L_A), assert_trivial=True)
-        x, _ = gl.broadcast(gl.expand_dims(x, 0), gl.zeros([16, D], gl.float16, layout=L_A))
-        b_base = mma_v2(x, b_query, b_base)
-    return b_base
+    """What the centres of 16 pages add to the scores of each: [16, N]."""
+    x = gl.reshape(b_centers, [16, K_GROUPS, HIGH, 4, VEC, 2, 2])
+    x = gl.reshape(gl.permute(x, (0, 1, 2, 4, 5, 3, 6)), [16, D])
+    x = gl.convert_layout(x, L_A, assert_trivial=True)
+    return mma_v2(x, b_query, gl.zeros([16, N], gl.float32, layout=L_ACC))
+
+
+@gluon.jit
+def row_of(x, row, N: gl.constexpr, L_ACC: gl.constexpr):
+    """A row of a product [16, N], in place of every row."""
+    x = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 lane;
+        mov.u32 lane, %laneid;
+        lop3.b32 lane, lane, 3, $2, 0xEA;
+        shfl.sync.idx.b32 $0, $1, lane, 31, -1;
+        }""",
+        "=r,r,r",
+        [x, (row & 7) << 2],
+        gl.float32,
+        False,
+        1,
+    )
+    low, high = gl.split(gl.permute(gl.reshape(x, [2, 8, N]), (1, 2, 0)))
+    x = gl.where(row < 8, low, high)
+    x = gl.reshape(gl.permute(gl.join(x, x), (2, 0, 1)), [16, N])
+    return gl.convert_layout(x, L_ACC, assert_trivial=True)
 
 
 @gluon.jit
