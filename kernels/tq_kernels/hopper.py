@@ -164,6 +164,19 @@ def constants(
             block_bases=[],
             shape=[_STRIP_ROWS, head_dim],
         ),
+        "L_OUT": gl.DistributedLinearLayout(
+            reg_bases=[
+                [0, 1],
+                [0, 2],
+                [1, 0],
+                *([bit, 0] for bit in _bits(tile_columns) if bit >= _COLUMNS_MULTIPLE),
+                *([0, bit] for bit in _bits(head_dim) if bit >= _CHANNELS_OF_A_LOAD),
+            ],
+            lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]],
+            warp_bases=[],
+            block_bases=[],
+            shape=[tile_columns, head_dim],
+        ),
     }
 
 

@@ -95,6 +95,7 @@ def attend_split(
     L_VALUES: gl.constexpr,
     L_QUERY: gl.constexpr,
     L_CENTERS: gl.constexpr,
+    L_OUT: gl.constexpr,
 ):
     """A share of the pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences).
 
@@ -311,11 +312,13 @@ def attend_split(
     b_total = gl.minimum(gl.sum(b_sum, axis=0), 3.0e38)
     m_any = b_total > 0
     b_lse = gl.where(m_any, b_reference + log2(b_total), -float("inf"))
-    b_out = b_out / gl.expand_dims(gl.where(m_any, b_total, 1.0), 0)
-    o_m2 = gl.arange(0, D, layout=gl.SliceLayout(1, L_ACC))
-    channel2 = (o_m2 >> 5) * 32 + (o_m2 & 7) * 4 + ((o_m2 >> 3) & 3)
+    b_out = b_out * gl.expand_dims(1.0 / gl.where(m_any, b_total, 1.0), 0)
     row = (row0 * num_splits + i_split) * COLUMNS
-    m_column = o_column < COLUMNS
-    gl.store(p_lse + row + o_column, b_lse, mask=m_column)
-    p_o = p_out + row * D + gl.expand_dims(o_column, 0) * D + gl.expand_dims(channel2, 1)
-    gl.store(p_o, b_out, mask=gl.expand_dims(m_column, 0))
+    gl.store(p_lse + row + o_column, b_lse, mask=o_column < COLUMNS)
+    # a thread has four channels after each other
+    b_out = gl.permute(gl.reshape(b_out, [D // 32, 4, 8, N]), (3, 0, 2, 1))
+    b_out = gl.convert_layout(gl.reshape(b_out, [N, D]), L_OUT)
+    o_column = i_block * N + gl.arange(0, N, layout=gl.SliceLayout(1, L_OUT))
+    o_channel = gl.arange(0, D, layout=gl.SliceLayout(0, L_OUT))
+    p_o = p_out + row * D + gl.expand_dims(o_column * D, 1) + gl.expand_dims(o_channel, 0)
+    gl.store(p_o, b_out, mask=gl.expand_dims(o_column < COLUMNS, 1))
