@@ -1,4 +1,4 @@
-"""The three launches of decode attention on Hopper: prepare columns, attend over splits, merge.
+"""The launches of decode attention on Hopper: prepare columns, unless splits do, attend over splits, merge.
 
 Each begins before the one before it has ended and waits for it on the device, where it needs its results.
 """
@@ -83,12 +83,8 @@ def launch_split(
 ) -> None:
     """Attend every split of every sequence and KV head; see `decode_attention` for the tensors.
 
-    Args:
-        query: Prepared, or as the caller of `decode_attention` has it: ``[num_seqs, rows, heads, head_dim]``.
-        early: Begin while the launch before still runs.
-        raw: Whether the query is not prepared; the next two are used then only.
-        key_balance: ``[num_kv_heads, head_dim]`` float32, or none.
-        factor: On the scores.
+    The query is prepared, or raw as the caller of `decode_attention` has it, with rows; balance and factor
+    are for the latter. An early launch begins while the one before still runs.
     """
     num_seqs, *strides = len(query), *(query.stride()[:3] if raw else (0, 0, 0))
     fixed = hopper.constants(

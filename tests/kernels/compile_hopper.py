@@ -21,7 +21,14 @@ from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
 from tq_kernels.hopper_launch import append_constants
 
-SPLITS = [("tq4", 128, 128, 1, 4), ("tq3", 64, 64, 1, 7), ("tq2", 128, 64, 1, 4), ("k8v4", 64, 128, 4, 4)]
+SPLITS = [
+    ("tq4", 128, 128, 1, 4),
+    ("tq3", 64, 64, 1, 7),
+    ("tq3", 128, 128, 1, 4),
+    ("tq2", 128, 64, 1, 4),
+    ("k8v4", 64, 128, 4, 4),
+    ("tq4", 256, 128, 1, 4),
+]
 APPENDS = [("tq4", 128), ("tq3", 64), ("k3v2", 256)]
 HEAD_DIMS = [64, 128, 256]
 POINTERS = {
@@ -35,7 +42,6 @@ POINTERS = {
     "p_table": "*i32",
     "p_lengths": "*i32",
     "p_positions": "*i32",
-    "p_given_positions": "*i32",
     "p_balance": "*fp32",
     "p_signs": "*fp32",
     "p_prepared": "*fp16",
@@ -48,7 +54,7 @@ POINTERS = {
     "p_lse": "*fp32",
 }
 FLOATS = ("cap_log2", "factor", "score_factor")
-STRIDES = ("table_stride", "page_stride")
+STRIDES = ("table_stride", "page_stride", "query_seq_stride", "query_row_stride", "query_head_stride")
 COUNTED = ("HMMA", "MOVM", "F2FP", "PRMT", "LDS", "STS", "BAR", "SHFL")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -56,6 +62,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 def _split(name: str, head_dim: int, page_tokens: int, rows: int, group: int) -> dict[str, object]:
     layout = PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=2, page_tokens=page_tokens)
     padded = max(8, 1 << (rows * group - 1).bit_length())
+    raw = hopper.rotates_queries(layout, padded)
     fixed = hopper.constants(
         layout,
         rows=rows,
@@ -64,10 +71,11 @@ def _split(name: str, head_dim: int, page_tokens: int, rows: int, group: int) ->
         tile_columns=hopper.columns_of_a_program(padded),
         window=False,
         softcap=False,
+        raw=raw,
     )
     limit = hopper.max_registers(layout, padded)
     case = f"{name} {head_dim} {page_tokens} {rows}x{group}"
-    types = POINTERS | {"p_query": "*fp16", "p_out": "*fp32"}
+    types = POINTERS | {"p_query": "*bf16" if raw else "*fp16", "p_out": "*fp32"}
     return _report(case, attend_split, fixed, types, num_warps=1, max_registers=limit)
 
 
@@ -106,7 +114,7 @@ def _report(
         return types.get(argument, "i64" if argument in STRIDES else "i32")
 
     signature = {argument: kind(argument) for argument in function.arg_names}
-    aligned = [name for name, of in signature.items() if of.startswith("*") or name == "page_stride"]
+    aligned = [name for name, of in signature.items() if of.startswith("*") or name in STRIDES[1:]]
     attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(function, signature, fixed, attributes)
     options = {"num_warps": num_warps, "maxnreg": max_registers}

@@ -438,6 +438,29 @@ def test_one_workspace_serves_fewer_and_longer_sequences(
     torch.testing.assert_close(result[0], truth[0], atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("num_splits", [1, 2, 70])
+@pytest.mark.parametrize("name", ["tq4", "k3v2"])
+def test_any_number_of_splits(
+    name: str, num_splits: int, generator: torch.Generator, device: torch.device
+) -> None:
+    """Splits of many pages, of a page and a part, and more splits than a sequence has strips."""
+    lengths = [2200, 1111, 150]
+    pages = make_pages(name, 56, generator, device, page_tokens=64)
+    query = _query(3, 4, 64, generator=generator, device=device)
+    table = _table(lengths, pages, generator)
+    arguments = (query, pages.packed, table, torch.tensor(lengths, dtype=torch.int32, device=device))
+    truth = reference_attention.decode_attention(*arguments, pages.layout, softmax_scale=0.125)
+    for variant in _variants(pages):
+        plan = _workspace(pages, 3, 4, 35, variant=variant).plan
+        workspace = decode_workspace(
+            pages.layout, 3, 4, 35, device, plan=dataclasses.replace(plan, num_splits=num_splits)
+        )
+        out, lse = decode_attention(*arguments, pages.layout, softmax_scale=0.125, workspace=workspace)
+
+        torch.testing.assert_close(out, truth[0], atol=2e-3, rtol=0)
+        torch.testing.assert_close(lse, truth[1], atol=2e-3, rtol=0)
+
+
 def test_strided_queries_and_outputs(generator: torch.Generator, device: torch.device) -> None:
     pages = make_pages("tq4", 4, generator, device)
     wide = _query(2, 3, 4, 128, generator=generator, device=device)

@@ -1,5 +1,6 @@
 """The Hopper kernels compile to what their design promises, and serve what they say they serve."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from tq_kernels import PRESETS, PageLayout, hopper, preset
 from tq_kernels.decode_plan import Machine, plan_decode
+from tq_kernels.device.hopper_operands import share_start
 from tq_kernels.layout import WORD_FORMATS
 
 CODED = [name for name in PRESETS if name not in ("fp8", "raw")]
@@ -31,7 +33,9 @@ def compiled() -> dict[str, dict[str, int]]:
     return {case["case"]: case for case in map(json.loads, run.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("case", ["tq4 128 128 1x4", "tq3 64 64 1x7", "tq2 128 64 1x4", "k8v4 64 128 4x4"])
+@pytest.mark.parametrize(
+    "case", ["tq4 128 128 1x4", "tq3 64 64 1x7", "tq2 128 64 1x4", "k8v4 64 128 4x4", "tq4 256 128 1x4"]
+)
 def test_nothing_passes_through_shared_memory(compiled: dict[str, dict[str, int]], case: str) -> None:
     found = compiled[case]
 
@@ -44,7 +48,7 @@ def test_nothing_passes_through_shared_memory(compiled: dict[str, dict[str, int]
 
 def test_the_default_preset_widens_a_word_in_eleven_instructions(compiled: dict[str, dict[str, int]]) -> None:
     found = compiled["tq4 128 128 1x4"]
-    strips, words_a_strip = 128 // 32, 32  # of keys and of values, a thread
+    strips, words_a_strip = hopper.strips_of_a_round(_layout("tq4")), 32  # of keys and of values, a thread
 
     assert found["F2FP"] >= 4 * words_a_strip * strips
     assert found["PRMT"] <= 2 * words_a_strip * strips + 24
@@ -122,6 +126,48 @@ def test_a_plan_fills_one_wave_of_warps(name: str, head_dim: int, programs: int)
     assert hopper.resident_programs(layout, plan.padded_columns) == programs
     assert plan.num_splits == 132 * programs // (128 * 2)
     assert plan.num_warps == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "num_splits", "strips"),
+    [(1, 131072, 196, 21), (8, 8192, 24, 11), (32, 8192, 6, 43), (32, 32768, 6, 171), (64, 8192, 3, 86)],
+)
+def test_shares_fill_the_machine_and_are_even(batch: int, context: int, num_splits: int, strips: int) -> None:
+    """The shapes of the bar: 1,568 or 1,536 programs of 1,584, of so many strips of 32 tokens at most."""
+    layout = PageLayout(spec=preset("tq4"), head_dim=128, num_kv_heads=8, page_tokens=128)
+    machine = Machine(capability=(9, 0), num_processors=132, gluon=True)
+    plan = plan_decode(layout, machine, num_seqs=batch, num_query_heads=32, max_pages=context // 128)
+    starts = [share_start.fn(i, plan.num_splits, context // 32) for i in range(plan.num_splits + 1)]
+
+    assert plan.num_splits == num_splits
+    assert max(stop - start for start, stop in itertools.pairwise(starts)) == strips
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("page_tokens", [64, 128])
+@pytest.mark.parametrize("num_splits", [1, 2, 5, 24, 196])
+def test_shares_hold_every_token_once(name: str, page_tokens: int, num_splits: int) -> None:
+    """Sequences of any length, from any page on (a window's first), fewer strips than splits among them."""
+    layout = _layout(name, page_tokens=page_tokens)
+    strips, groups = hopper.strips_of_a_round(layout), WORD_FORMATS[layout.spec.value].groups
+    rounds_a_page = page_tokens // (hopper.strip_tokens(layout) * strips)
+    for first_page, num_pages in ((0, 0), (0, 1), (3, 2), (0, 7), (11, 130)):
+        starts = [share_start.fn(i, num_splits, num_pages * rounds_a_page) for i in range(num_splits + 1)]
+        sizes = [stop - start for start, stop in itertools.pairwise(starts)]
+        tokens = [
+            (first_page + each // rounds_a_page) * page_tokens
+            + (each % rounds_a_page * strips + part) * 16
+            + group * (page_tokens // groups)
+            + i
+            for start, stop in itertools.pairwise(starts)
+            for each in range(start, stop)
+            for part in range(strips)
+            for group in range(groups)
+            for i in range(16)
+        ]
+
+        assert max(sizes) - min(sizes) <= 1
+        assert sorted(tokens) == list(range(first_page * page_tokens, (first_page + num_pages) * page_tokens))
 
 
 def test_releases_of_triton_that_no_card_has_run_take_the_plain_kernel() -> None:

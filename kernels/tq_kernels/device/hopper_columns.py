@@ -47,7 +47,7 @@ def _hadamard(x, R: gl.constexpr, D: gl.constexpr, L: gl.constexpr):
 def rotate_columns(
     x, signs_first, signs_second, VEC: gl.constexpr, N: gl.constexpr, D: gl.constexpr, L: gl.constexpr
 ):
-    """Columns [N, D] rotated and D times as long: 4 * VEC channels after each other in a thread, 4 threads."""
+    """Columns [N, D] rotated, D times as long. Four threads hold one, 4 * VEC channels in a row each."""
     x = _hadamard_of_four(x * gl.expand_dims(signs_first, 0), VEC, N, D, L)
     return _hadamard_of_four(x * gl.expand_dims(signs_second, 0), VEC, N, D, L)
 

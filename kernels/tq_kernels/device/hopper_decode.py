@@ -21,8 +21,8 @@ from tq_kernels.device.hopper_operands import (
     bits_of_both,
     count,
     key_operand,
-    load_centers,
     let_next_begin,
+    load_centers,
     load_keys,
     load_scales,
     load_values,
@@ -97,9 +97,9 @@ def attend_split(
     L_CENTERS: gl.constexpr,
     L_OUT: gl.constexpr,
 ):
-    """A share of the pages of a KV head for N columns; grid (splits, KV heads times column blocks, sequences).
+    """A share of a KV head's pages for N columns; grid (splits, KV heads times column blocks, sequences).
 
-    Shares are of rounds, ROUND strips of a page, and differ by at most one.
+    Shares are of rounds, ROUND strips of a page, and differ by at most one. Queries are prepared, or RAW.
     A sequence whose entry of `p_sink_rows` is negative has no raw sinks: its pages are read from the start.
     """
     L_A: gl.constexpr = gl.DotOperandLayout(0, L_ACC, 2)
@@ -121,7 +121,7 @@ def attend_split(
     num_heads = gl.num_programs(1) // BLOCKS
     if RAW:
         wait_for_launch_before()
-        # queries are rotated while the first words are on their way
+        # they are rotated while the first words are on their way
         o_q = i_block * N + gl.arange(0, N, layout=gl.SliceLayout(1, L_QUERY))
         o_d = gl.arange(0, D, layout=gl.SliceLayout(0, L_QUERY))
         query_row = (o_q // GROUP).to(gl.int64) * query_row_stride

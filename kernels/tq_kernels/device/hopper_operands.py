@@ -19,7 +19,7 @@ def count(items):
 
 @gluon.jit
 def share_start(i_share, num_shares, num_rounds):
-    """Where a share of consecutive rounds begins, and the one before it ends; shares differ by at most one."""
+    """Where a share of rounds begins, which is where the one before it ends: they differ by at most one."""
     return i_share * num_rounds // num_shares
 
 
