@@ -29,6 +29,7 @@ from tq_kernels.device.hopper_operands import (
     log2,
     pick,
     row_of,
+    scales_of_rows,
     scores_of_centers,
     seen,
     share_start,
@@ -170,6 +171,8 @@ def attend_split(
     o_row = gl.arange(0, 16, layout=gl.SliceLayout(1, L_ACC))
     o_token = (o_row & 1) + ((o_row >> 3) << 1) + (((o_row >> 1) & 3) << 2)
     o_column = i_block * N + gl.arange(0, N, layout=gl.SliceLayout(0, L_ACC))
+    o_scale = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    o_scale = (o_scale >> 4) * RUN + (o_scale & 15)
 
     b_out = gl.zeros([D, N], gl.float32, layout=L_ACC)
     b_reference = gl.full([N], -1e30, gl.float32, layout=gl.SliceLayout(0, L_ACC))
@@ -188,7 +191,7 @@ def attend_split(
         next_page = gl.load(p_table + gl.minimum(start + 1, stop - 1) // ROUNDS).to(gl.int64)
         strip = start % ROUNDS * ROUND
         b_k = load_keys(p_section, strip, 0, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
-        b_factors = load_scales(p_section, strip, 0, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES)
+        b_factors = load_scales(p_section, strip, 0, o_scale, V_GROUPS, RUN, K_SCALES, V_SCALES)
         b_v = load_values(p_section, strip, 0, o_values, D, V_WORDS, V_SIGNS)
         center_page = start // ROUNDS
         last_page = (stop - 1) // ROUNDS
@@ -236,11 +239,11 @@ def attend_split(
                     b_keys = key_operand(b_k[0][g], spread(b_k[1][g], KEY), k_table, K_ASM, D, VEC)
                     b_keys = gl.convert_layout(b_keys, L_A, assert_trivial=True)
                     b_s = mma_v2(b_keys, b_query, gl.zeros([16, N], gl.float32, layout=L_ACC))
-                    b_s = b_s * gl.expand_dims(b_factors[0][g].to(gl.float32), 1) + b_base
+                    b_s = b_s * scales_of_rows(b_factors[0], o_token, g) + b_base
                     if SOFTCAP:
                         # cap * tanh(s / cap) * log2(e); queries are divided by the cap already
                         b_s = cap_log2 * (1.0 - 2.0 / (gl.exp2(b_s * 2.8853900817779268) + 1.0))
-                    b_scale = gl.expand_dims(b_factors[1][g].to(gl.float32), 1)
+                    b_scale = scales_of_rows(b_factors[1], o_token, g)
                     probability = gl.exp2(b_s - gl.expand_dims(b_reference, 0))
                     if partial:
                         m_seen = seen(
@@ -270,12 +273,12 @@ def attend_split(
                 if part + 1 < ROUND:
                     b_k = load_keys(p_section, strip, part + 1, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
                     b_factors = load_scales(
-                        p_section, strip, part + 1, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES
+                        p_section, strip, part + 1, o_scale, V_GROUPS, RUN, K_SCALES, V_SCALES
                     )
                 else:
                     b_k = load_keys(p_ahead, strip_ahead, 0, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
                     b_factors = load_scales(
-                        p_ahead, strip_ahead, 0, o_token, V_GROUPS, RUN, K_SCALES, V_SCALES
+                        p_ahead, strip_ahead, 0, o_scale, V_GROUPS, RUN, K_SCALES, V_SCALES
                     )
                 # bit 30 of a float is set from 2 on, and of what is no number
                 if (gl.reduce(large, None, bits_of_both) & TWO) != 0:

@@ -174,20 +174,27 @@ def load_scales(
     p_section,
     strip,
     PART: gl.constexpr,
-    o_token,
+    o_scale,
     GROUPS: gl.constexpr,
     RUN: gl.constexpr,
     KEYS: gl.constexpr,
     VALUES: gl.constexpr,
 ):
-    """Scales of the keys and of the values of a strip, for every group of the values."""
+    """Scales of the keys and of the values of a strip, those of two groups of the values in a tensor of 32."""
     keys = ()
     values = ()
     p_scales = p_section.to(gl.pointer_type(gl.float16)) + strip * 16
-    for g in gl.static_range(GROUPS):
-        keys = keys + (gl.load(p_scales + (KEYS // 2 + PART * 16 + g * RUN) + o_token),)
-        values = values + (gl.load(p_scales + (VALUES // 2 + PART * 16 + g * RUN) + o_token),)
+    for g in gl.static_range(0, GROUPS, 2):
+        keys = keys + (gl.load(p_scales + (KEYS // 2 + PART * 16 + g * RUN) + o_scale),)
+        values = values + (gl.load(p_scales + (VALUES // 2 + PART * 16 + g * RUN) + o_scale),)
     return keys, values
+
+
+@gluon.jit
+def scales_of_rows(scales, o_token, G: gl.constexpr):
+    """Scales of the tokens of group G: [16, 1] float32."""
+    scales = gl.gather(scales[G // 2], o_token + G % 2 * 16, axis=0)
+    return gl.expand_dims(scales.to(gl.float32), 1)
 
 
 @gluon.jit
