@@ -180,7 +180,7 @@ def load_scales(
     KEYS: gl.constexpr,
     VALUES: gl.constexpr,
 ):
-    """Scales of the keys and of the values of a strip, those of two groups of the values in a tensor of 32."""
+    """Scales of the keys and of the values of a strip, those of two groups in a tensor of 32."""
     keys = ()
     values = ()
     p_scales = p_section.to(gl.pointer_type(gl.float16)) + strip * 16
