@@ -74,7 +74,7 @@ class DecodePlan:
         tile_columns: Columns of a program.
         tile_tokens: Tokens that a program holds at once.
         num_splits: Programs over the pages of one sequence, KV head and tile of columns: their shares are
-            whole pages of the plain variant, whole rounds of the Hopper kernel.
+            whole pages of the plain variant, whole strips of the Hopper kernel.
         num_warps: Warps of a program.
         num_registers: Most registers of a thread.
         merge_columns: Columns of a program that merges splits.
@@ -112,12 +112,12 @@ def plan_decode(
     if variant == "hopper":
         tile_columns, num_warps = hopper.columns_of_a_program(padded), 1
         tile_tokens = hopper.strip_tokens(layout)
-        round_tokens = tile_tokens * hopper.strips_of_a_round(layout)
+        share_tokens = tile_tokens
         resident = machine.num_processors * hopper.resident_programs(layout, padded)
         num_registers = hopper.max_registers(layout, padded)
     else:
         tile_columns, tile_tokens, num_warps = _tile(layout, padded)
-        round_tokens = layout.page_tokens
+        share_tokens = layout.page_tokens
         programs, num_registers = _PLAIN_OCCUPANCY[num_warps]
         resident = machine.num_processors * programs
     return DecodePlan(
@@ -129,8 +129,8 @@ def plan_decode(
         num_splits=num_splits(
             pairs * (padded // tile_columns),
             resident,
-            max_pages * (layout.page_tokens // round_tokens),
-            round_tokens,
+            max_pages * (layout.page_tokens // share_tokens),
+            share_tokens,
         ),
         num_warps=num_warps,
         num_registers=num_registers,
@@ -168,19 +168,19 @@ def _tile(layout: PageLayout, padded: int) -> tuple[int, int, int]:
     return columns, tokens, 8 if columns * layout.head_dim > 32 * 128 else 4
 
 
-def num_splits(programs: int, resident: int, max_rounds: int, round_tokens: int) -> int:
+def num_splits(programs: int, resident: int, most_shares: int, share_tokens: int) -> int:
     """Few splits that keep the machine's waves of programs short and full.
 
     Args:
         programs: Programs without splits.
         resident: Programs that the machine runs at once.
-        max_rounds: Rounds that the splits of a program share out.
-        round_tokens: Tokens that are read in one go.
+        most_shares: Pages or strips that the splits of a program share out.
+        share_tokens: Tokens in one of them.
     """
 
     def cost(splits: int) -> int:
-        tokens = -(-max_rounds // splits) * round_tokens
+        tokens = -(-most_shares // splits) * share_tokens
         return -(-programs * splits // resident) * (tokens + _SPLIT_TOKENS)
 
-    costs = [cost(splits) for splits in range(1, max(1, min(_MOST_SPLITS, max_rounds)) + 1)]
+    costs = [cost(splits) for splits in range(1, max(1, min(_MOST_SPLITS, most_shares)) + 1)]
     return 1 + next(i for i, each in enumerate(costs) if each <= _GOOD_ENOUGH * min(costs))

@@ -45,12 +45,6 @@ def strip_tokens(layout: PageLayout) -> int:
     return _STRIP_ROWS * WORD_FORMATS[layout.spec.value].groups
 
 
-def strips_of_a_round(layout: PageLayout) -> int:
-    """Strips that are read one after the other without a branch; shares of a sequence are whole rounds."""
-    del layout
-    return 1
-
-
 def columns_of_a_program(padded_columns: int) -> int:
     """Columns that share a read of the pages."""
     return min(padded_columns, _BLOCK_COLUMNS)
@@ -118,7 +112,6 @@ def constants(
         "WINDOW": window,
         "SOFTCAP": softcap,
         "VEC": together,
-        "ROUND": strips_of_a_round(layout),
         "RAW": raw,
         "K_ASM": levels_of_groups(layout.spec.key),
         "V_ASM": levels_of_groups(layout.spec.value),

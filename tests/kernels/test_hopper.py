@@ -48,10 +48,10 @@ def test_nothing_passes_through_shared_memory(compiled: dict[str, dict[str, int]
 
 def test_the_default_preset_widens_a_word_in_eleven_instructions(compiled: dict[str, dict[str, int]]) -> None:
     found = compiled["tq4 128 128 1x4"]
-    strips, words_a_strip = hopper.strips_of_a_round(_layout("tq4")), 32  # of keys and of values, a thread
+    words = 32  # of keys and of values, a thread and strip
 
-    assert found["F2FP"] >= 4 * words_a_strip * strips
-    assert found["PRMT"] <= 2 * words_a_strip * strips + 24
+    assert found["F2FP"] >= 4 * words
+    assert found["PRMT"] <= 2 * words + 24
     assert found["stack_bytes"] <= 32
 
 
@@ -149,19 +149,17 @@ def test_shares_fill_the_machine_and_are_even(batch: int, context: int, num_spli
 def test_shares_hold_every_token_once(name: str, page_tokens: int, num_splits: int) -> None:
     """Sequences of any length, from any page on (a window's first), fewer strips than splits among them."""
     layout = _layout(name, page_tokens=page_tokens)
-    strips, groups = hopper.strips_of_a_round(layout), WORD_FORMATS[layout.spec.value].groups
-    rounds_a_page = page_tokens // (hopper.strip_tokens(layout) * strips)
+    groups, strips = WORD_FORMATS[layout.spec.value].groups, page_tokens // hopper.strip_tokens(layout)
     for first_page, num_pages in ((0, 0), (0, 1), (3, 2), (0, 7), (11, 130)):
-        starts = [share_start.fn(i, num_splits, num_pages * rounds_a_page) for i in range(num_splits + 1)]
+        starts = [share_start.fn(i, num_splits, num_pages * strips) for i in range(num_splits + 1)]
         sizes = [stop - start for start, stop in itertools.pairwise(starts)]
         tokens = [
-            (first_page + each // rounds_a_page) * page_tokens
-            + (each % rounds_a_page * strips + part) * 16
+            (first_page + strip // strips) * page_tokens
+            + strip % strips * 16
             + group * (page_tokens // groups)
             + i
             for start, stop in itertools.pairwise(starts)
-            for each in range(start, stop)
-            for part in range(strips)
+            for strip in range(start, stop)
             for group in range(groups)
             for i in range(16)
         ]

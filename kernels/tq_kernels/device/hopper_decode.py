@@ -85,7 +85,6 @@ def attend_split(
     WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
     VEC: gl.constexpr,
-    ROUND: gl.constexpr,
     RAW: gl.constexpr,
     K_ASM: gl.constexpr,
     V_ASM: gl.constexpr,
@@ -100,7 +99,7 @@ def attend_split(
 ):
     """A share of a KV head's pages for N columns; grid (splits, KV heads times column blocks, sequences).
 
-    Shares are of rounds, ROUND strips of a page, and differ by at most one. Queries are prepared, or RAW.
+    Shares differ by at most one strip. Queries are prepared, or RAW.
     A sequence whose entry of `p_sink_rows` is negative has no raw sinks: its pages are read from the start.
     """
     L_A: gl.constexpr = gl.DotOperandLayout(0, L_ACC, 2)
@@ -109,7 +108,7 @@ def attend_split(
     V_GROUPS: gl.constexpr = count(V_ASM)
     KW: gl.constexpr = D // (4 * K_GROUPS)
     HIGH: gl.constexpr = KW // (4 * VEC)
-    ROUNDS: gl.constexpr = P // (16 * V_GROUPS * ROUND)
+    STRIPS: gl.constexpr = P // (16 * V_GROUPS)
     RUN: gl.constexpr = P // V_GROUPS
     # a fresh reference leaves this many binary orders of room above the largest probability
     ROOM: gl.constexpr = 6.0
@@ -147,9 +146,9 @@ def attend_split(
         whole_from = gl.maximum(first, position - window + 1)
     whole_to = gl.minimum(end, earliest + 1)
     first_page = first // P
-    num_rounds = gl.maximum((end + P - 1) // P - first_page, 0) * ROUNDS
-    start = first_page * ROUNDS + share_start(i_split, num_splits, num_rounds)
-    stop = first_page * ROUNDS + share_start(i_split + 1, num_splits, num_rounds)
+    num_strips = gl.maximum((end + P - 1) // P - first_page, 0) * STRIPS
+    start = first_page * STRIPS + share_start(i_split, num_splits, num_strips)
+    stop = first_page * STRIPS + share_start(i_split + 1, num_splits, num_strips)
     p_table += i_seq.to(gl.int64) * table_stride
     row0 = i_seq.to(gl.int64) * num_heads + i_head
 
@@ -186,15 +185,14 @@ def attend_split(
         k_table = table(length, K_TABLE)
         v_table = table(length, V_TABLE)
         p_pages += i_head * SECTION
-        # the table says where the page of a round is, its place in the page which strips are its
-        p_section = p_pages + gl.load(p_table + start // ROUNDS).to(gl.int64) * page_stride
-        next_page = gl.load(p_table + gl.minimum(start + 1, stop - 1) // ROUNDS).to(gl.int64)
-        strip = start % ROUNDS * ROUND
-        b_k = load_keys(p_section, strip, 0, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
-        b_factors = load_scales(p_section, strip, 0, o_scale, V_GROUPS, RUN, K_SCALES, V_SCALES)
-        b_v = load_values(p_section, strip, 0, o_values, D, V_WORDS, V_SIGNS)
-        center_page = start // ROUNDS
-        last_page = (stop - 1) // ROUNDS
+        p_section = p_pages + gl.load(p_table + start // STRIPS).to(gl.int64) * page_stride
+        next_page = gl.load(p_table + gl.minimum(start + 1, stop - 1) // STRIPS).to(gl.int64)
+        strip = start % STRIPS
+        b_k = load_keys(p_section, strip, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
+        b_factors = load_scales(p_section, strip, o_scale, V_GROUPS, RUN, K_SCALES, V_SCALES)
+        b_v = load_values(p_section, strip, o_values, D, V_WORDS, V_SIGNS)
+        center_page = start // STRIPS
+        last_page = (stop - 1) // STRIPS
         if HAS_CENTER:
             b_centers = load_centers(
                 p_pages, p_table, page_stride, center_page, last_page, D, CENTER, L_CENTERS
@@ -214,11 +212,11 @@ def attend_split(
         b_base = gl.zeros([16, N], gl.float32, layout=L_ACC)
         if HAS_CENTER:
             b_bases = scores_of_centers(b_centers, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC)
-        for i_round in range(start, stop):
+        for i_strip in range(start, stop):
             p_ahead = p_pages + next_page * page_stride
-            next_page = gl.load(p_table + gl.minimum(i_round + 2, stop - 1) // ROUNDS).to(gl.int64)
-            strip_ahead = gl.minimum(i_round + 1, stop - 1) % ROUNDS * ROUND
-            i_page = i_round // ROUNDS
+            next_page = gl.load(p_table + gl.minimum(i_strip + 2, stop - 1) // STRIPS).to(gl.int64)
+            strip_ahead = gl.minimum(i_strip + 1, stop - 1) % STRIPS
+            i_page = i_strip // STRIPS
             if HAS_CENTER:
                 if i_page - center_page == 16:
                     center_page = i_page
@@ -228,86 +226,66 @@ def attend_split(
                     b_bases = scores_of_centers(b_next, b_query, K_GROUPS, HIGH, VEC, D, N, L_A, L_ACC)
                 b_base = row_of(b_bases, i_page - center_page, N, L_ACC)
             partial = (i_page * P < whole_from) | ((i_page + 1) * P > whole_to)
-            for part in gl.static_range(ROUND):
-                first_token = i_page * P + (strip + part) * 16
-                b_scores = ()
-                b_weighted = ()
-                b_scales = ()
+            first_token = i_page * P + strip * 16
+            b_scores = ()
+            b_weighted = ()
+            b_scales = ()
+            b_added = gl.zeros([16, N], gl.float32, layout=L_ACC)
+            large = gl.zeros([16, N], gl.int32, layout=L_ACC)
+            for g in gl.static_range(V_GROUPS):
+                b_keys = key_operand(b_k[0][g], spread(b_k[1][g], KEY), k_table, K_ASM, D, VEC)
+                b_keys = gl.convert_layout(b_keys, L_A, assert_trivial=True)
+                b_s = mma_v2(b_keys, b_query, gl.zeros([16, N], gl.float32, layout=L_ACC))
+                b_s = b_s * scales_of_rows(b_factors[0], o_token, g) + b_base
+                if SOFTCAP:
+                    # cap * tanh(s / cap) * log2(e); queries are divided by the cap already
+                    b_s = cap_log2 * (1.0 - 2.0 / (gl.exp2(b_s * 2.8853900817779268) + 1.0))
+                b_scale = scales_of_rows(b_factors[1], o_token, g)
+                probability = gl.exp2(b_s - gl.expand_dims(b_reference, 0))
+                if partial:
+                    first_row = first_token + g * RUN
+                    m_seen = seen(
+                        first_row, o_token, o_column, first, end, position, window, ROWS, GROUP, WINDOW
+                    )
+                    # slots not written yet may hold anything
+                    b_s = gl.where(m_seen, b_s, -float("inf"))
+                    probability = gl.where(m_seen, probability, 0.0)
+                    token = gl.expand_dims(first_row + o_token, 1)
+                    b_scale = gl.where((token >= first) & (token < end), b_scale, 0.0)
+                weighted = probability * b_scale
+                large = large | weighted.to(gl.int32, bitcast=True)
+                b_scores = b_scores + (b_s,)
+                b_scales = b_scales + (b_scale,)
+                b_added += probability
+                b_weighted = b_weighted + (weighted.to(gl.float16),)
+            # words of the next strip take the registers of those just used
+            b_k = load_keys(p_ahead, strip_ahead, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
+            b_factors = load_scales(p_ahead, strip_ahead, o_scale, V_GROUPS, RUN, K_SCALES, V_SCALES)
+            # bit 30 of a float is set from 2 on, and of what is no number
+            if (gl.reduce(large, None, bits_of_both) & TWO) != 0:
+                b_top = gl.full([16, N], -float("inf"), gl.float32, layout=L_ACC)
+                for g in gl.static_range(V_GROUPS):
+                    b_top = gl.maximum(b_top, b_scores[g] + gl.maximum(log2(b_scales[g]), -25.0))
+                b_best = gl.max(b_top, axis=0) + ROOM
+                b_best = gl.maximum(b_reference, b_best)
+                b_fade = gl.expand_dims(gl.exp2(b_reference - b_best), 0)
+                b_reference = b_best
+                b_out = b_out * b_fade
+                b_sum = b_sum * b_fade
                 b_added = gl.zeros([16, N], gl.float32, layout=L_ACC)
-                large = gl.zeros([16, N], gl.int32, layout=L_ACC)
+                b_weighted = ()
                 for g in gl.static_range(V_GROUPS):
-                    b_keys = key_operand(b_k[0][g], spread(b_k[1][g], KEY), k_table, K_ASM, D, VEC)
-                    b_keys = gl.convert_layout(b_keys, L_A, assert_trivial=True)
-                    b_s = mma_v2(b_keys, b_query, gl.zeros([16, N], gl.float32, layout=L_ACC))
-                    b_s = b_s * scales_of_rows(b_factors[0], o_token, g) + b_base
-                    if SOFTCAP:
-                        # cap * tanh(s / cap) * log2(e); queries are divided by the cap already
-                        b_s = cap_log2 * (1.0 - 2.0 / (gl.exp2(b_s * 2.8853900817779268) + 1.0))
-                    b_scale = scales_of_rows(b_factors[1], o_token, g)
-                    probability = gl.exp2(b_s - gl.expand_dims(b_reference, 0))
-                    if partial:
-                        m_seen = seen(
-                            first_token + g * RUN,
-                            o_token,
-                            o_column,
-                            first,
-                            end,
-                            position,
-                            window,
-                            ROWS,
-                            GROUP,
-                            WINDOW,
-                        )
-                        # slots not written yet may hold anything
-                        b_s = gl.where(m_seen, b_s, -float("inf"))
-                        probability = gl.where(m_seen, probability, 0.0)
-                        token = gl.expand_dims(first_token + g * RUN + o_token, 1)
-                        b_scale = gl.where((token >= first) & (token < end), b_scale, 0.0)
-                    weighted = probability * b_scale
-                    large = large | weighted.to(gl.int32, bitcast=True)
-                    b_scores = b_scores + (b_s,)
-                    b_scales = b_scales + (b_scale,)
+                    probability = gl.exp2(b_scores[g] - gl.expand_dims(b_best, 0))
                     b_added += probability
-                    b_weighted = b_weighted + (weighted.to(gl.float16),)
-                # words of the next strip take the registers of those just used
-                if part + 1 < ROUND:
-                    b_k = load_keys(p_section, strip, part + 1, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
-                    b_factors = load_scales(
-                        p_section, strip, part + 1, o_scale, V_GROUPS, RUN, K_SCALES, V_SCALES
-                    )
-                else:
-                    b_k = load_keys(p_ahead, strip_ahead, 0, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
-                    b_factors = load_scales(
-                        p_ahead, strip_ahead, 0, o_scale, V_GROUPS, RUN, K_SCALES, V_SCALES
-                    )
-                # bit 30 of a float is set from 2 on, and of what is no number
-                if (gl.reduce(large, None, bits_of_both) & TWO) != 0:
-                    b_top = gl.full([16, N], -float("inf"), gl.float32, layout=L_ACC)
-                    for g in gl.static_range(V_GROUPS):
-                        b_top = gl.maximum(b_top, b_scores[g] + gl.maximum(log2(b_scales[g]), -25.0))
-                    b_best = gl.max(b_top, axis=0) + ROOM
-                    b_best = gl.maximum(b_reference, b_best)
-                    b_fade = gl.expand_dims(gl.exp2(b_reference - b_best), 0)
-                    b_reference = b_best
-                    b_out = b_out * b_fade
-                    b_sum = b_sum * b_fade
-                    b_added = gl.zeros([16, N], gl.float32, layout=L_ACC)
-                    b_weighted = ()
-                    for g in gl.static_range(V_GROUPS):
-                        probability = gl.exp2(b_scores[g] - gl.expand_dims(b_best, 0))
-                        b_added += probability
-                        b_weighted = b_weighted + ((probability * b_scales[g]).to(gl.float16),)
-                v_signs = spread(b_v[1], VALUE)
-                b_sum += b_added
-                for g in gl.static_range(V_GROUPS):
-                    b_values = value_operand(b_v[0], v_signs, v_table, pick(V_ASM, g), D)
-                    b_values = gl.convert_layout(b_values, L_A, assert_trivial=True)
-                    b_right = transpose_sides(b_weighted[g], N, L_B)
-                    b_out = mma_v2(b_values, b_right, b_out)
-                if part + 1 < ROUND:
-                    b_v = load_values(p_section, strip, part + 1, o_values, D, V_WORDS, V_SIGNS)
-                else:
-                    b_v = load_values(p_ahead, strip_ahead, 0, o_values, D, V_WORDS, V_SIGNS)
+                    b_weighted = b_weighted + ((probability * b_scales[g]).to(gl.float16),)
+            v_signs = spread(b_v[1], VALUE)
+            b_sum += b_added
+            for g in gl.static_range(V_GROUPS):
+                b_values = value_operand(b_v[0], v_signs, v_table, pick(V_ASM, g), D)
+                b_values = gl.convert_layout(b_values, L_A, assert_trivial=True)
+                b_right = transpose_sides(b_weighted[g], N, L_B)
+                b_out = mma_v2(b_values, b_right, b_out)
+            b_v = load_values(p_ahead, strip_ahead, o_values, D, V_WORDS, V_SIGNS)
             p_section = p_ahead
             strip = strip_ahead
 

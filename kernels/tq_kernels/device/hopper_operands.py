@@ -18,9 +18,9 @@ def count(items):
 
 
 @gluon.jit
-def share_start(i_share, num_shares, num_rounds):
-    """Where a share of rounds begins, which is where the one before it ends: they differ by at most one."""
-    return i_share * num_rounds // num_shares
+def share_start(i_share, num_shares, num_strips):
+    """Where a share of strips begins, which is where the one before it ends: they differ by at most one."""
+    return i_share * num_strips // num_shares
 
 
 @gluon.jit
@@ -127,7 +127,6 @@ def bits_of_both(a, b):
 def load_keys(
     p_section,
     strip,
-    PART: gl.constexpr,
     o_keys,
     GROUPS: gl.constexpr,
     KW: gl.constexpr,
@@ -141,9 +140,9 @@ def load_keys(
     p_words = p_section.to(gl.pointer_type(gl.int32)) + strip * (16 * KW)
     p_signs = p_section.to(gl.pointer_type(gl.int16)) + strip * (16 * KW)
     for g in gl.static_range(GROUPS):
-        words = words + (gl.load(p_words + (WORDS // 4 + (PART * 16 + g * RUN) * KW) + o_keys),)
+        words = words + (gl.load(p_words + (WORDS // 4 + g * RUN * KW) + o_keys),)
         if SIGNS > 0:
-            signs = signs + (gl.load(p_signs + (SIGNS // 2 + (PART * 16 + g * RUN) * KW) + o_keys),)
+            signs = signs + (gl.load(p_signs + (SIGNS // 2 + g * RUN * KW) + o_keys),)
         else:
             signs = signs + (0,)
     return words, signs
@@ -153,7 +152,6 @@ def load_keys(
 def load_values(
     p_section,
     strip,
-    PART: gl.constexpr,
     o_values,
     D: gl.constexpr,
     WORDS: gl.constexpr,
@@ -161,11 +159,11 @@ def load_values(
 ):
     """Words and sign words of the values of a strip."""
     p_words = p_section.to(gl.pointer_type(gl.int32)) + strip * (4 * D)
-    words = gl.load(p_words + (WORDS // 4 + PART * 4 * D) + o_values)
+    words = gl.load(p_words + WORDS // 4 + o_values)
     signs = 0
     if SIGNS > 0:
         p_signs = p_section.to(gl.pointer_type(gl.int16)) + strip * (4 * D)
-        signs = gl.load(p_signs + (SIGNS // 2 + PART * 4 * D) + o_values)
+        signs = gl.load(p_signs + SIGNS // 2 + o_values)
     return words, signs
 
 
@@ -173,7 +171,6 @@ def load_values(
 def load_scales(
     p_section,
     strip,
-    PART: gl.constexpr,
     o_scale,
     GROUPS: gl.constexpr,
     RUN: gl.constexpr,
@@ -185,8 +182,8 @@ def load_scales(
     values = ()
     p_scales = p_section.to(gl.pointer_type(gl.float16)) + strip * 16
     for g in gl.static_range(0, GROUPS, 2):
-        keys = keys + (gl.load(p_scales + (KEYS // 2 + PART * 16 + g * RUN) + o_scale),)
-        values = values + (gl.load(p_scales + (VALUES // 2 + PART * 16 + g * RUN) + o_scale),)
+        keys = keys + (gl.load(p_scales + (KEYS // 2 + g * RUN) + o_scale),)
+        values = values + (gl.load(p_scales + (VALUES // 2 + g * RUN) + o_scale),)
     return keys, values
 
 
