@@ -44,19 +44,18 @@ HICACHE = {
 _WAIT_S = 60.0
 
 
-def storage(address: str, codec: str) -> str:
+def storage(address: str, codec: str, more: Row) -> str:
     """What an operator writes as `--hicache-storage-backend-extra-config`."""
-    return json.dumps(
-        {
-            "backend_name": "tq-store",
-            "module_path": "tq_connectors.sglang.hicache_storage",
-            "class_name": "TQHiCacheStorage",
-            "interface_v1": 1,
-            "address": address,
-            "revision": "dummy",
-            "codec": codec,
-        }
-    )
+    settings = {
+        "backend_name": "tq-store",
+        "module_path": "tq_connectors.sglang.hicache_storage",
+        "class_name": "TQHiCacheStorage",
+        "interface_v1": 1,
+        "address": address,
+        "revision": "dummy",
+        "codec": codec,
+    }
+    return json.dumps(settings | more)
 
 
 def first_token_ms(engine: Any, tokens: list[int]) -> tuple[float, Row]:
@@ -119,7 +118,7 @@ def run_case(parsed: argparse.Namespace, case: str) -> None:
     engine_case, _, codec = case.partition(":")
     dtype, _, backend = engine_case.partition("/")
     more = HICACHE | {
-        "hicache_storage_backend_extra_config": storage(parsed.address, codec),
+        "hicache_storage_backend_extra_config": storage(parsed.address, codec, parsed.store),
         "max_total_tokens": 4 * parsed.context,
         "enable_cache_report": True,
     }
@@ -173,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=3, help="prompts of a case (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="arguments of SGLang")
+    parser.add_argument("--store", type=json.loads, default={}, metavar="JSON", help="settings of ours")
     parser.add_argument("--memory", default="8GiB", help="of the server (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="rows are appended (default: %(default)s)")
     parser.add_argument("--timeout", type=int, default=400, help="seconds a case (default: %(default)s)")

@@ -1,13 +1,14 @@
 """Pages a second into a server on the same host and back, beside a thread that keeps the interpreter busy.
 
 `python -m benchmarks.sglang_pages` starts a server on a Unix socket, and saves and loads the pages of one
-prompt of eight Llama-8B layers through `PageStore`, as SGLang's storage threads do: bf16 pages as they are
-(`none`), and those of a pool that is packed already (`tq4`). Each once alone, and once while another thread
-runs as SGLang's scheduler does between two batches: some Python, a look at a socket, and no rest. It prints a
-JSON line for each of them, with the median over `--rounds` and the best of them, which says more on a machine
-that others use. `cpu_page_ms` is processor time of both processes, without the busy thread's.
+prompt of Llama-8B layers through `PageStore`, as SGLang's storage threads do: bf16 pages as they are
+(`none`), and those of a pool that is packed already (`tq4`). Each once alone, and once for each of
+`--rests-ms` while another thread runs as SGLang's scheduler does between two batches: some Python, a look at
+a socket, and that rest. It prints a JSON line for each of them, with the median over `--rounds` and the best,
+which says more on a machine that others use. `cpu_page_ms` is processor time of both processes, without the
+busy thread's.
 
-Falsified by: `packed` pages that take longer than 0.25 ms to load or 0.4 ms to save with `is_spinning`.
+Falsified by: `packed` pages that take longer than 0.25 ms to load or 0.4 ms to save with `rest_ms` 0.
 """
 
 import argparse
@@ -40,30 +41,29 @@ from tq_connectors.sglang.page_store import PageStore
 from tq_kernels import PageLayout, preset
 from tq_store.client import StoreClient
 
-LAYERS, HEADS, HEAD_DIM, PAGE_TOKENS = 8, 8, 128, 64
+HEADS, HEAD_DIM, PAGE_TOKENS = 8, 128, 64
 CASES = ("none", "tq4", "packed")
 """What becomes of pages on the way: nothing, they are packed on the CPU, or the engine has packed them."""
-_GEOMETRY = CacheGeometry(num_layers=LAYERS, num_kv_heads=HEADS, head_dim=HEAD_DIM, kv_dtype="bfloat16")
 _TURN = 4000
 """Squares in one turn of the busy thread: 100 to 200 us."""
 
 
-def host_pages(case: str, num_pages: int) -> HostPages:
+def host_pages(case: str, num_pages: int, num_layers: int) -> HostPages:
     """A host pool of so many pages, with something in it."""
     sizes = {"num_pages": num_pages, "page_size": PAGE_TOKENS, "heads": HEADS}
     if case != "packed":
-        pool = HostMemory("page_first_direct", **sizes, layers=LAYERS, dim=HEAD_DIM)
+        pool = HostMemory("page_first_direct", **sizes, layers=num_layers, dim=HEAD_DIM)
         return read_host_pool(pool.fill(1))
     layout = PageLayout(spec=preset("tq4"), head_dim=HEAD_DIM, num_kv_heads=HEADS, page_tokens=PAGE_TOKENS)
-    shape = {"layers": num_pairs(LAYERS), "dim": layout.slot_bytes}
+    shape = {"layers": num_pairs(num_layers), "dim": layout.slot_bytes}
     pool = HostMemory("page_first_direct", **sizes, **shape, dtype=torch.uint8)
     pool.kv_buffer.random_(256)
     return read_host_pool(pool)
 
 
 @contextmanager
-def busy_thread() -> Iterator[None]:
-    """A thread that never rests, and lets the interpreter go for a system call a turn."""
+def busy_thread(rest_ms: float) -> Iterator[None]:
+    """A thread that lets the interpreter go for a system call a turn, and rests so long."""
     mine, other = socket.socketpair()
     mine.setblocking(False)
     is_over = threading.Event()
@@ -73,6 +73,8 @@ def busy_thread() -> Iterator[None]:
             with suppress(BlockingIOError):
                 mine.recv(1)
             [number * number for number in range(_TURN)]
+            if rest_ms:
+                time.sleep(rest_ms / 1e3)
 
     thread = threading.Thread(target=spin)
     thread.start()
@@ -127,32 +129,36 @@ def run_case(
     server: TqStore, client: StoreClient, case: str, load_threads: int, parsed: argparse.Namespace
 ) -> None:
     """Print the lines of a case."""
-    pages = host_pages(case, parsed.pages)
+    pages = host_pages(case, parsed.pages, parsed.layers)
     settings = PageSettings(
         revision="v1",
         codec="tq4" if case == "packed" else case,
         device="cpu",
         load_threads=load_threads,
     )
-    place = Place(model="model", geometry=_GEOMETRY, layers=range(LAYERS))
+    geometry = CacheGeometry(
+        num_layers=parsed.layers, num_kv_heads=HEADS, head_dim=HEAD_DIM, kv_dtype="bfloat16"
+    )
+    place = Place(model="model", geometry=geometry, layers=range(parsed.layers))
     store = open_page_store(client, settings, pages.shape, place)
 
     def cpu_s() -> float:
         return server.cpu_s() + time.process_time()
 
     measure(store, pages, parsed.pages, 1, cpu_s)
-    for is_spinning in (False, True):
-        with busy_thread() if is_spinning else nullcontext():
+    for rest_ms in (None, *parsed.rests_ms):
+        with nullcontext() if rest_ms is None else busy_thread(rest_ms):
             measured = measure(store, pages, parsed.pages, parsed.rounds, cpu_s)
-        if is_spinning:
+        if rest_ms is not None:
             for name in ("save_cpu_page_ms", "load_cpu_page_ms"):
                 del measured[name]
         row = {
             "case": case,
-            "is_spinning": is_spinning,
+            "rest_ms": rest_ms,
             **measured,
             "stored_page_bytes": store.stored_page_bytes,
             "pages": parsed.pages,
+            "layers": parsed.layers,
             "load_threads": load_threads,
             "switch_interval_ms": round(sys.getswitchinterval() * 1e3, 3),
             **circumstances(),
@@ -169,7 +175,9 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", default=["none", "packed"], choices=CASES)
     parser.add_argument("--pages", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rests-ms", nargs="+", type=float, default=[0.0])
     threads = PageSettings(revision="", codec="none").load_threads
     parser.add_argument("--load-threads", nargs="+", type=int, default=[threads])
     parser.add_argument(

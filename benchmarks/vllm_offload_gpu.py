@@ -2,8 +2,8 @@
 
     python -m benchmarks.vllm_offload_gpu
 
-Every case is an unmodified vLLM in a process of its own, with dummy weights in the shape of Llama-3.1-8B with
-eight layers:
+Every case is an unmodified vLLM in a process of its own, with dummy weights in the shape of Llama-3.1-8B:
+eight layers, or with `--layers 32` the whole of it:
 
 - ``recompute``: no connector; what a prefix costs that is not found.
 - ``offload-bf16``: vLLM's own `CPUOffloadingSpec`.
@@ -63,8 +63,10 @@ ENVIRONMENT = {
 }
 
 
-def transfer_config(case: str, address: str | None, host_bytes: int) -> dict[str, Any] | None:
-    """The `kv_transfer_config` of a case."""
+def transfer_config(
+    case: str, address: str | None, host_bytes: int, more: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The `kv_transfer_config` of a case, with more settings of ours."""
     kind, _, codec = case.partition("@")[0].partition("-")
     if kind == "recompute":
         return None
@@ -76,7 +78,7 @@ def transfer_config(case: str, address: str | None, host_bytes: int) -> dict[str
     if case == "offload-bf16":
         extra["spec_name"] = "CPUOffloadingSpec"
     else:
-        store = {"revision": "dummy", "preset": "none" if codec == "bf16" else codec}
+        store = {"revision": "dummy", "preset": "none" if codec == "bf16" else codec} | more
         extra |= {
             "spec_name": "TQOffloadingSpec",
             "spec_module_path": "tq_connectors.vllm.offload_spec",
@@ -175,11 +177,12 @@ def measure(
     options: argparse.Namespace, case: str, address: str | None, model: str
 ) -> Iterator[dict[str, Any]]:
     """The rows of a case."""
-    engine = Engine(options, transfer_config(case, address, options.host_gib << 30), model)
+    engine = Engine(options, transfer_config(case, address, options.host_gib << 30, options.store), model)
     engine.run(prompts_of(2, 300, 99), 4)
     about = {
         "kv_cache_dtype": "auto",
         "mode": case,
+        "layers": options.layers,
         "pool_tokens": engine.pool_tokens,
         "vllm": engine.version,
         "device": device_name(),
@@ -271,6 +274,7 @@ def main() -> None:
     parser.add_argument(
         "--host-gib", type=int, default=10, help="host memory of the engine, and of the server"
     )
+    parser.add_argument("--store", type=json.loads, default={}, metavar="JSON", help="settings of ours")
     parser.add_argument("--gpu-memory", type=float, default=0.85, help="share of the device; 0 for a CPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -297,6 +301,7 @@ def main() -> None:
 def _passed(options: argparse.Namespace) -> list[str]:
     names = ("layers", "context", "batch", "batch_context", "steps", "repeats", "host_gib", "gpu_memory")
     words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in (*names, "out", "commit")]
+    words.append(f"--store={json.dumps(options.store)}")
     return [*words, "--graphs" if options.graphs else "--no-graphs", "--parts", *options.parts]
 
 

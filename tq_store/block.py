@@ -154,7 +154,7 @@ def _layout() -> dict[str, tuple[int, str]]:
 HEADER_LAYOUT = _layout()
 _OWN = slice(HEADER_LAYOUT["payload_checksum"][0], HEADER_LAYOUT["codec_fingerprint"][0])
 """What a header says of one block alone: the payload's checksum and the key."""
-_LOCKED_BYTES = 2 << 20
+_LOCKED_BYTES = 256 << 10
 _LOCKED_RUN_BYTES = 64 << 10
 """xxhash lets go of the interpreter's lock for more than this at once."""
 
@@ -205,8 +205,8 @@ class BlockKind:
 def _checksum(pieces: Sequence[memoryview]) -> bytes:
     """XXH3 of bytes that lie in several places.
 
-    Hashing a page takes microseconds. In an engine with a thread that never rests, having the interpreter's
-    lock back takes up to a switch interval. So only what takes about as long as that is hashed without it.
+    Having the interpreter's lock back takes time where others want it, up to a switch interval beside a
+    thread that never rests. So a few pieces of little are hashed with it, and the page of a model without.
     """
     state = xxhash.xxh3_128()
     run_bytes = _LOCKED_RUN_BYTES if sum(map(len, pieces)) <= _LOCKED_BYTES else MAX_PAYLOAD_BYTES

@@ -283,7 +283,7 @@ class ClientConfig:
     shared_memory_bytes: int = field(
         default=32 << 20,
         metadata=about(
-            SIZE, "memory shared with the server for each of at most 4 transfers, on a Unix socket; 0 streams"
+            SIZE, "memory shared with the server for each of at most 8 transfers, on a Unix socket; 0 streams"
         ),
     )
     pipes: int = field(

@@ -107,6 +107,20 @@ def test_blocks_go_from_places_to_places(client: StoreClient) -> None:
     assert set(client.counters.values()) == {0}
 
 
+def test_a_block_whose_owner_copies_it_at_once_is_copied_so(client: StoreClient) -> None:
+    blocks = sample_blocks(5)
+    client.put(blocks)
+    copied: list[bytes] = []
+    places = [
+        replace(place, copy=lambda payload: copied.append(bytes(payload))) if number % 2 else place
+        for number, place in enumerate(places_for([*blocks, sample_block(99)]))
+    ]
+    assert got(client, [places]) == [[FILLED] * 5 + [MISSING]]
+    assert copied == [payload_of(data) for _, data in blocks[1::2]]
+    for number, place in enumerate(places[:5]):
+        assert holds(place, blocks[number]) != bool(number % 2)
+
+
 def test_the_same_places_serve_batch_after_batch(client: StoreClient) -> None:
     blocks = sample_blocks(6, 1000)
     client.put(blocks)

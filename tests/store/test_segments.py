@@ -278,13 +278,13 @@ def test_a_pool_notices_that_the_server_was_started_again(tmp_path: Path) -> Non
     pool.close()
 
 
-def test_a_pool_lends_no_more_than_four_and_rests_after_a_refusal(
+def test_a_pool_lends_no_more_than_eight_and_rests_after_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = pool_of(tmp_path)
     with running_server(local_socket=tmp_path / "s"), ExitStack() as stack:
-        lent = [stack.enter_context(pool.lend(WAIT_S)) for _ in range(5)]
-        assert [segment is None for segment in lent] == [False] * 4 + [True]
+        lent = [stack.enter_context(pool.lend(WAIT_S)) for _ in range(9)]
+        assert [segment is None for segment in lent] == [False] * 8 + [True]
     with pool.lend(WAIT_S) as none:
         assert none is None
     with running_server(local_socket=tmp_path / "s"):

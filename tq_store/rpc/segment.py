@@ -24,7 +24,7 @@ _OPEN_TIMEOUT_S = 2.0
 _LEAST_S = 0.001
 """A timeout of 0 would mean not to wait for a socket at all."""
 _REST_S = 5.0
-_MOST_SEGMENTS = 4
+_MOST_SEGMENTS = 8
 _MOST_PIECES = os.sysconf("SC_IOV_MAX")
 """Places that one system call copies from or to."""
 _SEALS = ("F_SEAL_GROW", "F_SEAL_SHRINK", "F_SEAL_SEAL")
@@ -131,7 +131,7 @@ class Segment:
 
 
 class SegmentPool:
-    """Segments for the threads of one client, made when they are needed, at most four.
+    """Segments for the threads of one client, made when they are needed, at most eight.
 
     Where there are none to be had, its user goes the ordinary way. A server that gave none is asked again
     after five seconds.

@@ -157,7 +157,12 @@ def _copy_out(
     with segment.view() as view:
         for block, num_bytes in zip(blocks, sizes_bytes, strict=False):
             is_sound = block.kind.is_block(block.key, view[offset : offset + num_bytes])
-            if is_sound:
+            if is_sound and block.copy is not None:
+                segment.read_into(run_offset, run)
+                run, run_offset = [], offset + num_bytes
+                with view[offset + HEADER_BYTES : offset + num_bytes] as payload:
+                    block.copy(payload)
+            elif is_sound:
                 run += (header, *block.pieces)
             elif num_bytes:
                 segment.read_into(run_offset, run)

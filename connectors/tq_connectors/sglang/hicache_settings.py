@@ -68,7 +68,8 @@ class PageSettings:
         ),
     )
     load_threads: int = field(
-        default=2, metadata=about(COUNT, "runs of pages of one prompt that are loaded at once; for HiCache")
+        default=4,
+        metadata=about(COUNT, "runs of pages of one prompt that are loaded at once; for HiCache"),
     )
     staging_bytes: int = field(
         default=64 << 20, metadata=about(SIZE, "most bytes of unpacked pages on their way at once")

@@ -1,8 +1,9 @@
 """Pages in the format of a preset that the engine's own pool holds packed already."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from tq_connectors.codec import block_info
@@ -41,6 +42,10 @@ class PresetCodec:
         """Nowhere, unless a page is packed already."""
         return None
 
+    def copy_to(self, page: torch.Tensor) -> Callable[[memoryview], None] | None:
+        """Nothing, unless a page is packed already."""
+        return None
+
     def empty(self, num_pages: int) -> torch.Tensor:
         """Memory ``[n, num_bytes]`` uint8."""
         return torch.empty(num_pages, self._num_layers * self._layout.page_bytes, dtype=torch.uint8)
@@ -65,17 +70,36 @@ class PackedCodec(PresetCodec):
         num_heads, row_bytes = page.shape[3:]
         if within != [num_heads * row_bytes, row_bytes, 1]:
             return None
-        storage = page.untyped_storage()
-        address, memory = self._memory
-        if address != storage.data_ptr():
-            memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
-            self._memory = storage.data_ptr(), memory
+        memory = self._memory_of(page)
         first, num_bytes = page.storage_offset(), self._layout.page_bytes
         starts = [
             first + layer % 2 * between_sides + layer // 2 * between_pairs
             for layer in range(self._num_layers)
         ]
         return [memory[start : start + num_bytes] for start in starts]
+
+    def copy_to(self, page: torch.Tensor) -> Callable[[memoryview], None]:
+        """Copies even layers, then odd ones, each without the interpreter's lock."""
+        memory, (between_sides, *strides) = self._memory_of(page), page.stride()
+        first, shape = page.storage_offset(), page.shape[2:]
+
+        def copy(payload: memoryview) -> None:
+            layers = np.frombuffer(payload, np.uint8).reshape(self._num_layers, *shape)
+            for side in range(2):
+                half = layers[side::2]
+                offset = first + side * between_sides
+                np.ndarray(half.shape, np.uint8, memory, offset, strides)[...] = half
+
+        return copy
+
+    def _memory_of(self, page: torch.Tensor) -> memoryview:
+        """All bytes of the pool of a page; asked of numpy once."""
+        storage = page.untyped_storage()
+        address, memory = self._memory
+        if address != storage.data_ptr():
+            memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+            self._memory = storage.data_ptr(), memory
+        return memory
 
     def pack(self, pages: Sequence[torch.Tensor]) -> torch.Tensor:
         """Bytes ``[n, num_bytes]`` uint8 of n pages."""

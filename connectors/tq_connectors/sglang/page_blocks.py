@@ -1,6 +1,6 @@
 """PageBlocks: from where the bytes of a page lie to the blocks of its parts, without moving a byte."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tq_connectors.reshard import runs
 from tq_connectors.sglang.page_codecs import PageCodec
@@ -8,6 +8,8 @@ from tq_connectors.sglang.page_names import PageNames
 from tq_store.block import BlockKind
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, Part
 from tq_store.placed import PlacedBlock
+
+Copy = Callable[[memoryview], None]
 
 
 class PageBlocks:
@@ -25,16 +27,23 @@ class PageBlocks:
         self._runs = [[*runs(part, held, section_bytes=codec.section_bytes)] for part in parts]
         self._is_undivided = list(parts) == [held]
 
-    def of(self, keys: Sequence[BlockKey], pages: Sequence[Sequence[memoryview]]) -> list[PlacedBlock]:
+    def of(
+        self,
+        keys: Sequence[BlockKey],
+        pages: Sequence[Sequence[memoryview]],
+        copies: Sequence[Copy | None] = (),
+    ) -> list[PlacedBlock]:
         """One block a part, page after page.
 
         Args:
             keys: Of the blocks.
             pages: The bytes of all that the process holds of each page, in pieces.
+            copies: What copies all bytes of a page to these pieces; for no page, or for each.
         """
         if self._is_undivided:
             (kind,) = self._kinds
-            return [PlacedBlock(key, kind, pieces) for key, pieces in zip(keys, pages, strict=True)]
+            placed = zip(keys, pages, copies or (None,) * len(pages), strict=True)
+            return [PlacedBlock(key, kind, pieces, copy) for key, pieces, copy in placed]
         cuts = (
             (kind, [piece for run in own for piece in _cut(pieces, run.target_offset, run.num_bytes)])
             for pieces in pages

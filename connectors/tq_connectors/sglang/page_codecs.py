@@ -1,7 +1,7 @@
 """What makes stored bytes of a page of all layers of a process, and the page of them; the plainest codec."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +36,9 @@ class PageCodec(Protocol):
 
     def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
         """Where a page's bytes lie in the page itself, in their order; None where they must be made."""
+
+    def copy_to(self, page: torch.Tensor) -> Callable[[memoryview], None] | None:
+        """What copies all bytes of a page to its pieces in a few steps; None where nothing does."""
 
     def empty(self, num_pages: int) -> torch.Tensor:
         """Memory ``[n, num_bytes]`` uint8 for the bytes of n pages, to be unpacked."""
@@ -93,6 +96,10 @@ class RowCodec:
 
     def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
         """Nowhere: a page in the engine is not in the order of heads."""
+        return None
+
+    def copy_to(self, page: torch.Tensor) -> Callable[[memoryview], None] | None:
+        """Nothing, as there are no pieces."""
         return None
 
     def empty(self, num_pages: int) -> torch.Tensor:

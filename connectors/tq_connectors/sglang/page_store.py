@@ -19,6 +19,9 @@ from tq_store.errors import RpcError
 
 logger = logging.getLogger(__name__)
 
+_RUNS_A_THREAD = 2
+"""Of a load: a thread that is done early takes another run."""
+
 
 class PageStore:
     """Pages by SGLang's hashes. Blocks until the client's deadlines; safe to use from several threads.
@@ -69,9 +72,14 @@ class PageStore:
         def load(start: int, run: Sequence[str]) -> list[bool]:
             return self._load(run, partial(_shifted, page_at, start))
 
-        is_filled = in_runs(self._threads, self._load_threads, load, hashes)
-        first_miss = is_filled.index(False) if False in is_filled else len(hashes)
-        return [True] * first_miss + [False] * (len(hashes) - first_miss)
+        is_filled = in_runs(self._threads, _RUNS_A_THREAD * self._load_threads, load, hashes)
+        num_filled = is_filled.index(False) if False in is_filled else len(hashes)
+        self.counters.add(
+            loaded_pages=num_filled,
+            loaded_bytes=num_filled * self._loaded_page_bytes,
+            failed_pages=len(hashes) - num_filled,
+        )
+        return [True] * num_filled + [False] * (len(hashes) - num_filled)
 
     def _load(self, hashes: Sequence[str], page_at: PageAt) -> list[bool]:
         num_filled = 0
@@ -82,11 +90,6 @@ class PageStore:
                 num_filled += num_pages
 
         self.guard.attempt(receive)
-        self.counters.add(
-            loaded_pages=num_filled,
-            loaded_bytes=num_filled * self._loaded_page_bytes,
-            failed_pages=len(hashes) - num_filled,
-        )
         return [True] * num_filled + [False] * (len(hashes) - num_filled)
 
     def fetch(self, hashes: Sequence[str], take: Callable[[int, memoryview], bool]) -> int:

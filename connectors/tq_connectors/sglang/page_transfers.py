@@ -84,12 +84,15 @@ class PageTransfers:
                 if is_over:
                     return
                 pages[:] = map(page_at, range(start, end))
-                pieces = self._pieces(pages)
+                pieces, copies = self._pieces(pages), []
                 if pieces is None:
                     if stored is None:
                         stored = self._codec.empty(min(self._most_at_once, len(hashes)))
                     pieces = _rows(stored[: len(pages)])
-                yield self._loaded_blocks.of(keys[start * parts_of_page : end * parts_of_page], pieces)
+                else:
+                    copies = [self._codec.copy_to(page) for page in pages]
+                asked = keys[start * parts_of_page : end * parts_of_page]
+                yield self._loaded_blocks.of(asked, pieces, copies)
 
         with closing(self._client.get_into(keys, batches())) as answers:
             for outcomes in answers:

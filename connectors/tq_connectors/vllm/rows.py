@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Protocol
+
+import numpy as np
 
 from tq_connectors.codec import CacheGeometry, block_info
 from tq_connectors.envelope import pack_object, unpack_object
@@ -114,7 +116,11 @@ class PageRows:
     def placed(self, key: BlockKey, row: memoryview) -> PlacedBlock | None:
         """The block that is the row; None where two ranks hold the same head, and a block holds it once."""
         places = _places(self)
-        return None if places is None else PlacedBlock(key, _kind(self), [row[each] for each in places])
+        if places is None:
+            return None
+        pieces = [row[each] for each in places]
+        copy = partial(_copy, pieces[0]) if len(pieces) == 1 else None
+        return PlacedBlock(key, _kind(self), pieces, copy)
 
     def info(self, key: BlockKey) -> BlockInfo:
         """Header of a block."""
@@ -130,6 +136,11 @@ class PageRows:
                 start = rank * self.cell_bytes + run.source_offset
                 in_block = slice(run.target_offset, run.target_offset + run.num_bytes)
                 yield slice(start, start + run.num_bytes), in_block
+
+
+def _copy(row: memoryview, payload: memoryview) -> None:
+    """Copy bytes by the processor, without the interpreter's lock."""
+    np.frombuffer(row, np.uint8)[...] = np.frombuffer(payload, np.uint8)
 
 
 @lru_cache

@@ -61,7 +61,7 @@ class StoreSettings:
         ),
     )
     load_threads: int = field(
-        default=2,
+        default=4,
         metadata=about(COUNT, "loads from the store at once, and parts of one that are loaded at once"),
     )
     store_threads: int = field(default=1, metadata=about(COUNT, "stores at once"))

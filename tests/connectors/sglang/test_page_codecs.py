@@ -70,6 +70,10 @@ def test_pages_that_are_packed_already_pass_through(layout, num_layers):
     assert all(torch.equal(row, made.flatten()) for row in packed)
     codec.unpack(packed, all_pages(loaded))
     assert torch.equal(loaded.pool.kv_buffer, saved.pool.kv_buffer)
+    loaded.pool.kv_buffer.zero_()
+    for row, page in zip(packed, all_pages(loaded), strict=True):
+        codec.copy_to(page)(row.numpy().data)
+    assert torch.equal(loaded.pool.kv_buffer, saved.pool.kv_buffer)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -7,6 +7,7 @@ from connectors.vllm.rows_of import memory_of, page_layout
 
 from tq_connectors.codec import unpack_pages
 from tq_connectors.vllm.rows import PageRows, RawRows
+from tq_store.block import payload_of
 from tq_store.errors import BlockFormatError, ConfigError
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
 
@@ -29,6 +30,18 @@ def test_a_row_comes_back_and_its_padding_is_left_alone(tp_size):
     rows.unpack(KEY, rows.pack(KEY, row), loaded)
     assert loaded[:-100] == row[:-100]
     assert set(loaded[-100:]) == {7}
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_row_is_filled_where_it_lies(tp_size):
+    rows = page_rows(tp_size)
+    row = filled(rows)
+    loaded = memory_of(len(row), 7)
+    placed = rows.placed(KEY, loaded)
+    placed.fill(payload_of(rows.pack(KEY, row)))
+    assert loaded[:-100] == row[:-100]
+    assert set(loaded[-100:]) == {7}
+    assert (placed.copy is None) == (tp_size > 1)
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 4), (4, 1), (2, 8)])
