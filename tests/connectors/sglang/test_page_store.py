@@ -154,13 +154,13 @@ def test_no_page_is_written_after_a_load_has_failed(client):
             raise ValueError("a codec's error")
         has_failed.wait(10)
         time.sleep(0.2)  # as a run that is under way takes
-        written.append(hashes)
+        written.extend(hashes)
         return [True] * len(hashes)
 
     store._load = load_of
     with pytest.raises(ValueError, match="a codec's error"):
         store.load(HASHES, page_at(pool_of()))
-    assert written == [HASHES[2:]]
+    assert sorted(written) == sorted(HASHES[1:])
 
 
 def test_a_dead_store_is_a_miss_at_once(caplog):
