@@ -48,7 +48,7 @@ class PageStore:
         self._client = client
         self._names = names
         self._codec = codec
-        self._load_threads = load_threads
+        self._num_runs = 1 if load_threads == 1 else _RUNS_A_THREAD * load_threads
         self._threads = ThreadPoolExecutor(load_threads, thread_name_prefix="tq-store-load")
         self.guard = StoreGuard()
         self.counters = PageCounters()
@@ -72,7 +72,7 @@ class PageStore:
         def load(start: int, run: Sequence[str]) -> list[bool]:
             return self._load(run, partial(_shifted, page_at, start))
 
-        is_filled = in_runs(self._threads, _RUNS_A_THREAD * self._load_threads, load, hashes)
+        is_filled = in_runs(self._threads, self._num_runs, load, hashes)
         num_filled = is_filled.index(False) if False in is_filled else len(hashes)
         self.counters.add(
             loaded_pages=num_filled,
