@@ -10,6 +10,7 @@ from redis._parsers import BaseParser
 from redis.exceptions import InvalidResponse
 
 from tq_store.backends.redis_reader import Inbox
+from tq_store.backends.used_values import UsedValues
 
 _REPLIES = [b"*2\r\n$3\r\nabc\r\n:-7\r\n$-1\r\n", b"-ERR no\r\n+OK\r\n*0\r\n"]
 _PIECES = [
@@ -46,7 +47,7 @@ def generate(rng: random.Random) -> bytes:
 
 def outcomes(data: bytes) -> Iterator[str]:
     """Feed until the reader gives up."""
-    reader = Inbox(_Transport(), parse_error=BaseParser.parse_error)  # type: ignore[arg-type]
+    reader = Inbox(_Transport(), parse_error=BaseParser.parse_error, used=UsedValues())  # type: ignore[arg-type]
     while data and not isinstance(reader.failure, InvalidResponse):
         room = reader.get_buffer(-1)
         taken = min(len(room), _READ_BYTES, len(data))

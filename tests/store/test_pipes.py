@@ -35,11 +35,13 @@ from store.server_process import ServerProcess
 from store.tenants_file import TenantsFile
 from store.test_shared import Calls
 
-from tq_store.block import MAX_BLOCK_BYTES
+from tq_store.block import MAX_BLOCK_BYTES, BlockKind, payload_of, verify_block
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import RpcDenied, RpcError, RpcOverLimit, RpcTimeout, RpcUnavailable
 from tq_store.keys import BlockKey
+from tq_store.placed import PlacedBlock
+from tq_store.results import GetOutcome
 from tq_store.rpc import convert
 from tq_store.rpc.connection import Connection
 from tq_store.rpc.parcels import PARCEL_HEADER_BYTES, cut_parcels, parse_parcel_header
@@ -283,6 +285,14 @@ def test_a_reader_that_stops_early_leaves_nothing_for_the_next(client: StoreClie
     assert client.counters["broken_pipes"] == 0
 
 
+def test_a_reader_that_does_not_ask_for_the_end_keeps_the_pipe(client: StoreClient, calls: Calls) -> None:
+    for _ in range(3):
+        reading = client.get(KEYS)
+        assert [next(reading) for _ in KEYS] == list(enumerate(bytes_of(BLOCKS)))
+        reading.close()
+    assert calls.take() == ["OpenPipe", "GetPiped", "GetPiped", "GetPiped"]
+
+
 def test_a_server_that_closes_idle_pipes_is_asked_for_another(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,8 +355,10 @@ def test_a_server_that_is_killed_and_started_again_is_used_again(calls: Calls) -
         assert next(reading) == (0, BLOCKS[0][1])
         server.send(signal.SIGKILL)
         server.end()
+        with contextlib.suppress(RpcUnavailable):  # or what had left it before
+            assert [data for _, data in reading] == bytes_of(BLOCKS[1:])
         with pytest.raises(RpcUnavailable):
-            list(reading)
+            got(client)
         with ServerProcess(listen=server.address):
             wait_until(lambda: answers(client))
             client.put(BLOCKS)
@@ -438,7 +450,15 @@ def test_pipes_are_encrypted_where_grpc_is(files: Path, calls: Calls, is_mutual:
         calls.take()
         for _ in range(2):
             assert got(client, keys_of(blocks)) == bytes_of(blocks)
-        assert calls.take() == ["OpenPipe", "GetPiped", "GetPiped"]
+        payloads = [payload_of(data) for _, data in blocks]
+        places = [memoryview(bytearray(len(payload))) for payload in payloads]
+        placed = [
+            PlacedBlock(key, BlockKind(verify_block(data)), [place[:70_000], place[70_000:]])
+            for (key, data), place in zip(blocks, places, strict=True)
+        ]
+        assert list(client.get_into(keys_of(blocks), [placed])) == [[GetOutcome.FILLED] * len(blocks)]
+        assert places == payloads
+        assert calls.take() == ["OpenPipe", "GetPiped", "GetPiped", "GetPiped"]
         (pipe,) = client._pipes._idle
         assert pipe.is_alive
     assert not pipe.is_alive

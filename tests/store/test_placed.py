@@ -183,11 +183,11 @@ def test_a_block_larger_than_the_segment_goes_as_a_stream(near: StoreClient, cal
     assert "Get" in calls.take()
 
 
-def test_more_pieces_than_one_system_call_takes(near: StoreClient) -> None:
+def test_more_pieces_than_one_system_call_takes(client: StoreClient) -> None:
     block = sample_block(1, 5000)
-    assert near.put_from([placed(block, sizes=[2] * 2400, filled=True)]) == [STORED]
+    assert client.put_from([placed(block, sizes=[2] * 2400, filled=True)]) == [STORED]
     place = placed(block, sizes=[1] * 3000, filled=False)
-    assert got(near, [[place]]) == [[FILLED]]
+    assert got(client, [[place]]) == [[FILLED]]
     assert holds(place, block)
 
 

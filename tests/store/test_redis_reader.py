@@ -13,6 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse, MovedError, ResponseError
 
 from tq_store.backends.redis_reader import _INBOX_BYTES, Inbox, ReplyReader
+from tq_store.backends.used_values import UsedValues
 from tq_store.block import MAX_BLOCK_BYTES
 
 MIB = 1 << 20
@@ -43,7 +44,7 @@ class Transport:
 
 def new_inbox() -> tuple[Inbox, Transport]:
     transport = Transport()
-    return Inbox(transport, parse_error=BaseParser.parse_error), transport
+    return Inbox(transport, parse_error=BaseParser.parse_error, used=UsedValues()), transport
 
 
 def feed(inbox: Inbox, data: bytes, piece_bytes: int = 1 << 20) -> None:
@@ -70,7 +71,10 @@ def test_a_large_value_is_read_in_few_turns() -> None:
     assert transport.low_waters == [MIB, MIB // 2, 1]
     assert read(inbox, 2) == [bytes(5 * MIB // 2), 1]
     transport = Transport(is_encrypted=True)
-    feed(Inbox(transport, parse_error=BaseParser.parse_error), b"$%d\r\n" % MIB + bytes(MIB) + b"\r\n")
+    feed(
+        Inbox(transport, parse_error=BaseParser.parse_error, used=UsedValues()),
+        b"$%d\r\n" % MIB + bytes(MIB) + b"\r\n",
+    )
     assert transport.low_waters == []
 
 
@@ -196,7 +200,7 @@ async def test_the_end_is_told_to_whoever_waits() -> None:
 
 
 async def test_a_reader_without_a_connection_has_nothing_to_read() -> None:
-    reader = ReplyReader(1)
+    reader = ReplyReader(1, used=UsedValues())
     assert await reader.can_read()
     assert await reader.can_read_destructive()
     with pytest.raises(RedisConnectionError, match="the connection is closed"):

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
@@ -12,6 +13,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tq_store.backends.redis_reader import ReplyReader
 from tq_store.backends.redis_target import Address, Login, RedisTarget
+from tq_store.backends.used_values import UsedValues
 from tq_store.errors import BackendError, BackendTimeout, BackendUnavailable, ConfigError
 
 _CLOSE_S = 1.0
@@ -42,7 +44,7 @@ class Link:
             connection_class=kind,
             socket_timeout=None,
             socket_connect_timeout=None,
-            parser_class=ReplyReader,
+            parser_class=partial(ReplyReader, used=UsedValues()),
             **options,
         )
         self.client = Redis.from_pool(self.pool)

@@ -10,6 +10,7 @@ from redis._parsers import BaseParser
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse
 
+from tq_store.backends.used_values import UsedValues
 from tq_store.block import MAX_BLOCK_BYTES
 
 _INBOX_BYTES = 64 << 10
@@ -28,14 +29,15 @@ class ReplyReader(BaseParser):
     the stream: the socket's bytes land where the value will be.
     """
 
-    def __init__(self, socket_read_size: int) -> None:
+    def __init__(self, socket_read_size: int, *, used: UsedValues) -> None:
         del socket_read_size  # a socket is read into whatever room there is
+        self._used = used
         self._inbox: Inbox | None = None
 
     def on_connect(self, connection: Any) -> None:
         """Take over what arrives; what leaves goes on through the connection's stream."""
         transport = connection._writer.transport  # noqa: SLF001  # parsers live inside their connection
-        self._inbox = Inbox(transport, parse_error=self.parse_error)
+        self._inbox = Inbox(transport, parse_error=self.parse_error, used=self._used)
         transport.set_protocol(self._inbox)
 
     def on_disconnect(self) -> None:
@@ -66,10 +68,11 @@ class Inbox(asyncio.BufferedProtocol):
     """Cuts what arrives into replies, as it arrives.
 
     Stands between a transport and the protocol that it had, which still hears of everything but the data.
-    What is not read yet is bounded by what was asked for.
+    What is not read yet is bounded by what was asked for. Values are written to memory of `used` ones.
     """
 
-    def __init__(self, transport: Any, *, parse_error: Any) -> None:
+    def __init__(self, transport: Any, *, parse_error: Any, used: UsedValues) -> None:
+        self._used = used
         self._transport = transport
         self._behind = transport.get_protocol()
         self._parse_error = parse_error
@@ -168,6 +171,7 @@ class Inbox(asyncio.BufferedProtocol):
                 # the same bytes that were written to: nothing is copied
                 value, self._value = self._value.getvalue(), None
                 self._num_to_skip = len(_END)
+                self._used.add(value)
                 self._add(value)
             skipped = min(self._num_to_skip, self._end - self._start)
             self._start += skipped
@@ -201,7 +205,8 @@ class Inbox(asyncio.BufferedProtocol):
             return
         if not 0 <= num_bytes <= _MAX_VALUE_BYTES:
             raise ValueError(f"a value of {num_bytes} bytes")
-        self._value = io.BytesIO(bytes(num_bytes))
+        # with no other reference to them, the very bytes are written to
+        self._value = io.BytesIO(self._used.take(num_bytes))
         self._room = self._value.getbuffer()
         here = min(num_bytes, self._end - self._start)
         self._room[:here] = self._view[self._start : self._start + here]

@@ -1,7 +1,7 @@
 """Gets whose blocks come through a pipe beside grpc; what it leaves goes as a stream."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 
 from tq_store.errors import RpcDenied, RpcError, RpcOverLimit, RpcTimeout, RpcUnavailable
 from tq_store.keys import BlockKey
@@ -44,7 +44,7 @@ class PipeRoad:
         number, received = pipe.begin(), 0
         request = convert.pack_piped_get(pipe.name, number, keys)
         messages = self._connection.receive("GetPiped", request, timeout_s=attempts.remaining_s, stop=stop)
-        with closing(messages), stop.ends(pipe.shut):
+        with contextlib.closing(messages), stop.ends(pipe.shut):
             try:
                 # until the server says so, nothing comes: a call that is refused writes nothing
                 if next(messages, None) is None:
@@ -53,17 +53,26 @@ class PipeRoad:
                     block = pipe.receive_block(number, index, attempts.remaining_s)
                     received += 1
                     yield block
-                for _ in messages:
-                    pass
-                pipe.end()
+                _finish(messages, pipe)
+            except GeneratorExit:
+                if received == len(keys):  # a reader that has all may not ask for the end
+                    _finish(messages, pipe)
+                raise
             except (OSError, ValueError):
                 self._connection.count("broken_pipes")
             except EOFError:
                 self._connection.count("broken_pipes")
                 _raise_why(messages)
             except RpcError as error:
-                if received < len(keys):
-                    _raise_if_final(error)
+                _raise_if_final(error)
+
+
+def _finish(messages: Iterator[bytes], pipe: Pipe) -> None:
+    """Hear that the server is done with the pipe."""
+    with contextlib.suppress(RpcError):
+        for _ in messages:
+            pass
+        pipe.end()
 
 
 def _raise_why(messages: Iterator[bytes]) -> None:

@@ -13,7 +13,7 @@ import ssl
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ _PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") e
 _THREADS = max(1, min(4, _PROCESSORS // 2))
 """That encrypt, and copy to sockets where there are processors to spare."""
 
+Patience = Callable[[], AbstractAsyncContextManager[None]]
 T = TypeVar("T")
 
 
@@ -57,29 +58,37 @@ class Pipe:
         self._connection = connection
         self._threads = threads
 
-    async def write(self, pieces: Sequence[memoryview]) -> None:
+    async def write(self, pieces: Sequence[memoryview], patience: Patience = nullcontext) -> None:
         """Send bytes, as fast as the client takes them.
+
+        Args:
+            pieces: A mebibyte or so.
+            patience: In its context each wait for the client takes place.
 
         Raises:
             ValueError: The client has closed the pipe.
+            TimeoutError: It ran out.
         """
         try:
             if isinstance(self._connection, ssl.SSLSocket):
                 whole = b"".join(pieces)
-                await self._retried(partial(self._connection.send, whole))
+                await self._retried(partial(self._connection.send, whole), patience)
                 return
             while pieces:
-                num_bytes = await self._retried(partial(self._connection.sendmsg, pieces))
+                num_bytes = await self._retried(partial(self._connection.sendmsg, pieces), patience)
                 pieces = _after(pieces, num_bytes)
+        except TimeoutError:
+            raise
         except OSError as error:
             raise ValueError("the client has closed the pipe") from error
 
-    async def _retried(self, send: Callable[[], int]) -> int:
+    async def _retried(self, send: Callable[[], int], patience: Patience) -> int:
         while True:
             try:
                 return await _run(self._threads, send)
             except (BlockingIOError, ssl.SSLWantWriteError):
-                await _writable(self._connection)
+                async with patience():
+                    await _writable(self._connection)
 
 
 class Pipes:

@@ -85,6 +85,7 @@ class ReadAhead:
                     num_blocks = max(1, min(2 * num_blocks, _MOST_GROUP_BLOCKS, affordable_blocks))
                     if start < len(keys) and not self._store.sizes_at_hand(keys[start : start + 1]):
                         ahead = self._next_group(keys[start:], num_blocks, share_of, is_quick=is_quick)
+                        ahead.read_ahead()
                     yield group, blocks
                 finally:
                     await group.close()
@@ -95,7 +96,7 @@ class ReadAhead:
     def _next_group(
         self, keys: Sequence[BlockKey], num_blocks: int, share_of: Callable[[int], int], *, is_quick: bool
     ) -> "_Group":
-        """Of the first keys: those in memory, or else so many, which are read from now on."""
+        """Of the first keys: those in memory, or else so many."""
         sizes_bytes = self._store.sizes_at_hand(keys[:_MOST_AT_HAND_BLOCKS])
         if sizes_bytes:
             room_bytes = min(_MOST_GROUP_BYTES, self._window.free_bytes) if is_quick else 0
@@ -104,9 +105,7 @@ class ReadAhead:
             return _Group(self._store, keys[: len(run)], self._window, sum(run), share_of)
         keys = keys[:num_blocks]
         expected_bytes = share_of(self._last_bytes) * len(keys)
-        group = _Group(self._store, keys, self._window, expected_bytes, share_of)
-        group.read_ahead()
-        return group
+        return _Group(self._store, keys, self._window, expected_bytes, share_of)
 
 
 class _Group:
