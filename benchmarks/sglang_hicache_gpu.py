@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks import sglang_gpu
@@ -44,7 +45,7 @@ HICACHE = {
 _WAIT_S = 60.0
 
 
-def storage(address: str, codec: str, more: Row) -> str:
+def storage(address: str, codec: str, more: Mapping[str, Any] = MappingProxyType({})) -> str:
     """What an operator writes as `--hicache-storage-backend-extra-config`."""
     settings = {
         "backend_name": "tq-store",
@@ -55,7 +56,7 @@ def storage(address: str, codec: str, more: Row) -> str:
         "revision": "dummy",
         "codec": codec,
     }
-    return json.dumps(settings | more)
+    return json.dumps({**settings, **more})
 
 
 def first_token_ms(engine: Any, tokens: list[int]) -> tuple[float, Row]:

@@ -82,7 +82,12 @@ class TurboQuantBackend(AttentionBackend):
             num_query_heads=self._num_query_heads,
         )
         fresh = flash_attention_3(
-            self._num_query_heads, layout.num_kv_heads, layout.head_dim, runner.dtype, self._device
+            self._num_query_heads,
+            layout.num_kv_heads,
+            layout.head_dim,
+            runner.dtype,
+            self._device,
+            os.environ,
         )
         self._prefill = Prefill(
             layout, max_tokens=self._max_tokens, dtype=runner.dtype, device=self._device, fresh=fresh

@@ -1,12 +1,15 @@
 """Attention among the new tokens of sequences without a prefix: FlashAttention 3 where SGLang brings it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+FLASH_VARIABLE = "TQ_CONNECTORS_FLASH_ATTENTION"
+"""`off` leaves FlashAttention 3 untried: a build of it without kernels for a head size ends the process."""
 
 FreshAttention = Callable[..., Any]
 _HOPPER = (9, 0)
@@ -14,9 +17,16 @@ _PROBED_TOKENS = 16
 
 
 def flash_attention_3(
-    num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    num_query_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    environment: Mapping[str, str],
 ) -> FreshAttention | None:
     """SGLang's FlashAttention 3 for ragged batches, if it serves these heads here; tried once, on zeros."""
+    if environment.get(FLASH_VARIABLE) == "off":
+        return None
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
         return None
     try:

@@ -12,6 +12,7 @@ from tq_connectors.engine.attention import PagedAttention
 from tq_connectors.engine.layouts import layout_for
 from tq_connectors.engine.short_chunks import Chunk, short_chunks
 from tq_connectors.sglang import segments
+from tq_connectors.sglang.fresh import FLASH_VARIABLE, flash_attention_3
 from tq_connectors.sglang.prefill import Prefill
 from tq_connectors.sglang.segments import cut_into_segments
 from tq_connectors.sglang.steps import Batch
@@ -173,3 +174,9 @@ def test_a_batch_of_nothing_is_zeros() -> None:
         PagedAttention(layout=LAYOUT, softmax_scale=SCALE), out, side, side, torch.empty(0), batch, out
     )
     assert not out.any()
+
+
+def test_flash_attention_is_not_tried_where_it_is_switched_off() -> None:
+    heads = (8, 2, 64, torch.bfloat16)
+    assert flash_attention_3(*heads, torch.device("cuda"), {FLASH_VARIABLE: "off"}) is None
+    assert flash_attention_3(*heads, CPU, {}) is None
