@@ -12,7 +12,8 @@ from store.running_server import WAIT_S, running_server
 from tq_store.errors import ConfigError
 from tq_store.rpc.limits import PIPE_NAME_BYTES, TICKET_BYTES
 from tq_store.server import pipes as pipes_module
-from tq_store.server.pipes import Pipe, Pipes
+from tq_store.server.pipe import Pipe
+from tq_store.server.pipes import Pipes
 from tq_store.server.tenants import SOLE_TENANT, Tenant
 
 A, B = Tenant(name="a"), Tenant(name="b")

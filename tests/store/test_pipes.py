@@ -53,7 +53,7 @@ from tq_store.server import credentials as credentials_module
 from tq_store.server import pipes as pipes_module
 from tq_store.server import service as service_module
 from tq_store.server.app import Server
-from tq_store.server.pipes import Pipe as ServerPipe
+from tq_store.server.pipe import Pipe as ServerPipe
 from tq_store.server.pipes import Pipes
 from tq_store.server.service import BlockStoreService
 

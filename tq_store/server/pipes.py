@@ -1,4 +1,4 @@
-"""Connections of clients for block bytes beside grpc: who may open one, whose it is, and writing to it.
+"""Connections of clients for block bytes beside grpc: who may open one, and whose it is.
 
 A connection begins with a ticket, which a tenant has asked for by an authenticated call. Until then it has
 two seconds for 32 bytes, and few are let in at a time. Nothing else is ever read from it.
@@ -11,14 +11,15 @@ import secrets
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from tq_store.errors import ConfigError
 from tq_store.rpc.limits import PIPE_NAME_BYTES, TICKET_BYTES, TICKET_LIFE_S
+from tq_store.server.pipe import Pipe, readable, run, writable
 from tq_store.server.tenants import Tenant
 
 logger = logging.getLogger(__name__)
@@ -35,60 +36,7 @@ _PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") e
 _THREADS = max(1, min(4, _PROCESSORS // 2))
 """That encrypt, and copy to sockets where there are processors to spare."""
 
-Patience = Callable[[], AbstractAsyncContextManager[None]]
 T = TypeVar("T")
-
-
-class Pipe:
-    """A client's connection, as the server sees it. Written by one call at a time.
-
-    Args:
-        connection: Not blocking; owned by whoever makes the pipe.
-        tenant: Whose it is.
-        threads: To write from; None for the event loop.
-    """
-
-    def __init__(self, connection: socket.socket, tenant: Tenant, threads: Executor | None) -> None:
-        self.tenant = tenant.name
-        self.is_lent = False
-        self.num_calls = 0
-        self.has_gone = asyncio.Event()
-        self.is_free = asyncio.Event()
-        self.is_free.set()
-        self._connection = connection
-        self._threads = threads
-
-    async def write(self, pieces: Sequence[memoryview], patience: Patience = nullcontext) -> None:
-        """Send bytes, as fast as the client takes them.
-
-        Args:
-            pieces: A mebibyte or so.
-            patience: In its context each wait for the client takes place.
-
-        Raises:
-            ValueError: The client has closed the pipe.
-            TimeoutError: It ran out.
-        """
-        try:
-            if isinstance(self._connection, ssl.SSLSocket):
-                whole = b"".join(pieces)
-                await self._retried(partial(self._connection.send, whole), patience)
-                return
-            while pieces:
-                num_bytes = await self._retried(partial(self._connection.sendmsg, pieces), patience)
-                pieces = _after(pieces, num_bytes)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise ValueError("the client has closed the pipe") from error
-
-    async def _retried(self, send: Callable[[], int], patience: Patience) -> int:
-        while True:
-            try:
-                return await _run(self._threads, send)
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                async with patience():
-                    await _writable(self._connection)
 
 
 class Pipes:
@@ -284,11 +232,11 @@ class Pipes:
     async def _retried(self, connection: socket.socket, operation: Callable[[], T]) -> T:
         while True:
             try:
-                return await _run(self._threads, operation)
+                return await run(self._threads, operation)
             except (BlockingIOError, ssl.SSLWantReadError):
-                await _readable(connection)
+                await readable(connection)
             except ssl.SSLWantWriteError:
-                await _writable(connection)
+                await writable(connection)
 
     def _redeem(self, ticket: bytes) -> Tenant | None:
         """Whose pipe a ticket opens, once; it counts on as that pipe."""
@@ -303,47 +251,6 @@ class Pipes:
                 break
             del self._tickets[ticket]
             self._held[tenant.name] -= 1
-
-
-async def _run(threads: Executor | None, operation: Callable[[], T]) -> T:
-    """Do what does not wait, in a thread if there is one; a caller that is cancelled waits for its end."""
-    if threads is None:
-        return operation()
-    doing = asyncio.get_running_loop().run_in_executor(threads, operation)
-    try:
-        await asyncio.wait([doing])
-    except asyncio.CancelledError:
-        await asyncio.wait([doing])
-        raise
-    return doing.result()
-
-
-async def _readable(connection: socket.socket) -> None:
-    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(connection, arrived.set)
-    try:
-        await arrived.wait()
-    finally:
-        loop.remove_reader(connection)
-
-
-async def _writable(connection: socket.socket) -> None:
-    loop, ready = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_writer(connection, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_writer(connection)
-
-
-def _after(pieces: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
-    """What is left of pieces after so many bytes."""
-    left: list[memoryview] = []
-    for piece in pieces:
-        if num_bytes < len(piece):
-            left.append(piece[num_bytes:])
-        num_bytes = max(0, num_bytes - len(piece))
-    return left
 
 
 def _close(connection: socket.socket, _: object) -> None:

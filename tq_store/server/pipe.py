@@ -1,0 +1,110 @@
+"""One client's connection for block bytes, as the server writes to it; what waits does so on the event loop."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
+from typing import TypeVar
+
+from tq_store.server.tenants import Tenant
+
+Patience = Callable[[], AbstractAsyncContextManager[None]]
+T = TypeVar("T")
+
+
+class Pipe:
+    """A client's connection, as the server sees it. Written by one call at a time.
+
+    Args:
+        connection: Not blocking; owned by whoever makes the pipe.
+        tenant: Whose it is.
+        threads: To write from; None for the event loop.
+    """
+
+    def __init__(self, connection: socket.socket, tenant: Tenant, threads: Executor | None) -> None:
+        self.tenant = tenant.name
+        self.is_lent = False
+        self.num_calls = 0
+        self.has_gone = asyncio.Event()
+        self.is_free = asyncio.Event()
+        self.is_free.set()
+        self._connection = connection
+        self._threads = threads
+
+    async def write(self, pieces: Sequence[memoryview], patience: Patience = nullcontext) -> None:
+        """Send bytes, as fast as the client takes them.
+
+        Args:
+            pieces: A mebibyte or so.
+            patience: In its context each wait for the client takes place.
+
+        Raises:
+            ValueError: The client has closed the pipe.
+            TimeoutError: It ran out.
+        """
+        try:
+            if isinstance(self._connection, ssl.SSLSocket):
+                whole = b"".join(pieces)
+                await self._retried(partial(self._connection.send, whole), patience)
+                return
+            while pieces:
+                num_bytes = await self._retried(partial(self._connection.sendmsg, pieces), patience)
+                pieces = _after(pieces, num_bytes)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ValueError("the client has closed the pipe") from error
+
+    async def _retried(self, send: Callable[[], int], patience: Patience) -> int:
+        while True:
+            try:
+                return await run(self._threads, send)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                async with patience():
+                    await writable(self._connection)
+
+
+async def run(threads: Executor | None, operation: Callable[[], T]) -> T:
+    """Do what does not wait, in a thread if there is one; a caller that is cancelled waits for its end."""
+    if threads is None:
+        return operation()
+    doing = asyncio.get_running_loop().run_in_executor(threads, operation)
+    try:
+        await asyncio.wait([doing])
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        raise
+    return doing.result()
+
+
+async def readable(connection: socket.socket) -> None:
+    """Wait until there is something to read, or the end."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(connection, arrived.set)
+    try:
+        await arrived.wait()
+    finally:
+        loop.remove_reader(connection)
+
+
+async def writable(connection: socket.socket) -> None:
+    """Wait until there is room to write, or nobody to read."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_writer(connection, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_writer(connection)
+
+
+def _after(pieces: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
+    """What is left of pieces after so many bytes."""
+    left: list[memoryview] = []
+    for piece in pieces:
+        if num_bytes < len(piece):
+            left.append(piece[num_bytes:])
+        num_bytes = max(0, num_bytes - len(piece))
+    return left
