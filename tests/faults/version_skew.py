@@ -4,6 +4,7 @@ What the newer side adds is passed over or refused in words; a block that a read
 stays where it is; what an older release has written is served as it was.
 """
 
+import contextlib
 import dataclasses
 import struct
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from tq_store.coded import pack_coded
 from tq_store.keys import BlockKey, split_key
 from tq_store.results import PutOutcome
 from tq_store.rpc.convert import SERVICE_NAME
+from tq_store.rpc.pipe import Pipe
 from tq_store.rpc.v1 import block_store_pb2 as pb
 from tq_store.rpc.v1 import block_store_pb2_grpc as stubs
 
@@ -83,6 +85,12 @@ class _NewerServer(stubs.BlockStoreServicer):
             yield _extended(pb.BlockFrame(index=index, block_bytes=len(data), data=data[:half]))
             yield _extended(pb.BlockFrame(index=index, offset=half, data=data[half:]))
 
+    def OpenPipe(self, request: pb.OpenPipeRequest, context: grpc.ServicerContext) -> pb.OpenPipeResponse:
+        """None to be had, or, as of an older server, nothing known of them."""
+        if self._outcome == 99:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "what is a pipe?")
+        return _extended(pb.OpenPipeResponse())
+
     def Put(self, request_iterator: Iterator[pb.BlockFrame], context: object) -> pb.PutResponse:
         blocks: list[tuple[bytes, bytearray]] = []
         for frame in request_iterator:
@@ -111,6 +119,14 @@ def _newer_client(trial: Trial, server: ServerProcess) -> None:
         served = b"".join(frame.data for frame in stub.Get(keys, timeout=60))
         if served != block:
             trial.result.served_wrong("a newer client got other bytes")
+        opened = stub.OpenPipe(_extended(pb.OpenPipeRequest()), timeout=60)
+        pipe = Pipe("127.0.0.1", opened.port, opened.ticket, context=None, timeout_s=60)
+        with contextlib.closing(pipe):
+            request = _extended(pb.PipedGetRequest(keys=[key], pipe=pipe.name, call=7))
+            call = stub.GetPiped(request, timeout=60)
+            if pipe.receive_block(7, 0, 60) != block:
+                trial.result.served_wrong("a newer client got other bytes from a pipe")
+            trial.result.expect(len(list(call)) == 1, "a newer client was told more than one begin")
         for method in (f"/{SERVICE_NAME}/Prefetch", "/tq_store.rpc.v2.BlockStore/Get"):
             call = channel.unary_unary(method)
             try:
@@ -119,7 +135,7 @@ def _newer_client(trial: Trial, server: ServerProcess) -> None:
             except grpc.RpcError as error:
                 code = error.code()
                 trial.result.expect(code is grpc.StatusCode.UNIMPLEMENTED, f"{method} ended with {code}")
-        trial.result.count("skews", 5)
+        trial.result.count("skews", 6)
 
 
 def _blocks_of_other_versions(trial: Trial) -> None:
