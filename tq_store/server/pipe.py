@@ -1,4 +1,4 @@
-"""One client's connection for block bytes, as the server writes to it; what waits does so on the event loop."""
+"""One client's connection for block bytes, as the server writes to it; it waits on the event loop alone."""
 
 import asyncio
 import socket
