@@ -2,7 +2,9 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -12,7 +14,7 @@ from store.running_server import WAIT_S, running_server
 from tq_store.errors import ConfigError
 from tq_store.rpc.limits import PIPE_NAME_BYTES, TICKET_BYTES
 from tq_store.server import pipes as pipes_module
-from tq_store.server.pipe import Pipe
+from tq_store.server.pipe import Pipe, run
 from tq_store.server.pipes import Pipes
 from tq_store.server.tenants import SOLE_TENANT, Tenant
 
@@ -216,12 +218,12 @@ async def test_a_client_that_speaks_loses_its_pipe(port: Port) -> None:
 async def test_an_idle_pipe_is_closed_and_a_busy_one_is_not(
     port: Port, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipes_module, "_IDLE_S", 0.05)
+    monkeypatch.setattr(pipes_module, "_IDLE_S", 0.3)
     end, name = await port.open()
-    other, _ = await port.open()
     with port.pipes.lend(name, SOLE_TENANT) as pipe:
+        other, _ = await port.open()
         assert await answer(other) == b""
-        await asyncio.sleep(0.12)
+        await asyncio.sleep(0.4)
         await pipe.write([memoryview(b"still")])
     assert await answer(end, 5) == b"still"
     assert await answer(end) == b""
@@ -284,6 +286,39 @@ async def test_closing_waits_for_calls_that_write() -> None:
     with pytest.raises(ValueError, match="has closed"):
         await calling
     assert len(port.pipes) == 0
+
+
+async def test_a_client_that_has_gone_before_it_has_its_name_leaves_nothing(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(*_: object) -> None:
+        raise ValueError("the client has closed the pipe")
+
+    monkeypatch.setattr(Pipe, "write", gone)
+    ticket = port.pipes.ticket(SOLE_TENANT)
+    assert ticket is not None
+    assert (await port.show(ticket))[1] == b""
+    await port.until_there_are(0)
+
+
+async def test_a_caller_that_is_cancelled_waits_for_its_thread() -> None:
+    """It may still read from memory of the caller's."""
+    began, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        may_end.wait(WAIT_S)
+
+    with ThreadPoolExecutor(1) as threads:
+        running = asyncio.create_task(run(threads, work))
+        await asyncio.to_thread(began.wait, WAIT_S)
+        running.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not running.done()
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running
 
 
 async def test_a_port_in_use_is_refused(port: Port) -> None:

@@ -260,6 +260,40 @@ def test_bytes_that_are_not_of_this_call_are_not_taken(
     assert client.counters["broken_pipes"] == 1
 
 
+@pytest.mark.parametrize("error", [None, ValueError("no such pipe"), RuntimeError("a fault of the server's")])
+def test_a_call_that_writes_nothing_leaves_the_stream(
+    monkeypatch: pytest.MonkeyPatch, calls: Calls, error: Exception | None
+) -> None:
+    async def silent(*_: object) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(BlockStoreService, "_get_piped", silent)
+    with running_server() as server, client_at(server.address) as client:
+        client.put(BLOCKS)
+        calls.take()
+        assert got(client) == bytes_of(BLOCKS)
+        assert calls.take() == ["OpenPipe", "GetPiped", "Get"]
+        assert client.counters["failed_calls"] == (error is not None)
+
+
+def test_a_call_that_fails_after_its_last_block_has_served_them(
+    client: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = BlockStoreService._get_piped
+
+    async def failing(*arguments: Any) -> None:
+        await original(*arguments)
+        raise ValueError("too late")
+
+    monkeypatch.setattr(BlockStoreService, "_get_piped", failing)
+    with running_server() as server, client_at(server.address) as other:
+        other.put(BLOCKS)
+        for _ in range(2):
+            assert got(other) == bytes_of(BLOCKS)
+        assert not other._pipes._idle, "who knows what else there may be in it"
+
+
 def test_a_bit_that_flips_on_the_way_is_a_miss(client: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
     receive = Pipe.receive_block
     for position in (0, 40, 255, 256, 300_000):
@@ -296,7 +330,7 @@ def test_a_reader_that_does_not_ask_for_the_end_keeps_the_pipe(client: StoreClie
 def test_a_server_that_closes_idle_pipes_is_asked_for_another(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipes_module, "_IDLE_S", 0.02)
+    monkeypatch.setattr(pipes_module, "_IDLE_S", 0.3)
     with running_server() as server, client_at(server.address) as client:
         client.put(BLOCKS)
         calls.take()

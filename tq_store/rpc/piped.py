@@ -70,16 +70,14 @@ class PipeRoad:
 def _finish(messages: Iterator[bytes], pipe: Pipe) -> None:
     """Hear that the server is done with the pipe."""
     with contextlib.suppress(RpcError):
-        for _ in messages:
-            pass
-        pipe.end()
+        if next(messages, None) is None:
+            pipe.end()
 
 
 def _raise_why(messages: Iterator[bytes]) -> None:
     """What the server says of a call that it has given up."""
     try:
-        for _ in messages:
-            pass
+        next(messages, None)
     except RpcError as error:
         _raise_if_final(error)
 
