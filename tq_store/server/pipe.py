@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from tq_store.server.tenants import Tenant
 
+_INLINE_BYTES = 256 << 10
+"""For less than this a thread is not worth waking."""
 Patience = Callable[[], AbstractAsyncContextManager[None]]
 T = TypeVar("T")
 
@@ -48,20 +50,21 @@ class Pipe:
         try:
             if isinstance(self._connection, ssl.SSLSocket):
                 whole = b"".join(pieces)
-                await self._retried(partial(self._connection.send, whole), patience)
+                await self._retried(self._threads, partial(self._connection.send, whole), patience)
                 return
+            threads = self._threads if sum(map(len, pieces)) > _INLINE_BYTES else None
             while pieces:
-                num_bytes = await self._retried(partial(self._connection.sendmsg, pieces), patience)
+                num_bytes = await self._retried(threads, partial(self._connection.sendmsg, pieces), patience)
                 pieces = _after(pieces, num_bytes)
         except TimeoutError:
             raise
         except OSError as error:
             raise ValueError("the client has closed the pipe") from error
 
-    async def _retried(self, send: Callable[[], int], patience: Patience) -> int:
+    async def _retried(self, threads: Executor | None, send: Callable[[], int], patience: Patience) -> int:
         while True:
             try:
-                return await run(self._threads, send)
+                return await run(threads, send)
             except (BlockingIOError, ssl.SSLWantWriteError):
                 async with patience():
                     await writable(self._connection)
