@@ -115,10 +115,16 @@ def answer_task(engine: Any, task: Task, stop: int, at_once: int, client: Any) -
         if path == "storage":
             wait_until_settled(client)
             sglang_hicache_gpu.flush(engine)
-        # SGLang 0.5.17 finds what it loads from a store only without a key
-        replies = ask(engine, task, stop, at_once, apart=path != "storage")
+        replies = ask(engine, task, stop, at_once, apart=path != "storage" or stores_by_key())
         answers[path] = described(replies, path)
     return answers
+
+
+def stores_by_key() -> bool:
+    """Whether SGLang finds pages in a store by a request's key too; 0.5.17 does only without one."""
+    import sglang
+
+    return sglang.__version__ != "0.5.17"
 
 
 def wait_until_settled(client: Any) -> None:
