@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -688,9 +689,50 @@ def test_a_slow_link_is_read_piece_by_piece() -> None:
         pipe = Pipe("127.0.0.1", listener.getsockname()[1], bytes(32), context=None, timeout_s=WAIT_S)
         with contextlib.closing(pipe):
             assert pipe.receive_block(5, 0, WAIT_S) == data
-            with pytest.raises(BlockingIOError):
+            with pytest.raises(TimeoutError):
                 pipe.receive_block(5, 1, 0.0)
         serving.result(WAIT_S)
+
+
+@pytest.mark.parametrize("is_encrypted", [False, True])
+@pytest.mark.parametrize("pause_s", [0.02, WAIT_S])
+def test_a_server_that_is_slow_or_silent_is_waited_for_until_the_deadline(
+    files: Path, is_encrypted: bool, pause_s: float
+) -> None:
+    """However often a little of the block comes."""
+    context, served = None, None
+    if is_encrypted:
+        context, served = (
+            ssl.create_default_context(cafile=files / "ca.pem"),
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH),
+        )
+        served.load_cert_chain(files / "server.pem", files / "server.key")
+        served.num_tickets = 0
+    has_given_up = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def serve() -> None:
+            opened, _ = listener.accept()
+            with served.wrap_socket(opened, server_side=True) if served else opened as end:
+                end.recv(32)
+                (pieces,) = cut_parcels(5, 0, [bytes(MIB)])
+                sent = bytes(16) + b"".join(pieces)
+                while sent and not has_given_up.is_set():
+                    end.sendall(sent[:40])
+                    sent = sent[40:]
+                    has_given_up.wait(pause_s)
+
+        serving = pool.submit(serve)
+        port = listener.getsockname()[1]
+        with contextlib.closing(
+            Pipe("127.0.0.1", port, bytes(32), context=context, timeout_s=WAIT_S)
+        ) as pipe:
+            began = time.monotonic()
+            with pytest.raises((TimeoutError, BlockingIOError)):
+                pipe.receive_block(5, 0, 0.3)
+            assert 0.25 < time.monotonic() - began < 2.0
+            has_given_up.set()
+            serving.result(WAIT_S)
 
 
 def test_parcels_are_views_of_blocks_in_steps_of_a_mebibyte() -> None:

@@ -22,12 +22,11 @@ from tq_store.rpc.limits import PIPE_NAME_BYTES
 from tq_store.rpc.parcels import PARCEL_HEADER_BYTES, parse_parcel_header
 
 _OPEN_TIMEOUT_S = 1.0
-_LEAST_S = 0.001
-"""A timeout of 0 would mean to wait for ever."""
 _BUSY_REST_S = 5.0
 _REST_S = 60.0
 _RECORD_BYTES = 16 << 10
 """As much as TLS hands out at once."""
+_LEAST_S = 0.001
 _TIMEVAL = struct.Struct("ll")
 
 
@@ -39,26 +38,27 @@ class Pipe:
         port: That the server named.
         ticket: That the server gave.
         context: For TLS; None for none.
-        timeout_s: Longest time to wait for the network, at each step.
+        timeout_s: Longest time until it is open.
 
     Raises:
-        OSError: Nobody answers there, or it is not the server.
+        OSError: Nobody answers there in time, or it is not the server.
     """
 
     def __init__(
         self, host: str, port: int, ticket: bytes, *, context: ssl.SSLContext | None, timeout_s: float
     ) -> None:
         self.is_clean = True
+        deadline = time.monotonic() + timeout_s
         with contextlib.ExitStack() as undo:
             self._socket = undo.enter_context(socket.create_connection((host, port), timeout_s))
+            self._socket.settimeout(_left_s(deadline))
             self._is_encrypted = context is not None
             if context is not None:
                 self._socket = undo.enter_context(context.wrap_socket(self._socket, server_hostname=host))
             self._socket.sendall(ticket)
-            # from now on the kernel keeps the time: with a timeout of Python's, it would not wait for all
             self._socket.settimeout(None)
             try:
-                self.name = self._receive(PIPE_NAME_BYTES, timeout_s)
+                self.name = self._receive(PIPE_NAME_BYTES, deadline)
             except EOFError:
                 raise ConnectionRefusedError("the server takes no such ticket") from None
             undo.pop_all()
@@ -78,16 +78,17 @@ class Pipe:
         Args:
             call: Its number.
             index: The block's position among the keys of the call.
-            timeout_s: Longest time for the header, and for the block.
+            timeout_s: Longest time for all of it.
 
         Raises:
             EOFError: The server has closed the pipe.
             OSError: It failed, or took too long.
             ValueError: What came is something else.
         """
-        header = self._receive(PARCEL_HEADER_BYTES, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        header = self._receive(PARCEL_HEADER_BYTES, deadline)
         num_bytes = parse_parcel_header(header, call=call, index=index)
-        return self._receive(num_bytes, timeout_s) if num_bytes else None
+        return self._receive(num_bytes, deadline) if num_bytes else None
 
     @property
     def is_alive(self) -> bool:
@@ -110,12 +111,9 @@ class Pipe:
         """Give it up."""
         self._socket.close()
 
-    def _receive(self, num_bytes: int, timeout_s: float) -> bytes:
+    def _receive(self, num_bytes: int, deadline: float) -> bytes:
         """So many bytes, without a copy where the kernel hands them out at once."""
-        seconds, part = divmod(max(timeout_s, _LEAST_S), 1)
-        packed = _TIMEVAL.pack(int(seconds), int(part * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
-        data = self._take(num_bytes)
+        data = self._take(num_bytes, deadline)
         if len(data) == num_bytes:
             return data
         whole = BytesIO()
@@ -124,16 +122,41 @@ class Pipe:
             missing_bytes = num_bytes - whole.tell()
             if not missing_bytes:
                 return whole.getvalue()
-            data = self._take(missing_bytes)
+            data = self._take(missing_bytes, deadline)
 
-    def _take(self, num_bytes: int) -> bytes:
+    def _take(self, num_bytes: int, deadline: float) -> bytes:
+        left_s = _left_s(deadline)
         if self._is_encrypted:
-            data = self._socket.recv(min(num_bytes, _RECORD_BYTES))
+            data = self._take_record(num_bytes, left_s)
         else:
+            # the kernel keeps the time: with a timeout of Python's, it would not wait for all
+            seconds, part = divmod(left_s, 1)
+            packed = _TIMEVAL.pack(int(seconds), int(part * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, packed)
             data = self._socket.recv(num_bytes, socket.MSG_WAITALL)
         if not data:
             raise EOFError("the server has closed the pipe")
         return data
+
+    def _take_record(self, num_bytes: int, timeout_s: float) -> bytes:
+        """Some bytes through TLS, which goes on waiting when the kernel's time is over."""
+        self._socket.settimeout(timeout_s)
+        try:
+            return self._socket.recv(min(num_bytes, _RECORD_BYTES))
+        finally:
+            self._socket.settimeout(None)
+
+
+def _left_s(deadline: float) -> float:
+    """Time until a deadline, which to the kernel must not be 0: that would mean to wait for ever.
+
+    Raises:
+        TimeoutError: It is over.
+    """
+    left_s = deadline - time.monotonic()
+    if left_s < _LEAST_S:
+        raise TimeoutError("the time is over")
+    return left_s
 
 
 class PipePool:
@@ -206,7 +229,7 @@ class PipePool:
             rest_s = 0.0 if pipe else _BUSY_REST_S
         except (RpcUnavailable, RpcDenied, RpcOverLimit):
             raise
-        except (RpcError, OSError):
+        except (RpcError, OSError, ValueError):  # the last for a host that is no name to TLS
             rest_s = _REST_S
         finally:
             with self._lock:
@@ -217,6 +240,7 @@ class PipePool:
         return pipe
 
     def _open(self, timeout_s: float) -> Pipe | None:
+        deadline = time.monotonic() + timeout_s
         port, ticket = self._connection.ask(
             "OpenPipe",
             convert.pack_open_pipe(),
@@ -226,7 +250,8 @@ class PipePool:
         )
         if not port:
             return None
-        return Pipe(self._host, port, ticket, context=_tls_context(self._config), timeout_s=timeout_s)
+        context = _tls_context(self._config)
+        return Pipe(self._host, port, ticket, context=context, timeout_s=_left_s(deadline))
 
     def _put_back(self, pipe: Pipe) -> None:
         with self._lock:
