@@ -3,9 +3,10 @@
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from store.running_server import WAIT_S, running_server
 from tq_store.errors import ConfigError
 from tq_store.rpc.limits import PIPE_NAME_BYTES, TICKET_BYTES
 from tq_store.server import pipes as pipes_module
-from tq_store.server.pipe import Pipe, run
+from tq_store.server.pipe import Patience, Pipe, run
 from tq_store.server.pipes import Pipes
 from tq_store.server.tenants import SOLE_TENANT, Tenant
 
@@ -246,15 +247,39 @@ async def test_bytes_go_as_fast_as_they_are_taken(monkeypatch: pytest.MonkeyPatc
         await port.close()
 
 
-async def write_for_ever(port: Port, name: bytes) -> None:
+async def write_for_ever(port: Port, name: bytes, patience: Patience = nullcontext) -> None:
     with port.pipes.lend(name, SOLE_TENANT) as pipe:
         while True:
-            await pipe.write([memoryview(bytes(1 << 20))])
+            await pipe.write([memoryview(bytes(1 << 20))], patience)
 
 
 async def write_all(pipe: Pipe, pieces: list[memoryview]) -> None:
     for piece in pieces:
         await pipe.write([piece[:100], piece[100:]])
+
+
+async def test_a_client_that_takes_a_little_now_and_then_is_given_up(port: Port) -> None:
+    """The patience is for the whole step: otherwise it would hold its share of the window for ever."""
+    end, name = await port.open()
+    port.pipes._pipes[name]._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
+    is_over = False
+
+    async def sip() -> None:
+        while not is_over:
+            with suppress(BlockingIOError):
+                end.recv(16 << 10)
+            await asyncio.sleep(0.02)
+
+    sipping, began = asyncio.create_task(sip()), time.monotonic()
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(WAIT_S):
+                await write_for_ever(port, name, lambda: asyncio.timeout(0.3))
+        assert time.monotonic() - began < WAIT_S / 2
+        await port.until_there_are(0)
+    finally:
+        is_over = True
+        await sipping
 
 
 async def test_a_call_is_told_that_the_client_has_gone(port: Port) -> None:
@@ -334,6 +359,45 @@ async def test_every_address_of_a_host_is_listened_on() -> None:
     for family, _, _, _, address in socket.getaddrinfo("localhost", pipes.port, type=socket.SOCK_STREAM):
         with socket.socket(family) as opened:
             opened.connect(address)
+    await pipes.close()
+
+
+async def test_addresses_that_this_host_has_not_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `localhost` names one of IPv6 where there is no such network."""
+    names = {"both": ["192.0.2.1", "127.0.0.1"], "none": ["192.0.2.1"]}
+
+    def look_up(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in names[host]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    pipes = Pipes(limit=1, tls=None, on_denied=lambda: None)
+    try:
+        with pytest.raises(ConfigError, match="cannot take pipes on none:0"):
+            pipes.listen("none", 0)
+        pipes.listen("both", 0)
+        with socket.socket() as opened:
+            opened.connect(("127.0.0.1", pipes.port))
+    finally:
+        await pipes.close()
+
+
+async def test_a_host_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*_: Any, **__: Any) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    pipes = Pipes(limit=1, tls=None, on_denied=lambda: None)
+    with pytest.raises(ConfigError, match="cannot take pipes on nowhere:0: unknown"):
+        pipes.listen("nowhere", 0)
+    await pipes.close()
+
+
+async def test_every_address_of_ipv6_takes_those_of_ipv4_as_well() -> None:
+    pipes = Pipes(limit=1, tls=None, on_denied=lambda: None)
+    pipes.listen("::", 0)
+    for host in ("::1", "127.0.0.1"):
+        with socket.create_connection((host, pipes.port)):
+            pass
     await pipes.close()
 
 

@@ -5,7 +5,7 @@ import socket
 import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -41,33 +41,38 @@ class Pipe:
 
         Args:
             pieces: A mebibyte or so.
-            patience: In its context each wait for the client takes place.
+            patience: In its context they go, from the first wait for the client on until all are sent.
 
         Raises:
             ValueError: The client has closed the pipe.
             TimeoutError: It ran out.
         """
+        threads = self._threads if sum(map(len, pieces)) > _INLINE_BYTES else None
+        if isinstance(self._connection, ssl.SSLSocket):
+            pieces, threads = [memoryview(b"".join(pieces))], self._threads
+        is_waiting = False
         try:
-            if isinstance(self._connection, ssl.SSLSocket):
-                whole = b"".join(pieces)
-                await self._retried(self._threads, partial(self._connection.send, whole), patience)
-                return
-            threads = self._threads if sum(map(len, pieces)) > _INLINE_BYTES else None
-            while pieces:
-                num_bytes = await self._retried(threads, partial(self._connection.sendmsg, pieces), patience)
-                pieces = _after(pieces, num_bytes)
+            async with AsyncExitStack() as waiting:
+                while pieces:
+                    try:
+                        num_bytes = await run(threads, partial(self._send, pieces))
+                    except (BlockingIOError, ssl.SSLWantWriteError):
+                        if not is_waiting:
+                            await waiting.enter_async_context(patience())
+                            is_waiting = True
+                        await writable(self._connection)
+                    else:
+                        pieces = _after(pieces, num_bytes)
         except TimeoutError:
             raise
         except OSError as error:
             raise ValueError("the client has closed the pipe") from error
 
-    async def _retried(self, threads: Executor | None, send: Callable[[], int], patience: Patience) -> int:
-        while True:
-            try:
-                return await run(threads, send)
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                async with patience():
-                    await writable(self._connection)
+    def _send(self, pieces: Sequence[memoryview]) -> int:
+        """What there is room for; of what is encrypted all, or the same again later."""
+        if isinstance(self._connection, ssl.SSLSocket):
+            return self._connection.send(pieces[0])
+        return self._connection.sendmsg(pieces)
 
 
 async def run(threads: Executor | None, operation: Callable[[], T]) -> T:

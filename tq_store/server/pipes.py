@@ -5,6 +5,7 @@ two seconds for 32 bytes, and few are let in at a time. Nothing else is ever rea
 """
 
 import asyncio
+import errno
 import logging
 import os
 import secrets
@@ -30,6 +31,7 @@ _GREETING = 32
 _IDLE_S = 60.0
 _REST_S = 0.1
 """Before the next connection is let in, when files or memory ran out."""
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _SHARE = 2
 """One of several tenants may have the limit over this."""
 _PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -72,14 +74,26 @@ class Pipes:
             ConfigError: It cannot be had.
         """
         try:
-            for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-                where = (address[0], self.port or port, *address[2:])
-                listener = socket.create_server(where, family=family)
-                self._listeners.append(listener)
-                listener.setblocking(False)
-                self.port = listener.getsockname()[1]
+            places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise ConfigError(f"cannot take pipes on {host}:{port}: {error.strerror or error}") from error
+            raise _no_pipes_on(host, port, error) from error
+        reasons: list[OSError] = []
+        for family, _, _, _, address in places:
+            where = (address[0], self.port or port, *address[2:])
+            # as grpc does: every address of IPv6 means those of IPv4 as well
+            is_dual = address[0] == "::" and socket.has_dualstack_ipv6()
+            try:
+                listener = socket.create_server(where, family=family, dualstack_ipv6=is_dual)
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise _no_pipes_on(host, port, error) from error
+                reasons.append(error)  # a name may stand for addresses that this host has not
+                continue
+            self._listeners.append(listener)
+            listener.setblocking(False)
+            self.port = listener.getsockname()[1]
+        if not self._listeners:
+            raise _no_pipes_on(host, port, reasons[0])
         for listener in self._listeners:
             self._begin(self._accept(listener))
 
@@ -251,6 +265,10 @@ class Pipes:
                 break
             del self._tickets[ticket]
             self._held[tenant.name] -= 1
+
+
+def _no_pipes_on(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot take pipes on {host}:{port}: {error.strerror or error}")
 
 
 def _close(connection: socket.socket, _: object) -> None:
