@@ -7,14 +7,21 @@ next one in costs as much as to copy it.
 import ctypes
 import sys
 from collections import deque
+from collections.abc import Iterator
 
 _LEAST_BYTES = 256 << 10
 _MOST_BYTES = 24 << 20
-_OURS = 2
-"""References to a value that nobody else holds: the one here, and the one that asking takes."""
-
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.argtypes, _new_bytes.restype = (ctypes.c_char_p, ctypes.c_ssize_t), ctypes.py_object
+
+
+def _references(values: deque[bytes]) -> Iterator[int]:
+    """How many references there are to each value; no code of Python's holds or borrows one meanwhile."""
+    return map(sys.getrefcount, values)
+
+
+_UNHELD = next(_references(deque([_new_bytes(None, 1)])))
+"""References to a value that nobody else holds, as this interpreter counts them."""
 
 
 class UsedValues:
@@ -26,12 +33,12 @@ class UsedValues:
 
     def take(self, num_bytes: int) -> bytes:
         """Bytes of this length to be written before anybody sees them; what is in them means nothing."""
-        for _ in range(len(self._values)):
-            value = self._values.popleft()
-            if len(value) == num_bytes and sys.getrefcount(value) == _OURS:
+        for position, count in enumerate(_references(self._values)):
+            value = self._values[position]
+            if count == _UNHELD and len(value) == num_bytes:
+                del self._values[position]
                 self._num_bytes -= num_bytes
                 return value
-            self._values.append(value)
         made: bytes = _new_bytes(None, num_bytes)  # not zeroed, which would take as long as a copy
         return made
 
