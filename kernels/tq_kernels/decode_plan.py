@@ -183,4 +183,5 @@ def num_splits(programs: int, resident: int, most_shares: int, share_tokens: int
         return -(-programs * splits // resident) * (tokens + _SPLIT_TOKENS)
 
     costs = [cost(splits) for splits in range(1, max(1, min(_MOST_SPLITS, most_shares)) + 1)]
-    return 1 + next(i for i, each in enumerate(costs) if each <= _GOOD_ENOUGH * min(costs))
+    good_enough = _GOOD_ENOUGH * min(costs)
+    return 1 + next(i for i, each in enumerate(costs) if each <= good_enough)
