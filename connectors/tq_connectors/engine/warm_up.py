@@ -24,8 +24,8 @@ _WRITTEN_TOKENS = (640, 16)
 """A launch of many tokens and one of few, which are different kernels."""
 _PREFIX_PAGES = (1, 2, 4, 8, 16, 32, 64)
 """Each doubles the parts that a prefix is attended to in, and so is merged by another kernel."""
-_MANY_CHUNKS = 48
-"""Short chunks that fill a device, so that no prefix is cut."""
+_MANY_CHUNKS = (14, 48)
+"""Chunks that nearly fill a device, so that a short prefix is cut in two, or fill it, so that none is."""
 
 
 def _told(launch: Callable[_Given, None]) -> Callable[_Given, None]:
@@ -119,7 +119,10 @@ def _launch(
     if has_sinks:
         _prepare_steps(table, pages, layout, dtype)
     for num_new in ROWS:
-        for prefix_pages, count in (*((each, 1) for each in _PREFIX_PAGES), (1, _MANY_CHUNKS)):
+        for prefix_pages, count in (
+            *((each, 1) for each in _PREFIX_PAGES),
+            *((1, each) for each in _MANY_CHUNKS),
+        ):
             chunk = Chunk(seq=0, first_token=0, num_new=num_new, prefix_len=prefix_pages * page_tokens)
             together = short_chunks(
                 [chunk] * count, table[None], nowhere[:1], layout, num_query_heads=num_query_heads

@@ -52,7 +52,7 @@ def test_every_way_of_attending_is_tried(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(warm_up, "_PREFIX_PAGES", (1, 4))
-    monkeypatch.setattr(warm_up, "_MANY_CHUNKS", 3)
+    monkeypatch.setattr(warm_up, "_MANY_CHUNKS", (2, 3))
     calls: list[tuple[str, int]] = []
     for name, size_at in (("write", 0), ("decode", 1), ("extend", 0)):
         monkeypatch.setattr(PagedAttention, name, _noted(name, size_at, calls))
@@ -138,13 +138,13 @@ def test_prefixes_of_all_lengths_are_merged_as_one_that_was_tried(machine: Machi
     layout = layout_for("tq4", head_dim=128, num_kv_heads=8)
 
     def merged_at_once(pages: int, num_seqs: int = 1) -> int:
-        """Merges of a power of two of parts share a kernel, those of 64 and more as well."""
+        """Merges of a power of two of parts share a kernel, those of 128 and more as well."""
         plan = plan_decode(layout, machine, num_seqs=num_seqs, num_query_heads=32, max_pages=pages, rows=rows)
-        return min(64, 1 << (plan.num_splits - 1).bit_length())
+        return min(128, 1 << (plan.num_splits - 1).bit_length())
 
     tried = {merged_at_once(pages + 1) for pages in warm_up._PREFIX_PAGES}
     if rows == MAX_ROWS:
-        tried.add(merged_at_once(2, warm_up._MANY_CHUNKS))
+        tried |= {merged_at_once(2, count) for count in warm_up._MANY_CHUNKS}
     assert {merged_at_once(pages) for pages in range(2, 600)} <= tried
     if rows == MAX_ROWS:
         assert {merged_at_once(pages, seqs) for pages in range(2, 65) for seqs in range(1, 65)} <= tried
