@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from tq_store.block import HEADER_BYTES, BlockKind
 from tq_store.keys import BlockKey
 
+Copy = Callable[[memoryview], None]
+"""Copies a payload to where it belongs."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlacedBlock:
@@ -21,7 +24,7 @@ class PlacedBlock:
     key: BlockKey
     kind: BlockKind
     pieces: Sequence[memoryview]
-    copy: Callable[[memoryview], None] | None = None
+    copy: Copy | None = None
 
     @property
     def num_bytes(self) -> int:

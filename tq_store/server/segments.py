@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from tq_store.errors import ConfigError
 from tq_store.rpc.segment import HANDLE_BYTES, MAX_SEGMENT_BYTES, required_seals
 from tq_store.runs import runs_of
+from tq_store.server.pipe import readable
 
 logger = logging.getLogger(__name__)
 
@@ -143,13 +144,8 @@ async def _receive_fd(connection: socket.socket) -> int:
         ValueError: None came, or several.
         OSError: The connection failed.
     """
-    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     connection.setblocking(False)
-    loop.add_reader(connection, arrived.set)
-    try:
-        await arrived.wait()
-    finally:
-        loop.remove_reader(connection)
+    await readable(connection)
     # room for two, so that a second one is seen and closed
     _, fds, _, _ = socket.recv_fds(connection, 1, 2)
     if len(fds) != 1:

@@ -1,6 +1,6 @@
 """Pages in the format of a preset that the engine's own pool holds packed already."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from tq_connectors.sglang.page_copies import copy_all
 from tq_kernels import PageLayout
 from tq_store.block import BlockInfo
 from tq_store.keys import BlockKey, Part
+from tq_store.placed import Copy
 
 
 class PresetCodec:
@@ -42,7 +43,7 @@ class PresetCodec:
         """Nowhere, unless a page is packed already."""
         return None
 
-    def copy_to(self, page: torch.Tensor) -> Callable[[memoryview], None] | None:
+    def copy_to(self, page: torch.Tensor) -> Copy | None:
         """Nothing, unless a page is packed already."""
         return None
 
@@ -78,7 +79,7 @@ class PackedCodec(PresetCodec):
         ]
         return [memory[start : start + num_bytes] for start in starts]
 
-    def copy_to(self, page: torch.Tensor) -> Callable[[memoryview], None]:
+    def copy_to(self, page: torch.Tensor) -> Copy:
         """Copies even layers, then odd ones, each without the interpreter's lock."""
         memory, (between_sides, *strides) = self._memory_of(page), page.stride()
         first, shape = page.storage_offset(), page.shape[2:]

@@ -1,15 +1,13 @@
 """PageBlocks: from where the bytes of a page lie to the blocks of its parts, without moving a byte."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from tq_connectors.reshard import runs
 from tq_connectors.sglang.page_codecs import PageCodec
 from tq_connectors.sglang.page_names import PageNames
 from tq_store.block import BlockKind
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey, Part
-from tq_store.placed import PlacedBlock
-
-Copy = Callable[[memoryview], None]
+from tq_store.placed import Copy, PlacedBlock
 
 
 class PageBlocks:

@@ -1,7 +1,7 @@
 """What makes stored bytes of a page of all layers of a process, and the page of them; the plainest codec."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from tq_connectors.codec import CacheGeometry
 from tq_connectors.sglang.page_shape import PageShape
 from tq_store.block import BlockInfo
 from tq_store.keys import BlockKey, Part, part_key, split_key
+from tq_store.placed import Copy
 
 ROWS_CODEC_ID = 5
 """A block of keys and values as the engine has them; `proto/BLOCK_FORMAT.md` lists it."""
@@ -37,7 +38,7 @@ class PageCodec(Protocol):
     def pieces(self, page: torch.Tensor) -> list[memoryview] | None:
         """Where a page's bytes lie in the page itself, in their order; None where they must be made."""
 
-    def copy_to(self, page: torch.Tensor) -> Callable[[memoryview], None] | None:
+    def copy_to(self, page: torch.Tensor) -> Copy | None:
         """What copies all bytes of a page to its pieces in a few steps; None where nothing does."""
 
     def empty(self, num_pages: int) -> torch.Tensor:
@@ -98,7 +99,7 @@ class RowCodec:
         """Nowhere: a page in the engine is not in the order of heads."""
         return None
 
-    def copy_to(self, page: torch.Tensor) -> Callable[[memoryview], None] | None:
+    def copy_to(self, page: torch.Tensor) -> Copy | None:
         """Nothing, as there are no pieces."""
         return None
 
