@@ -1,6 +1,6 @@
 """Loopback made as slow as a network link: by the kernel where it lets us, by a proxy of ours elsewhere.
 
-`python -m benchmarks.shaped_link PORT GBIT` is the proxy as a process of its own, and prints its address.
+`python -m benchmarks.shaped_link PORT[,PORT] GBIT` is the proxy as a process, and prints its address.
 """
 
 import contextlib
@@ -10,13 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 _HOST = "127.0.0.2"
 _CHUNK_BYTES = 256 << 10
 _BURST_S = 0.005
-"""What may pass at once after a pause, as time: below it, a sleep is not exact enough."""
+"""What the kernel lets pass at once after a pause, as time."""
+_LATE_S = 0.001
+"""What the proxy lets pass at once after a pause: how late it may wake from a sleep and still catch up."""
 
 
 def in_shaped_namespace(command: list[str], gbit: float) -> list[str] | None:
@@ -52,56 +54,71 @@ class TokenBucket:
     def delay_s(self, num_bytes: int, now: float) -> float:
         """Take bytes; they may pass after so many seconds."""
         with self._lock:
-            self._free_at = max(self._free_at, now - _BURST_S) + num_bytes / self._bytes_per_s
+            self._free_at = max(self._free_at, now - _LATE_S) + num_bytes / self._bytes_per_s
             return max(0.0, self._free_at - now)
 
 
 class ShapedProxy:
-    """Listens on a port of loopback and passes what comes on to another, each direction at the link's rate.
+    """Listens on ports and passes what comes on to the same ports of 127.0.0.1, at the rate of a link.
 
-    All connections share the link. Use as a context. It has an address of its own, so that a client finds no
-    other port of the server there, on which it could go round the link.
+    All connections share the link, each direction for itself. Use as a context. It has an address of its own,
+    on which a client finds these ports of the server only, so that it cannot go round the link.
+
+    Args:
+        ports: Of the server: first that of its address, then others of which it tells its clients.
+        gbit: The rate, Gbit/s.
     """
 
-    def __init__(self, target_port: int, gbit: float) -> None:
-        self._target = ("127.0.0.1", target_port)
+    def __init__(self, ports: Sequence[int], gbit: float) -> None:
+        self.address = f"{_HOST}:{ports[0]}"
         self._buckets = (TokenBucket(gbit), TokenBucket(gbit))
-        self._listener = socket.create_server((_HOST, 0))
-        self.address = f"{_HOST}:{self._listener.getsockname()[1]}"
         self._sockets: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
+        self._listeners = [socket.create_server((_HOST, port)) for port in ports]
+        self._acceptors = [threading.Thread(target=self._accept, args=(each,)) for each in self._listeners]
+        self._pumps: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
-        self._threads[0].start()
+        for thread in self._acceptors:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join()
+        for listener in self._listeners:
+            _shut(listener)
+        for thread in self._acceptors:
+            thread.join()
         for end in self._sockets:
             _shut(end)
-        for thread in self._threads:
+        for thread in self._pumps:
             thread.join()
-        for end in (self._listener, *self._sockets):
+        for end in (*self._listeners, *self._sockets):
             end.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
+        target = ("127.0.0.1", listener.getsockname()[1])
         while True:
             try:
-                near, _ = self._listener.accept()
+                near, _ = listener.accept()
             except OSError:
                 return
-            far = socket.create_connection(self._target)
-            self._sockets += [near, far]
+            self._sockets.append(near)
+            try:
+                far = socket.create_connection(target)
+            except OSError:  # the server is gone
+                _shut(near)
+                continue
+            self._sockets.append(far)
             for source, sink, bucket in ((near, far, self._buckets[0]), (far, near, self._buckets[1])):
-                self._threads.append(threading.Thread(target=_pump, args=(source, sink, bucket)))
-                self._threads[-1].start()
+                pump = threading.Thread(target=_pump, args=(source, sink, bucket))
+                self._pumps.append(pump)
+                pump.start()
 
 
 @contextlib.contextmanager
-def shaped_process(target_port: int, gbit: float) -> Iterator[str]:
+def shaped_process(ports: Sequence[int], gbit: float) -> Iterator[str]:
     """The address of a proxy that takes no processor time from this process, nor Python's lock."""
-    command = [sys.executable, "-m", "benchmarks.shaped_link", str(target_port), str(gbit)]
+    words = [",".join(map(str, ports)), str(gbit)]
+    command = [sys.executable, "-m", "benchmarks.shaped_link", *words]
     proxy = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
     try:
         assert proxy.stdout is not None  # it is a pipe
@@ -134,6 +151,6 @@ def _shut(end: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    with ShapedProxy(int(sys.argv[1]), float(sys.argv[2])) as of_this_process:
+    with ShapedProxy([*map(int, sys.argv[1].split(","))], float(sys.argv[2])) as of_this_process:
         print(of_this_process.address, flush=True)
         sys.stdin.read()

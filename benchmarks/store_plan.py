@@ -103,8 +103,7 @@ def _measured_s(*, size: int, num_blocks: int, gbit: float | None) -> float:
             near.put(blocks)
         address = server.address
         if gbit is not None:
-            port = int(address.rpartition(":")[2])
-            address = stack.enter_context(ShapedProxy(port, gbit)).address
+            address = stack.enter_context(ShapedProxy(server.ports, gbit)).address
         with StoreClient(address, config=config) as client:
             list(client.get(keys[:1]))  # connects and finds the window of the link
             return min(_time_of_get(client, keys) for _ in range(_REPEATS))

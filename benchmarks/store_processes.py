@@ -87,7 +87,9 @@ class TqStore:
     def __init__(self, directory: Path, *options: str) -> None:
         path = directory / "tq.sock"
         self.local_address = f"unix:{path}"
+        payload_port = free_port()
         command = [sys.executable, "-m", "tq_store", "serve", "--listen", "127.0.0.1:0"]
+        command += ["--payload-port", str(payload_port)]
         said = directory / "tq-store.log"
         with said.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 - our own server
@@ -105,6 +107,7 @@ class TqStore:
             why = said.read_text(errors="replace").strip().splitlines()[-1:] or [line.strip()]
             raise BenchmarkError(f"tq-store did not start: {why[0]}; try: {' '.join([*command, *options])}")
         self.address = line.split("serves on ")[1].split(",")[0].strip()
+        self.ports = (int(self.address.rpartition(":")[2]), payload_port)
 
     def cpu_s(self) -> float:
         """Processor time that the process has taken."""

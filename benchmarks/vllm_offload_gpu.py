@@ -252,7 +252,7 @@ def serving(case: str, host_gib: int) -> Iterator[str | None]:
     with tempfile.TemporaryDirectory() as folder, TqStore(Path(folder), *options) as server:
         gbit = case.partition("@")[2]
         if gbit:
-            with shaped_process(int(server.address.rpartition(":")[2]), float(gbit)) as link:
+            with shaped_process(server.ports, float(gbit)) as link:
                 yield link
         else:
             yield server.local_address if case.startswith("local") else server.address
