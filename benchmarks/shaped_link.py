@@ -108,6 +108,8 @@ class ShapedProxy:
                 _shut(near)
                 continue
             self._sockets.append(far)
+            for end in (near, far):  # what comes goes on at once, as on a wire, and waits for no answer
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for source, sink, bucket in ((near, far, self._buckets[0]), (far, near, self._buckets[1])):
                 pump = threading.Thread(target=_pump, args=(source, sink, bucket))
                 self._pumps.append(pump)

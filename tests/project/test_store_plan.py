@@ -2,12 +2,13 @@
 
 import json
 import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,26 @@ def test_a_proxy_passes_everything_both_ways_at_the_rate(
         thread.join()
     assert back == sent == b"".join(received)
     assert elapsed_s >= len(sent) / 10e6 - 0.03
+
+
+def test_a_proxy_holds_nothing_back_until_what_went_before_is_acknowledged() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        proxy = stack.enter_context(ShapedProxy([listener.getsockname()[1]], gbit=1.0))
+        host, _, port = proxy.address.rpartition(":")
+        near = stack.enter_context(socket.create_connection((host, int(port))))
+        far = stack.enter_context(listener.accept()[0])
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        took_s = []
+        for _ in range(60):  # the kernel acknowledges at once what comes first on a connection
+            started = time.monotonic()
+            for _ in range(2):
+                near.sendall(b"x")
+                time.sleep(0.001)  # so that the proxy passes each by itself
+            assert far.recv(2, socket.MSG_WAITALL) == b"xx"
+            far.sendall(b"y")
+            assert near.recv(1) == b"y"
+            took_s.append(time.monotonic() - started)
+    assert statistics.median(took_s) < 0.03
 
 
 def test_a_proxy_cuts_what_is_open_when_it_ends() -> None:
