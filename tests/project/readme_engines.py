@@ -13,6 +13,7 @@ README = ROOT / "README.md"
 _BEGIN = "<!-- engines: rewritten by `python -m tests.project.readme_engines` -->\n"
 _END = "<!-- end of engines -->\n"
 _SHAPES = ((1, 1024), (32, 4096), (32, 16384), (8, 32768))
+_LAYERS = 8
 _ENGINES = (
     ("vLLM", "vllm", "auto", "fp8", "tq4/128"),
     ("SGLang", "sglang", "auto", "fp8_e4m3", "tq4"),
@@ -51,9 +52,10 @@ def _rows(file: str) -> list[Row]:
 
 
 def _is_plain_decode(row: Row) -> bool:
-    """Whether a row is of one device, one of the shapes, and an engine that neither saves nor loads."""
+    """Whether a row is of one device, eight layers, a shape of the table, and an engine that only decodes."""
     is_alone = row.get("mode", "pages") in ("stock", "pages") and row.get("tp_size", 1) == 1
-    return is_alone and (row["batch"], row["context"]) in _SHAPES
+    is_shape = (row["batch"], row["context"]) in _SHAPES and row.get("layers", _LAYERS) == _LAYERS
+    return is_alone and is_shape
 
 
 def _newest(rows: Sequence[Row], dtypes: Sequence[str]) -> tuple[dict[Any, Row], Row]:

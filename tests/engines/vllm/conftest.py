@@ -82,7 +82,7 @@ def nothing_left_broken(store: StoreOnDisk, valve: Valve) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def valve(store: StoreOnDisk) -> Iterator[Valve]:
-    with Valve(store.address) as made:
+    with Valve(store.ports) as made:
         yield made
 
 

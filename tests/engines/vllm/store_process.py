@@ -10,15 +10,16 @@ class StoreOnDisk:
     """Everything is on disk soon after it is put; memory holds little."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._listen = f"127.0.0.1:{free.getsockname()[1]}"
+        with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
+            self.ports = free.getsockname()[1], other.getsockname()[1]
+            """Of its address and for payloads, the same when it serves again."""
         self._folder = folder
         self._process: ServerProcess | None = None
         self.start()
 
     @property
     def address(self) -> str:
-        return self._listen
+        return f"127.0.0.1:{self.ports[0]}"
 
     def start(self) -> None:
         """Serve again; it may be serving."""
@@ -26,7 +27,8 @@ class StoreOnDisk:
             return
         self._process = ServerProcess(
             *("--memory-budget", "256MiB", "--disk-path", self._folder, "--disk-budget", "2GiB"),
-            listen=self._listen,
+            *("--payload-port", self.ports[1]),
+            listen=self.address,
         )
 
     def kill(self) -> None:

@@ -3,18 +3,24 @@
 import contextlib
 import socket
 import threading
+from collections.abc import Sequence
 
 _READ_BYTES = 1 << 16
 
 
 class Valve:
-    """Listens on a port of loopback and passes everything on to an address. Use as a context."""
+    """Passes everything on to ports of 127.0.0.1. Use as a context.
 
-    def __init__(self, address: str) -> None:
-        host, port = address.rsplit(":", 1)
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+    It listens on the same ports of an address of its own, where a client finds all ports that a server names
+    behind the valve.
+
+    Args:
+        ports: That of the server's address first.
+    """
+
+    def __init__(self, ports: Sequence[int]) -> None:
+        self._listeners = [socket.create_server(("127.0.0.2", port)) for port in ports]
+        self.address = f"127.0.0.2:{ports[0]}"
         self._changed = threading.Condition()
         self._left: int | None = None
         self._cuts = 0
@@ -41,19 +47,22 @@ class Valve:
             self._changed.notify_all()
 
     def __enter__(self) -> "Valve":
-        threading.Thread(target=self._accept, daemon=True).start()
+        for listener in self._listeners:
+            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.open()
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
+        target = ("127.0.0.1", listener.getsockname()[1])
         with contextlib.suppress(OSError):
             while True:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
                 try:
-                    server = socket.create_connection(self._target)
+                    server = socket.create_connection(target)
                 except OSError:
                     client.close()
                     continue
