@@ -23,6 +23,7 @@ from tq_store.rpc.pipe import PipePool
 from tq_store.rpc.piped import PipeRoad
 from tq_store.rpc.segment import SegmentPool
 from tq_store.rpc.shared import SharedRoad
+from tq_store.rpc.shared_reader import SharedReader
 from tq_store.rpc.streamed import Check, StreamRoad
 
 
@@ -113,7 +114,8 @@ class StoreClient:
         """Write blocks to places of the caller's; one outcome per block of each batch, in order.
 
         What is filled was verified on this side. A batch is taken when the outcomes of the last one have
-        been looked at, so its places may be the same. All have one deadline, and are tried again, as a `get`.
+        been looked at, so its places may be the same. On the same host the blocks that come next are asked
+        for meanwhile. All have one deadline, and are tried again, as a `get`.
 
         Args:
             keys: Of all blocks, in order.
@@ -126,11 +128,12 @@ class StoreClient:
         stream: Generator[tuple[int, bytes | None], None, None] | None = None
         position = 0
         with ExitStack() as opened:
+            shared = opened.enter_context(self._shared.reader(keys, attempts))
             for batch in batches:
                 outcomes: list[GetOutcome] = []
                 try:
                     if stream is None:
-                        self._fill_shared(batch, outcomes, attempts)
+                        self._fill_shared(shared, batch, outcomes, attempts)
                         if len(outcomes) < len(batch):
                             rest = keys[position + len(outcomes) :]
                             stream = opened.enter_context(closing(self._get(rest, attempts, _unchecked)))
@@ -252,12 +255,16 @@ class StoreClient:
         return outcomes
 
     def _fill_shared(
-        self, batch: Sequence[PlacedBlock], outcomes: list[GetOutcome], attempts: Attempts
+        self,
+        shared: SharedReader,
+        batch: Sequence[PlacedBlock],
+        outcomes: list[GetOutcome],
+        attempts: Attempts,
     ) -> None:
         """Fill blocks through shared memory, as far as it goes."""
         while True:
             try:
-                for found in self._shared.get_into(batch[len(outcomes) :], attempts):
+                for found in shared.fill(batch[len(outcomes) :]):
                     outcomes.append(self._placed(batch[len(outcomes)], found))
                 return
             except RpcUnavailable as error:

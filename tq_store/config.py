@@ -50,7 +50,7 @@ class ServerConfig:
         metadata=about(PATH, "listen on this Unix socket too, without TLS, for clients of this host"),
     )
     shared_segments: int = field(
-        default=64,
+        default=128,
         metadata=about(COUNT, "pieces of memory that clients on a Unix socket may share; 0 takes none"),
     )
     payload_port: int | None = field(
@@ -283,7 +283,9 @@ class ClientConfig:
     shared_memory_bytes: int = field(
         default=32 << 20,
         metadata=about(
-            SIZE, "memory shared with the server for each of at most 8 transfers, on a Unix socket; 0 streams"
+            SIZE,
+            "memory shared with the server on a Unix socket, for each of at most 8 transfers, two pieces for "
+            "a load; 0 streams",
         ),
     )
     pipes: int = field(

@@ -42,7 +42,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.methods: list[str] = []
-        for name in ("ask", "receive", "send"):
+        for name in ("ask", "start", "receive", "send"):
             monkeypatch.setattr(Connection, name, self._noting(getattr(Connection, name)))
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:

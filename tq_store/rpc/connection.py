@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 
@@ -99,6 +99,22 @@ class Connection:
                     raise
                 self.wait_or_raise(attempts, error)
 
+    def start(
+        self, method: str, request: bytes, parse: Callable[[bytes], T], *, timeout_s: float
+    ) -> "Pending[T]":
+        """One request whose answer is waited for later. It is made once.
+
+        Raises:
+            RpcError: The connection is closed, or there is no token.
+        """
+        send = next(self._turns).unary_unary(_path(method), None, None)
+        translated = self._translated(method)
+        with contextlib.ExitStack() as undo:
+            metadata = undo.enter_context(translated)
+            call = send.future(request, timeout=timeout_s, metadata=metadata)
+            undo.pop_all()
+        return Pending(call, parse, translated)
+
     def receive(
         self, method: str, request: bytes, *, timeout_s: float, stop: Stop | None = None
     ) -> Generator[bytes, None, None]:
@@ -155,6 +171,32 @@ class Connection:
 
     def _translated(self, method: str) -> "_Translated":
         return _Translated(self, method)
+
+
+class Pending(Generic[T]):
+    """A call under way. Either its answer is waited for, once, or it is left."""
+
+    def __init__(self, call: Any, parse: Callable[[bytes], T], translated: "_Translated") -> None:
+        self._call, self._parse, self._translated = call, parse, translated
+
+    def answer(self) -> T:
+        """What `parse` makes of the answer, when it is there.
+
+        Raises:
+            RpcError: As its subclasses say; also when `parse` raises ValueError.
+        """
+        with contextlib.ExitStack() as ending:
+            ending.push(self._translated)
+            return self._parse(self._call.result())
+
+    def leave(self, when_over: Callable[[bool], None]) -> None:
+        """Wait for nothing. Once the call is over, some thread tells `when_over` whether it succeeded."""
+
+        def end(call: Any) -> None:
+            self._translated.__exit__(None, None, None)
+            when_over(call.code() is grpc.StatusCode.OK)
+
+        self._call.add_done_callback(end)
 
 
 class _Translated:

@@ -24,7 +24,7 @@ _OPEN_TIMEOUT_S = 2.0
 _LEAST_S = 0.001
 """A timeout of 0 would mean not to wait for a socket at all."""
 _REST_S = 5.0
-_MOST_SEGMENTS = 8
+_MOST_TRANSFERS = 8
 _MOST_PIECES = os.sysconf("SC_IOV_MAX")
 """Places that one system call copies from or to."""
 _SEALS = ("F_SEAL_GROW", "F_SEAL_SHRINK", "F_SEAL_SEAL")
@@ -131,10 +131,11 @@ class Segment:
 
 
 class SegmentPool:
-    """Segments for the threads of one client, made when they are needed, at most eight.
+    """Segments for the threads of one client, made when they are needed, for at most eight transfers.
 
-    Where there are none to be had, its user goes the ordinary way. A server that gave none is asked again
-    after five seconds.
+    A transfer may have a second one, so that the server fills it while the first is read. Where there are
+    none to be had, their user goes the ordinary way. A server that gave none is asked again after five
+    seconds.
 
     Args:
         address: ``unix:path``, or any other address, which has none.
@@ -148,7 +149,7 @@ class SegmentPool:
         self._segment_bytes = segment_bytes
         self._lock = threading.Lock()
         self._idle: list[Segment] = []
-        self._num_lent = 0
+        self._num_transfers = 0
         self._rests_until = 0.0
         self._is_closed = False
 
@@ -159,19 +160,32 @@ class SegmentPool:
         Args:
             timeout_s: What the transfer has left; making a segment takes half of it at most.
         """
-        segment = self._take(timeout_s)
-        if segment is None:
-            yield None
-            return
-        is_sound = False
+        with self.transfer() as is_let_in:
+            segment = self.take(timeout_s) if is_let_in else None
+            if segment is None:
+                yield None
+                return
+            is_sound = False
+            try:
+                yield segment
+                is_sound = True
+            except GeneratorExit:
+                is_sound = True  # a reader that stops early, between two calls
+                raise
+            finally:
+                self.put_back(segment, is_sound=is_sound)
+
+    @contextlib.contextmanager
+    def transfer(self) -> Iterator[bool]:
+        """Whether there is room for another transfer; meanwhile it counts as one."""
+        with self._lock:
+            is_let_in = self._num_transfers < _MOST_TRANSFERS
+            self._num_transfers += is_let_in
         try:
-            yield segment
-            is_sound = True
-        except GeneratorExit:
-            is_sound = True  # a reader that stops early, between two calls
-            raise
+            yield is_let_in
         finally:
-            self._put_back(segment, is_sound=is_sound)
+            with self._lock:
+                self._num_transfers -= is_let_in
 
     def close(self) -> None:
         """Give all segments up, those that are lent when they come back."""
@@ -181,31 +195,29 @@ class SegmentPool:
         for segment in idle:
             segment.close()
 
-    def _take(self, timeout_s: float) -> Segment | None:
+    def take(self, timeout_s: float) -> Segment | None:
+        """A segment, for a transfer that was let in and has so much time left; to be put back."""
         with self._lock:
             if self._path is None or self._is_closed:
                 return None
             while self._idle:
                 segment = self._idle.pop()
                 if segment.is_alive:
-                    self._num_lent += 1
                     return segment
                 segment.close()  # of a server that has ended
-            if self._num_lent >= _MOST_SEGMENTS or time.monotonic() < self._rests_until:
+            if time.monotonic() < self._rests_until:
                 return None
-            self._num_lent += 1
         try:
             timeout_s = min(_OPEN_TIMEOUT_S, timeout_s / 2)
             return Segment(self._path, self._segment_bytes, timeout_s=timeout_s)
         except OSError:
             with self._lock:
-                self._num_lent -= 1
                 self._rests_until = time.monotonic() + _REST_S
             return None
 
-    def _put_back(self, segment: Segment, *, is_sound: bool) -> None:
+    def put_back(self, segment: Segment, *, is_sound: bool) -> None:
+        """Take a segment back; one that the server may still write is none that is sound, and given up."""
         with self._lock:
-            self._num_lent -= 1
             is_kept = is_sound and not self._is_closed
             if is_kept:
                 self._idle.append(segment)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import attrgetter
 
-from tq_store.block import HEADER_BYTES, MAX_BLOCK_BYTES, Buffer
+from tq_store.block import MAX_BLOCK_BYTES, Buffer
 from tq_store.errors import RpcDenied, RpcError, RpcOverLimit, RpcTimeout, RpcUnavailable
 from tq_store.keys import BLOCK_KEY_BYTES, BlockKey
 from tq_store.placed import PlacedBlock
@@ -13,6 +13,7 @@ from tq_store.rpc import convert
 from tq_store.rpc.connection import Attempts, Connection
 from tq_store.rpc.limits import MAX_KEYS
 from tq_store.rpc.segment import Segment, SegmentPool
+from tq_store.rpc.shared_reader import SharedReader
 from tq_store.runs import runs_of
 
 _KEYS_PER_CALL = 256
@@ -63,30 +64,9 @@ class SharedRoad:
         except RpcError:
             return
 
-    def get_into(self, blocks: Sequence[PlacedBlock], attempts: Attempts) -> Iterator[bytes | bool]:
-        """What became of the leading blocks; for the others a stream has to be asked.
-
-        True where the places hold the payload: the block was verified in shared memory, which the server has
-        written and leaves alone until it is asked again, and then copied, by the kernel and all at once. Of
-        another block that is there its bytes, unverified, and False for a miss.
-
-        Raises:
-            RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit: A stream would fare no better.
-        """
-        position = 0
-        try:
-            with self._segments.lend(attempts.remaining_s) as segment:
-                while segment is not None and position < len(blocks):
-                    asked = blocks[position : position + _KEYS_PER_CALL]
-                    sizes_bytes = self._ask_for(segment, [block.key for block in asked], attempts)
-                    if not sizes_bytes:
-                        return  # the next block is larger than the segment
-                    position += len(sizes_bytes)
-                    yield from _copy_out(segment, asked, sizes_bytes)
-        except (RpcUnavailable, RpcTimeout, RpcDenied, RpcOverLimit):
-            raise
-        except (RpcError, OSError):
-            return
+    def reader(self, keys: Sequence[BlockKey], attempts: Attempts) -> SharedReader:
+        """Reads blocks into places; to be closed."""
+        return SharedReader(self._connection, self._segments, keys, attempts)
 
     def put_from(self, blocks: Sequence[PlacedBlock], attempts: Attempts) -> list[PutOutcome]:
         """Store leading blocks from their places; the others have to go as a stream.
@@ -144,33 +124,6 @@ class SharedRoad:
         return self._connection.ask(
             "GetShared", request, parse, timeout_s=attempts.remaining_s, is_idempotent=False
         )
-
-
-def _copy_out(
-    segment: Segment, blocks: Sequence[PlacedBlock], sizes_bytes: Sequence[int]
-) -> Iterator[bytes | bool]:
-    """What lies in a segment, block after block from its first byte on, as `SharedRoad.get_into` gives it."""
-    found: list[bytes | bool] = []
-    header = memoryview(bytearray(HEADER_BYTES))
-    run: list[memoryview] = []
-    offset = run_offset = 0
-    with segment.view() as view:
-        for block, num_bytes in zip(blocks, sizes_bytes, strict=False):
-            is_sound = block.kind.is_block(block.key, view[offset : offset + num_bytes])
-            if is_sound and block.copy is not None:
-                segment.read_into(run_offset, run)
-                run, run_offset = [], offset + num_bytes
-                with view[offset + HEADER_BYTES : offset + num_bytes] as payload:
-                    block.copy(payload)
-            elif is_sound:
-                run += (header, *block.pieces)
-            elif num_bytes:
-                segment.read_into(run_offset, run)
-                run, run_offset = [], offset + num_bytes
-            found.append(is_sound or segment.read(offset, num_bytes) or False)
-            offset += num_bytes
-    segment.read_into(run_offset, run)
-    yield from found
 
 
 class _Batch:

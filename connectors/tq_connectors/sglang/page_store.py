@@ -19,9 +19,6 @@ from tq_store.errors import RpcError
 
 logger = logging.getLogger(__name__)
 
-_RUNS_A_THREAD = 2
-"""Of a load: a thread that is done early takes another run."""
-
 
 class PageStore:
     """Pages by SGLang's hashes. Blocks until the client's deadlines; safe to use from several threads.
@@ -48,7 +45,7 @@ class PageStore:
         self._client = client
         self._names = names
         self._codec = codec
-        self._num_runs = 1 if load_threads == 1 else _RUNS_A_THREAD * load_threads
+        self._num_runs = load_threads
         self._threads = ThreadPoolExecutor(load_threads, thread_name_prefix="tq-store-load")
         self.guard = StoreGuard()
         self.counters = PageCounters()

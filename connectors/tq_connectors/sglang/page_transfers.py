@@ -25,8 +25,7 @@ _WHAT = slice(HEADER_LAYOUT["codec_fingerprint"][0], HEADER_LAYOUT["header_check
 """What a header says besides whose block it is."""
 
 _MOST_AT_ONCE_BYTES = 16 << 20
-"""Of stored pages in a batch: each one costs some waits for the interpreter's lock, and the store makes one
-while this process takes another."""
+"""Of stored pages in a batch: each one costs some waits for the interpreter's lock."""
 _MOST_AT_ONCE = 256
 
 PageAt = Callable[[int], torch.Tensor]

@@ -21,7 +21,8 @@ from tq_store.block import HEADER_BYTES, pack_block
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 from tq_store.errors import ConfigError, RpcTimeout
-from tq_store.rpc.connection import Connection
+from tq_store.rpc import shared_reader
+from tq_store.rpc.connection import Pending
 from tq_store.rpc.segment import Segment
 
 
@@ -299,15 +300,16 @@ def test_pages_that_came_before_the_deadline_are_kept(near_client, monkeypatch):
     saved, loaded = packed_pool(seed=1), packed_pool()
     settings = dataclasses.replace(SETTINGS, codec="tq4", load_threads=1, staging_bytes=1)
     store = save(near_client, saved, settings)
-    ask, asked = Connection.ask, []
+    answer, answers = Pending.answer, []
 
-    def late(connection, method, *arguments, **named):
-        asked.append(method)
-        if len(asked) == 3:
+    def late(pending):
+        answers.append(pending)
+        if len(answers) == 3:
             raise RpcTimeout("too late")
-        return ask(connection, method, *arguments, **named)
+        return answer(pending)
 
-    monkeypatch.setattr(Connection, "ask", late)
+    monkeypatch.setattr(shared_reader, "_BYTES_PER_CALL", 1)
+    monkeypatch.setattr(Pending, "answer", late)
     assert store.load(HASHES, page_at(loaded)) == [True, True, False, False]
     assert torch.equal(page_at(loaded)(1), page_at(saved)(1))
     assert not store.guard.is_reachable
