@@ -17,7 +17,8 @@ class PlacedBlock:
     Args:
         key: The block's.
         kind: What it holds.
-        pieces: Of bytes, each in one run, together as long as the payload; writable for a get.
+        pieces: Of bytes, each in one run, together as long as the payload; writable for a get. None are
+            needed for a get with `copy`.
         copy: Copies a payload to the places in fewer steps than one a piece, where their owner can.
     """
 

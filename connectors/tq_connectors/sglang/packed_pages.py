@@ -80,16 +80,19 @@ class PackedCodec(PresetCodec):
         return [memory[start : start + num_bytes] for start in starts]
 
     def copy_to(self, page: torch.Tensor) -> Copy:
-        """Copies even layers, then odd ones, each without the interpreter's lock."""
-        memory, (between_sides, *strides) = self._memory_of(page), page.stride()
+        """Copies all layers in one call without the interpreter's lock, the last of an odd number alone."""
+        memory, (between_sides, between_pairs, *strides) = self._memory_of(page), page.stride()
         first, shape = page.storage_offset(), page.shape[2:]
+        num_pairs, num_odd = divmod(self._num_layers, 2)
+        all_strides = (between_pairs, between_sides, *strides)
 
         def copy(payload: memoryview) -> None:
             layers = np.frombuffer(payload, np.uint8).reshape(self._num_layers, *shape)
-            for side in range(2):
-                half = layers[side::2]
-                offset = first + side * between_sides
-                np.ndarray(half.shape, np.uint8, memory, offset, strides)[...] = half
+            pairs = layers[: 2 * num_pairs].reshape(num_pairs, 2, *shape)
+            np.ndarray(pairs.shape, np.uint8, memory, first, all_strides)[...] = pairs
+            if num_odd:
+                offset = first + num_pairs * between_pairs
+                np.ndarray(shape, np.uint8, memory, offset, strides)[...] = layers[-1]
 
         return copy
 

@@ -23,25 +23,29 @@ class PageBlocks:
         held, any_key = names.shard.part, BlockKey(bytes(BLOCK_KEY_BYTES))
         self._kinds = [BlockKind(codec.info(any_key, part)) for part in parts]
         self._runs = [[*runs(part, held, section_bytes=codec.section_bytes)] for part in parts]
-        self._is_undivided = list(parts) == [held]
+        self.are_pages = list(parts) == [held]
+        """Whether each block is all that the process holds of a page."""
 
-    def of(
-        self,
-        keys: Sequence[BlockKey],
-        pages: Sequence[Sequence[memoryview]],
-        copies: Sequence[Copy | None] = (),
-    ) -> list[PlacedBlock]:
+    def copied(self, keys: Sequence[BlockKey], copies: Sequence[Copy]) -> list[PlacedBlock]:
+        """One block a page, where blocks are pages, to be got by its owner's copy.
+
+        Args:
+            keys: Of the blocks.
+            copies: What copies all bytes of each page to where they belong.
+        """
+        (kind,) = self._kinds
+        return [PlacedBlock(key, kind, (), copy) for key, copy in zip(keys, copies, strict=True)]
+
+    def of(self, keys: Sequence[BlockKey], pages: Sequence[Sequence[memoryview]]) -> list[PlacedBlock]:
         """One block a part, page after page.
 
         Args:
             keys: Of the blocks.
             pages: The bytes of all that the process holds of each page, in pieces.
-            copies: What copies all bytes of a page to these pieces; for no page, or for each.
         """
-        if self._is_undivided:
+        if self.are_pages:
             (kind,) = self._kinds
-            placed = zip(keys, pages, copies or (None,) * len(pages), strict=True)
-            return [PlacedBlock(key, kind, pieces, copy) for key, pieces, copy in placed]
+            return [PlacedBlock(key, kind, pieces) for key, pieces in zip(keys, pages, strict=True)]
         cuts = (
             (kind, [piece for run in own for piece in _cut(pieces, run.target_offset, run.num_bytes)])
             for pieces in pages

@@ -39,7 +39,7 @@ class PageCodec(Protocol):
         """Where a page's bytes lie in the page itself, in their order; None where they must be made."""
 
     def copy_to(self, page: torch.Tensor) -> Copy | None:
-        """What copies all bytes of a page to its pieces in a few steps; None where nothing does."""
+        """What copies a page's bytes in the store into it in a few steps; None where nothing does."""
 
     def empty(self, num_pages: int) -> torch.Tensor:
         """Memory ``[n, num_bytes]`` uint8 for the bytes of n pages, to be unpacked."""
@@ -100,7 +100,7 @@ class RowCodec:
         return None
 
     def copy_to(self, page: torch.Tensor) -> Copy | None:
-        """Nothing, as there are no pieces."""
+        """Nothing; they go through a row."""
         return None
 
     def empty(self, num_pages: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from tq_store.block import HEADER_LAYOUT, parse_header, payload_of
 from tq_store.client import StoreClient
 from tq_store.errors import BlockFormatError, IdentityMismatch
 from tq_store.keys import Part
-from tq_store.placed import PlacedBlock
+from tq_store.placed import Copy, PlacedBlock
 from tq_store.results import GetOutcome, PutOutcome
 
 logger = logging.getLogger(__name__)
@@ -83,15 +83,17 @@ class PageTransfers:
                 if is_over:
                     return
                 pages[:] = map(page_at, range(start, end))
-                pieces, copies = self._pieces(pages), []
+                asked = keys[start * parts_of_page : end * parts_of_page]
+                copies = self._copies(pages)
+                if copies is not None:
+                    yield self._loaded_blocks.copied(asked, copies)
+                    continue
+                pieces = self._pieces(pages)
                 if pieces is None:
                     if stored is None:
                         stored = self._codec.empty(min(self._most_at_once, len(hashes)))
                     pieces = _rows(stored[: len(pages)])
-                else:
-                    copies = [self._codec.copy_to(page) for page in pages]
-                asked = keys[start * parts_of_page : end * parts_of_page]
-                yield self._loaded_blocks.of(asked, pieces, copies)
+                yield self._loaded_blocks.of(asked, pieces)
 
         with closing(self._client.get_into(keys, batches())) as answers:
             for outcomes in answers:
@@ -162,6 +164,13 @@ class PageTransfers:
         """Where the bytes of each page lie in it; None where they have to be made."""
         pieces = [own for page in pages if (own := self._codec.pieces(page)) is not None]
         return pieces if len(pieces) == len(pages) else None
+
+    def _copies(self, pages: Sequence[torch.Tensor]) -> list[Copy] | None:
+        """What copies each page to its place; None where nothing does, or blocks are parts of pages."""
+        if not self._loaded_blocks.are_pages:
+            return None
+        copies = [copy for page in pages if (copy := self._codec.copy_to(page)) is not None]
+        return copies if len(copies) == len(pages) else None
 
     def _checked(self, page_hash: str, part: Part, block: bytes) -> memoryview | None:
         """Payload of a block that is what its key promises; its checksums and its key have been verified."""

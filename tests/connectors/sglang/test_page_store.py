@@ -15,6 +15,7 @@ from tq_connectors.codec import namespace_for
 from tq_connectors.codec_state import CodecState, agree_on_state, pack_state
 from tq_connectors.engine.state import STATE_VARIABLE
 from tq_connectors.sglang.host_pages import read_host_pool
+from tq_connectors.sglang.packed_pages import PackedCodec
 from tq_connectors.sglang.page_setup import open_page_store
 from tq_kernels import PageLayout, preset
 from tq_store.block import HEADER_BYTES, pack_block
@@ -259,6 +260,18 @@ def test_packed_pages_pass_through_a_pool_of_any_layout(client, layout):
     for place in range(4):
         assert torch.equal(page_at(loaded)(place), page_at(saved)(place))
     assert store.counters.loaded_bytes == 4 * (store.stored_page_bytes + HEADER_BYTES)
+
+
+@pytest.mark.parametrize("layout", ["layer_first", "page_first", "page_first_direct"])
+def test_packed_pages_are_copied_once_into_a_pool_of_any_layout(near_client, client, layout, monkeypatch):
+    saved, settings = packed_pool(seed=1), dataclasses.replace(SETTINGS, codec="tq4")
+    save(near_client, saved, settings)
+    monkeypatch.setattr(PackedCodec, "empty", None)  # no page is staged
+    for each in (near_client, client):  # the second one goes by streams
+        loaded = packed_pool(layout=layout)
+        store = open_page_store(each, settings, loaded.shape, PLACE)
+        assert store.load(HASHES, page_at(loaded)) == [True] * 4
+        assert all(torch.equal(page_at(loaded)(place), page_at(saved)(place)) for place in range(4))
 
 
 @pytest.mark.parametrize("saver", [1, 2])
