@@ -12,6 +12,7 @@ eight layers, or with `--layers 32` the whole of it:
   over a network.
 - ``local-bf16``, ``local-tq4``: the same through shared memory.
 - ``store-bf16@10``, ``store-tq4@10``: the same through a link of so many Gbit/s.
+- ``connector-tq4@10``: without host memory between, by `TQStoreConnector`.
 
 Each writes two rows: decode of a batch while its prompts and answers are saved (`tpot_ms`, `prefill_tok_s`),
 and the time to first token of one long prompt whose prefix is found (`ttft_ms`). Of every decode step the
@@ -51,8 +52,9 @@ CASES = (
     "local-tq4",
     "store-bf16@10",
     "store-tq4@10",
+    "connector-tq4@10",
 )
-_STORES = ("store", "local")
+_STORES = ("store", "local", "connector")
 _CHUNK_TOKENS = 256
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -70,6 +72,16 @@ def transfer_config(
     kind, _, codec = case.partition("@")[0].partition("-")
     if kind == "recompute":
         return None
+    store = {"revision": "dummy", "preset": "none" if codec == "bf16" else codec} | more
+    store |= {"address": address} if address else {}
+    if kind == "connector":
+        return {
+            "kv_connector": "TQStoreConnector",
+            "kv_connector_module_path": "tq_connectors.vllm.kv_connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": store,
+        }
     extra: dict[str, Any] = {
         "cpu_bytes_to_use": host_bytes,
         "block_size": _CHUNK_TOKENS,
@@ -78,11 +90,10 @@ def transfer_config(
     if case == "offload-bf16":
         extra["spec_name"] = "CPUOffloadingSpec"
     else:
-        store = {"revision": "dummy", "preset": "none" if codec == "bf16" else codec} | more
         extra |= {
             "spec_name": "TQOffloadingSpec",
             "spec_module_path": "tq_connectors.vllm.offload_spec",
-            "tq_store": store | ({"address": address} if address else {}),
+            "tq_store": store,
         }
     return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
 
@@ -219,9 +230,9 @@ def found_prefix(options: argparse.Namespace, case: str, engine: Engine) -> dict
     prompt += [7] * 32  # something is always left to compute
     _, _, (cold,) = engine.run([prompt], 16)
     engine.settle()
-    is_store, times, hits, same = case.startswith(_STORES), [], [], 0
+    has_host_memory, times, hits, same = case.startswith(("store", "local")), [], [], 0
     for _ in range(options.repeats + 2):
-        engine.llm.reset_prefix_cache(reset_connector=is_store)
+        engine.llm.reset_prefix_cache(reset_connector=has_host_memory)
         to_first, _, (answer,) = engine.run([prompt], 16)
         times.append(to_first * 1e3)
         hits.append(answer.num_cached_tokens or 0)

@@ -3,8 +3,9 @@
 import copy
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -28,11 +29,22 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(slots=True)
 class LoadCounters:
-    """What loading has done so far: pages and bytes that came, and pages promised that did not."""
+    """What loading has done so far: pages and bytes that came, and pages promised that did not.
+
+    Safe to add to from several threads.
+    """
 
     loaded_pages: int = 0
     loaded_bytes: int = 0
     failed_pages: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, *, pages: int = 0, num_bytes: int = 0, failed: int = 0) -> None:
+        """Count some more of each."""
+        with self._lock:
+            self.loaded_pages += pages
+            self.loaded_bytes += num_bytes
+            self.failed_pages += failed
 
 
 class PrefixCache:
@@ -150,12 +162,12 @@ class PrefixCache:
             found = self._get(keys[:promised])
             while (pages := self._attempt(partial(next, found, None))) is not None:
                 loaded += 1
-                self.counters.loaded_pages += 1
+                self.counters.add(pages=1)
                 yield pages
             self._outage = False
         except (RpcError, BlockFormatError) as error:
             self._warn_once(f"loading from the store fails, prefixes are recomputed: {error}")
-        self.counters.failed_pages += promised - loaded
+        self.counters.add(failed=promised - loaded)
 
     def save(self, key: BlockKey, pages: Buffer) -> bool:
         """Queue pages of the shard, as far as this rank saves them; False if some were dropped.
@@ -189,7 +201,7 @@ class PrefixCache:
             key, part = keys[index // len(parts)], parts[index % len(parts)]
             layout = self._layout.within_run(part)
             pieces.append((part, unpack_pages(layout, self._geometry.num_layers, key, block, part)))
-            self.counters.loaded_bytes += len(block)
+            self.counters.add(num_bytes=len(block))
             if len(pieces) == len(parts):
                 yield self._layout.join(pieces, self._shard.part)
                 pieces = []

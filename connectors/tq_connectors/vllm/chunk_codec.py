@@ -37,6 +37,12 @@ class ChunkCodec(Protocol):
         """Write cells into blocks, but for those of -1; arguments as in `save`."""
 
 
+def host_cells(codec: ChunkCodec, host_bytes: int) -> torch.Tensor:
+    """``[n, cell_bytes]`` uint8 of host memory for chunks on their way; at least one, as many as fit."""
+    cells = max(1, host_bytes // codec.cell_bytes)
+    return torch.empty(cells, codec.cell_bytes, dtype=torch.uint8, pin_memory=codec.device.type == "cuda")
+
+
 class QuantizedChunks:
     """Keys and values to packed pages: a cell holds them layer after layer, of each layer in token order.
 

@@ -131,6 +131,12 @@ class ChunkMover:
             if given.exception() is None:
                 given.result().end.synchronize()
 
+    def move(self, chunks: Sequence[Chunk], ready: Event) -> bool:
+        """Whether chunks were moved, once they are; for callers who submit nothing else meanwhile."""
+        self.submit({0: chunks}, ready)
+        self.wait({0})
+        return all(moved.success for moved in self.take_finished())
+
     def close(self) -> None:
         """Drop what waits, and wait for what runs. May be called twice."""
         if self._pool is not None:

@@ -137,6 +137,7 @@ class TQStoreConnector(KVConnectorBase_V1):
             codec,
             staging_bytes=self._settings.staging_bytes,
             host_bytes=self._settings.host_bytes,
+            load_threads=self._settings.load_threads,
             load_timeout_s=self._connection.transfer_timeout_s,
         )
 

@@ -99,9 +99,7 @@ class TQOffloadingWorker(OffloadingWorker):
         null_blocks = [0] * self._blocks_per_chunk
         chunks = [Chunk(group, self._cells[0], null_blocks) for group in range(num_groups)]
         for mover in (self._saves, self._loads):
-            mover.submit({0: chunks}, mover.fence())
-            mover.wait({0})
-            if not all(moved.success for moved in mover.take_finished()):
+            if not mover.move(chunks, mover.fence()):
                 raise ConfigError("this engine's blocks cannot be moved; the log says why")
 
     def _chunks(self, device: GPULoadStoreSpec, host: LoadStoreSpec) -> Iterator[Chunk]:

@@ -1,18 +1,16 @@
 """PageMover: a worker's half of our connector. Moves pages between the engine's blocks and the store."""
 
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-import torch
-
 from tq_connectors.prefix_cache import PrefixCache
-from tq_connectors.vllm.chunk_codec import ChunkCodec
+from tq_connectors.vllm.chunk_codec import ChunkCodec, host_cells
 from tq_connectors.vllm.chunk_mover import Chunk, ChunkMover
-from tq_connectors.vllm.page_moves import PageMove, RequestMoves, StepMoves
+from tq_connectors.vllm.page_loader import PageLoader
+from tq_connectors.vllm.page_moves import PageMove, RequestMoves, StepMoves, parts_of
 from tq_connectors.vllm.streams import Event
 from tq_store.errors import ConfigError
 
@@ -31,6 +29,7 @@ class PageMover:
         codec: What a page becomes on the device.
         staging_bytes: Most device memory of each of four buffers, but at least one page.
         host_bytes: Host memory for pages on their way, each way; at least one page.
+        load_threads: Parts of a load that come from the store at once.
         load_timeout_s: Longest from the start of a load to its last request to the store.
 
     Raises:
@@ -44,18 +43,20 @@ class PageMover:
         *,
         staging_bytes: int,
         host_bytes: int,
+        load_threads: int,
         load_timeout_s: float,
     ) -> None:
         self._cache = cache
         self._saver = ChunkMover([codec], staging_bytes=staging_bytes, is_save=True)
-        self._loader = ChunkMover([codec], staging_bytes=staging_bytes, is_save=False)
-        pages = max(1, host_bytes // codec.cell_bytes)
-        is_pinned = codec.device.type == "cuda"
-        self._save_cells, self._load_cells = (
-            torch.empty(pages, codec.cell_bytes, dtype=torch.uint8, pin_memory=is_pinned) for _ in range(2)
+        self._save_cells = host_cells(codec, host_bytes)
+        self._loader = PageLoader(
+            cache,
+            codec,
+            staging_bytes=staging_bytes,
+            host_bytes=host_bytes,
+            load_threads=load_threads,
         )
         self._load_timeout_s = load_timeout_s
-        self._numbers = itertools.count()
         self._pool = {
             name: ThreadPoolExecutor(1, thread_name_prefix=f"tq-{name}-pages") for name in ("save", "load")
         }
@@ -67,9 +68,9 @@ class PageMover:
         self._held: set[str] = set()
         self.dropped_pages = 0
         """Pages that were not saved because too many waited."""
-        for mover in (self._saver, self._loader):  # kernels are compiled now, not beside the first request
-            null_page = [Chunk(0, self._save_cells[0], [0] * codec.blocks_per_chunk)]
-            if not self._moved(mover, null_page, mover.fence()):
+        null_page = [Chunk(0, self._save_cells[0], [0] * codec.blocks_per_chunk)]
+        for mover in (self._saver, self._loader.mover):  # kernels are compiled now, not beside a request
+            if not mover.move(null_page, mover.fence()):
                 raise ConfigError("this engine's blocks cannot be moved; the log says why")
 
     def start(self, moves: StepMoves) -> None:
@@ -77,7 +78,7 @@ class PageMover:
         for request in moves.loads:
             late_at = time.monotonic() + self._load_timeout_s
             try:
-                self._pool["load"].submit(self._load, request, self._loader.fence(), late_at)
+                self._pool["load"].submit(self._load, request, self._loader.mover.fence(), late_at)
             except RuntimeError:  # closed
                 self._ended(request, 0)
 
@@ -127,13 +128,7 @@ class PageMover:
     def _load(self, request: RequestMoves, ready: Event, late_at: float) -> None:
         loaded = 0
         try:
-            for pages in _parts(request.pages, len(self._load_cells)):
-                if time.monotonic() >= late_at:
-                    break
-                count = self._load_some(pages, ready)
-                loaded += count
-                if count < len(pages):
-                    break
+            loaded = self._loader.load(request.pages, ready, late_at)
         except Exception:  # whatever it is, the request must not wait for ever
             logger.exception("loading pages failed, they are computed")
         self._ended(request, loaded)
@@ -144,21 +139,12 @@ class PageMover:
             self._failed_blocks |= blocks
             self._received.add(request.request_id)
 
-    def _load_some(self, pages: Sequence[PageMove], ready: Event) -> int:
-        count = 0
-        for found in self._cache.load([page.key for page in pages]):
-            self._load_cells[count].numpy().data[:] = found
-            count += 1
-        cells = self._load_cells
-        chunks = [Chunk(0, cells[number], page.blocks) for number, page in enumerate(pages[:count])]
-        return count if self._moved(self._loader, chunks, ready) else 0
-
     def _save(self, wanted: Sequence[PageMove], ready: Event) -> None:
         try:
-            for pages in _parts(wanted, len(self._save_cells)):
+            for pages in parts_of(wanted, len(self._save_cells)):
                 cells = self._save_cells
                 chunks = [Chunk(0, cells[number], page.blocks) for number, page in enumerate(pages)]
-                if not self._moved(self._saver, chunks, ready):
+                if not self._saver.move(chunks, ready):
                     return
                 for number, page in enumerate(pages):
                     self._cache.save(page.key, cells[number].numpy().data)
@@ -167,14 +153,3 @@ class PageMover:
         finally:
             with self._changed:
                 self._waiting_pages -= len(wanted)
-
-    def _moved(self, mover: ChunkMover, chunks: Sequence[Chunk], ready: Event) -> bool:
-        number = next(self._numbers)
-        mover.submit({number: chunks}, ready)
-        mover.wait({number})
-        return all(moved.success for moved in mover.take_finished())
-
-
-def _parts(pages: Sequence[PageMove], size: int) -> Iterator[Sequence[PageMove]]:
-    for start in range(0, len(pages), size):
-        yield pages[start : start + size]

@@ -1,6 +1,6 @@
 """What the two halves of our connector tell each other, and the engine's requests as they see them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,3 +47,9 @@ class StepMoves:
     saves: list[RequestMoves] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
     overwrites: bool = False
+
+
+def parts_of(pages: Sequence[PageMove], size: int) -> Iterator[Sequence[PageMove]]:
+    """Pages in parts of so many."""
+    for start in range(0, len(pages), size):
+        yield pages[start : start + size]

@@ -53,6 +53,7 @@ class Rank:
         tp_size: int = 1,
         host_pages: int = 2,
         load_timeout_s: float = 30.0,
+        load_threads: int = 1,
     ) -> None:
         planned = plan(tp_size)
         size = planned.rows.rank_layout.page_bytes
@@ -68,6 +69,7 @@ class Rank:
             codec,
             staging_bytes=codec.cell_bytes,
             host_bytes=host_pages * codec.cell_bytes,
+            load_threads=load_threads,
             load_timeout_s=load_timeout_s,
         )
 
@@ -132,6 +134,69 @@ def test_pages_after_one_that_is_missing_are_blocks_that_were_not_filled(client)
     rank.mover.start(moves_of("r", {1: 9, 2: 8, 3: 7}))
     _, received, failed = rank.finished(lambda found: found[1])
     assert (received, failed) == ({"r"}, {8, 7})
+    rank.mover.close()
+
+
+def save(rank: Rank, pages: dict[int, int]) -> None:
+    rank.mover.save(moves_of("w", pages, saves=True))
+    rank.mover.wait_for_saves()
+    assert rank.cache.saves.flush(10)
+    rank.mover.take_finished()
+
+
+def gated(monkeypatch, rank: Rank, gates: dict[int, threading.Event]) -> list[list[BlockKey]]:
+    """Hold loads back that ask for these pages until their gates open; gives the keys of all loads."""
+    load, asked = rank.cache.load, []
+
+    def held_back(keys):
+        asked.append(list(keys))
+        for number, gate in gates.items():
+            assert key(number) not in keys or gate.wait(10)
+        return load(keys)
+
+    monkeypatch.setattr(rank.cache, "load", held_back)
+    return asked
+
+
+@pytest.mark.parametrize(("host_pages", "load_threads"), [(1, 4), (5, 2), (9, 3), (64, 4)])
+def test_many_pages_come_by_parts_and_go_where_they_belong(client, host_pages, load_threads):
+    writer, reader = Rank(client, host_pages=11), Rank(client, 0, 1, host_pages, load_threads=load_threads)
+    save(writer, {number: number for number in range(1, 12)})
+    for layer in reader.layers:
+        layer.zero_()
+    reader.mover.start(moves_of("r", {number: 12 - number for number in range(1, 12)}))
+    assert reader.finished(lambda found: found[1])[1:] == ({"r"}, set())
+    for mine, theirs in zip(reader.layers, writer.layers, strict=True):
+        assert torch.equal(mine[1:], theirs[1:].flip(0))
+    assert reader.cache.counters.loaded_pages == 11
+    writer.mover.close()
+    reader.mover.close()
+
+
+def test_pages_that_are_here_are_moved_while_others_are_on_their_way(client, monkeypatch):
+    rank, gate = Rank(client, host_pages=4, load_threads=2), threading.Event()
+    save(rank, {1: 3, 2: 4})
+    asked = gated(monkeypatch, rank, {2: gate})
+    rank.layers[1][8].zero_()
+    rank.mover.start(moves_of("r", {1: 8, 2: 9}))
+    wait_until(lambda: torch.equal(rank.layers[1][8], rank.layers[1][3]))
+    assert rank.mover.take_finished()[1] == set(), "the other page is not there yet"
+    gate.set()
+    assert rank.finished(lambda found: found[1])[1:] == ({"r"}, set())
+    assert sorted(asked) == [[key(1)], [key(2)]]
+    rank.mover.close()
+
+
+def test_after_a_page_that_is_missing_nothing_is_asked_for_and_nothing_written(client, monkeypatch):
+    rank, gate = Rank(client, host_pages=2, load_threads=2), threading.Event()
+    save(rank, {1: 3, 3: 4, 5: 5, 6: 6})
+    asked = gated(monkeypatch, rank, {3: gate})
+    rank.mover.start(moves_of("r", {1: 11, 2: 10, 3: 9, 5: 8, 6: 7}))
+    wait_until(lambda: [key(3)] in asked)
+    assert rank.mover.take_finished()[1] == set(), "memory is still being written"
+    gate.set()
+    assert rank.finished(lambda found: found[1])[1:] == ({"r"}, {10, 9, 8, 7})
+    assert sorted(asked) == [[key(1)], [key(2)], [key(3)]]
     rank.mover.close()
 
 
