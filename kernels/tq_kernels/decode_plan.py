@@ -112,30 +112,45 @@ def plan_decode(
     if variant == "hopper":
         tile_columns, num_warps = hopper.columns_of_a_program(padded), 1
         tile_tokens = hopper.strip_tokens(layout)
-        share_tokens = tile_tokens
-        resident = machine.num_processors * hopper.resident_programs(layout, padded)
-        num_registers = hopper.max_registers(layout, padded)
+        programs = pairs * (padded // tile_columns)
+        splits, num_registers = _hopper_splits(layout, machine, padded, programs, max_pages)
     else:
         tile_columns, tile_tokens, num_warps = _tile(layout, padded)
-        share_tokens = layout.page_tokens
-        programs, num_registers = _PLAIN_OCCUPANCY[num_warps]
-        resident = machine.num_processors * programs
+        resident, num_registers = _PLAIN_OCCUPANCY[num_warps]
+        programs = pairs * (padded // tile_columns)
+        splits = num_splits(programs, machine.num_processors * resident, max_pages, layout.page_tokens)
     return DecodePlan(
         variant=variant,
         columns=columns,
         padded_columns=padded,
         tile_columns=tile_columns,
         tile_tokens=tile_tokens,
-        num_splits=num_splits(
-            pairs * (padded // tile_columns),
-            resident,
-            max_pages * (layout.page_tokens // share_tokens),
-            share_tokens,
-        ),
+        num_splits=splits,
         num_warps=num_warps,
         num_registers=num_registers,
         merge_columns=1 if variant == "hopper" else merge_columns(columns, pairs, machine),
     )
+
+
+def _hopper_splits(
+    layout: PageLayout, machine: Machine, padded: int, programs: int, max_pages: int
+) -> tuple[int, int]:
+    """Splits, and registers of a thread, for so many programs without splits."""
+    strip_tokens = hopper.strip_tokens(layout)
+    num_strips = max_pages * (layout.page_tokens // strip_tokens)
+    most = hopper.most_splits(layout, programs, machine.num_processors, num_strips)
+
+    def splits_with(num_registers: int) -> int:
+        resident = machine.num_processors * hopper.resident_programs(num_registers)
+        return num_splits(programs, resident, num_strips, strip_tokens, most)
+
+    num_registers = hopper.max_registers(layout, padded)
+    few = splits_with(hopper.MOST_REGISTERS)
+    if num_registers == hopper.MOST_REGISTERS or hopper.few_serve(
+        layout, programs, machine.num_processors, few, num_strips
+    ):
+        return few, hopper.MOST_REGISTERS
+    return splits_with(num_registers), num_registers
 
 
 def choose_variant(machine: Machine, layout: PageLayout) -> Variant:
@@ -168,7 +183,10 @@ def _tile(layout: PageLayout, padded: int) -> tuple[int, int, int]:
     return columns, tokens, 8 if columns * layout.head_dim > 32 * 128 else 4
 
 
-def num_splits(programs: int, resident: int, most_shares: int, share_tokens: int) -> int:
+@lru_cache(maxsize=1024)
+def num_splits(
+    programs: int, resident: int, most_shares: int, share_tokens: int, most_splits: int = _MOST_SPLITS
+) -> int:
     """Few splits that keep the machine's waves of programs short and full.
 
     Args:
@@ -176,12 +194,14 @@ def num_splits(programs: int, resident: int, most_shares: int, share_tokens: int
         resident: Programs that the machine runs at once.
         most_shares: Pages or strips that the splits of a program share out.
         share_tokens: Tokens in one of them.
+        most_splits: Bound on the number.
     """
+    most = max(1, min(_MOST_SPLITS, most_shares, most_splits))
 
     def cost(splits: int) -> int:
         tokens = -(-most_shares // splits) * share_tokens
         return -(-programs * splits // resident) * (tokens + _SPLIT_TOKENS)
 
-    costs = [cost(splits) for splits in range(1, max(1, min(_MOST_SPLITS, most_shares)) + 1)]
+    costs = [cost(splits) for splits in range(1, most + 1)]
     good_enough = _GOOD_ENOUGH * min(costs)
     return 1 + next(i for i, each in enumerate(costs) if each <= good_enough)

@@ -10,6 +10,9 @@ from tq_kernels.spec import Code, KeyCenter
 CAPABILITY = (9, 0)
 """NVIDIA's compute capability of H100, H200 and GH200."""
 
+MOST_REGISTERS = 255
+"""Of a thread, on any NVIDIA card."""
+
 _GLUON_RELEASES = ("3.6.",)
 _STRIP_ROWS = 16
 _CHANNELS_OF_A_LOAD = 32
@@ -17,6 +20,12 @@ _COLUMNS_MULTIPLE = 8
 _MEASURED_HEAD_DIM = 128
 _REGISTERS_OF_A_QUARTER = 1 << 14
 _WARP = 32
+_SHORTEST_SHARE_TOKENS = 64
+_BUSY_PROGRAMS = 2
+"""Programs of a multiprocessor below which even the shortest shares pay."""
+_SHARES_OF_FEW = (2, 4, 8, 16)
+"""Strips of a split: powers of two, which divide pages or are whole ones."""
+_MOST_SPLITS_OF_FEW = 32
 _BLOCK_COLUMNS = 16
 """Columns of a program: an accumulator of more does not fit the registers; others read the pages again."""
 
@@ -55,20 +64,40 @@ def rotates_queries(layout: PageLayout, padded_columns: int) -> bool:
     return padded_columns == _COLUMNS_MULTIPLE and layout.head_dim <= _MEASURED_HEAD_DIM
 
 
+def most_splits(layout: PageLayout, programs: int, num_processors: int, num_strips: int) -> int:
+    """Most splits of strips worth their start and their merge, for so many programs without splits."""
+    splits = num_strips * strip_tokens(layout) // max(_SHORTEST_SHARE_TOKENS, strip_tokens(layout))
+    return splits if programs * splits >= _BUSY_PROGRAMS * num_processors else num_strips
+
+
+def few_serve(
+    layout: PageLayout, programs: int, num_processors: int, num_splits: int, num_strips: int
+) -> bool:
+    """Whether programs with all registers, in one wave, beat more programs with fewer, as measured."""
+    share, rest = divmod(num_strips, num_splits)
+    return (
+        layout.head_dim == _MEASURED_HEAD_DIM
+        and programs * num_splits <= num_processors * resident_programs(MOST_REGISTERS)
+        and rest == 0
+        and share in _SHARES_OF_FEW
+        and num_splits <= _MOST_SPLITS_OF_FEW
+    )
+
+
 def max_registers(layout: PageLayout, padded_columns: int) -> int:
-    """Most registers of a thread: fewer than all where the loop then hardly spills, as measured."""
+    """Most registers of a thread, of many programs: fewer where the loop then hardly spills, as measured."""
     spec, head_dim = layout.spec, layout.head_dim
     four_bits = spec.key is Code.LM4 and spec.value is Code.LM4
     if padded_columns > _COLUMNS_MULTIPLE or head_dim > _MEASURED_HEAD_DIM:
-        return 255
+        return MOST_REGISTERS
     if head_dim < _MEASURED_HEAD_DIM:
         return 128 if four_bits else 168
-    return 168 if four_bits else 255
+    return 168 if four_bits else MOST_REGISTERS
 
 
-def resident_programs(layout: PageLayout, padded_columns: int) -> int:
+def resident_programs(num_registers: int) -> int:
     """Programs, of one warp each, whose registers the quarters of a multiprocessor hold at once."""
-    return 4 * (_REGISTERS_OF_A_QUARTER // (_WARP * max_registers(layout, padded_columns)))
+    return 4 * (_REGISTERS_OF_A_QUARTER // (_WARP * num_registers))
 
 
 @lru_cache(maxsize=64)

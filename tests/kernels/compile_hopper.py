@@ -23,6 +23,7 @@ from tq_kernels.hopper_launch import append_constants
 
 SPLITS = [
     ("tq4", 128, 128, 1, 4),
+    ("tq4", 128, 128, 1, 4, hopper.MOST_REGISTERS),
     ("tq3", 64, 64, 1, 7),
     ("tq3", 128, 128, 1, 4),
     ("tq2", 128, 64, 1, 4),
@@ -59,7 +60,9 @@ COUNTED = ("HMMA", "MOVM", "F2FP", "PRMT", "LDS", "STS", "BAR", "SHFL")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def _split(name: str, head_dim: int, page_tokens: int, rows: int, group: int) -> dict[str, object]:
+def _split(
+    name: str, head_dim: int, page_tokens: int, rows: int, group: int, limit: int | None = None
+) -> dict[str, object]:
     layout = PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=2, page_tokens=page_tokens)
     padded = max(8, 1 << (rows * group - 1).bit_length())
     raw = hopper.rotates_queries(layout, padded)
@@ -73,10 +76,16 @@ def _split(name: str, head_dim: int, page_tokens: int, rows: int, group: int) ->
         softcap=False,
         raw=raw,
     )
-    limit = hopper.max_registers(layout, padded)
-    case = f"{name} {head_dim} {page_tokens} {rows}x{group}"
+    case = f"{name} {head_dim} {page_tokens} {rows}x{group}" + (f" {limit}" if limit else "")
     types = POINTERS | {"p_query": "*bf16" if raw else "*fp16", "p_out": "*fp32"}
-    return _report(case, attend_split, fixed, types, num_warps=1, max_registers=limit)
+    return _report(
+        case,
+        attend_split,
+        fixed,
+        types,
+        num_warps=1,
+        max_registers=limit or hopper.max_registers(layout, padded),
+    )
 
 
 def _columns(head_dim: int) -> list[dict[str, object]]:

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tq_kernels import PRESETS, PageLayout, hopper, preset
-from tq_kernels.decode_plan import Machine, plan_decode
+from tq_kernels.decode_plan import DecodePlan, Machine, plan_decode
 from tq_kernels.device.hopper_operands import share_start
 from tq_kernels.layout import WORD_FORMATS
 
@@ -34,7 +35,15 @@ def compiled() -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize(
-    "case", ["tq4 128 128 1x4", "tq3 64 64 1x7", "tq2 128 64 1x4", "k8v4 64 128 4x4", "tq4 256 128 1x4"]
+    "case",
+    [
+        "tq4 128 128 1x4",
+        "tq4 128 128 1x4 255",
+        "tq3 64 64 1x7",
+        "tq2 128 64 1x4",
+        "k8v4 64 128 4x4",
+        "tq4 256 128 1x4",
+    ],
 )
 def test_nothing_passes_through_shared_memory(compiled: dict[str, dict[str, int]], case: str) -> None:
     found = compiled[case]
@@ -53,6 +62,7 @@ def test_the_default_preset_widens_a_word_in_eleven_instructions(compiled: dict[
     assert found["F2FP"] >= 4 * words
     assert found["PRMT"] <= 2 * words + 24
     assert found["stack_bytes"] <= 32
+    assert compiled["tq4 128 128 1x4 255"]["stack_bytes"] == 0  # with all registers nothing is spilled
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -123,24 +133,95 @@ def test_a_plan_fills_one_wave_of_warps(name: str, head_dim: int, programs: int)
     plan = plan_decode(layout, machine, num_seqs=128, num_query_heads=8, max_pages=64)
 
     assert plan.variant == "hopper"
-    assert hopper.resident_programs(layout, plan.padded_columns) == programs
+    assert hopper.resident_programs(plan.num_registers) == programs
     assert plan.num_splits == 132 * programs // (128 * 2)
     assert plan.num_warps == 1
 
 
+def _plan(batch: int, context: int, **changes: Any) -> DecodePlan:
+    """Of tq4 with 32 query heads and 8 KV heads, as the bars have them."""
+    layout = PageLayout(
+        **{"spec": preset("tq4"), "head_dim": 128, "num_kv_heads": 8, "page_tokens": 128} | changes
+    )
+    machine = Machine(capability=(9, 0), num_processors=132, gluon=True)
+    max_pages = -(-context // layout.page_tokens)
+    return plan_decode(
+        layout, machine, num_seqs=batch, num_query_heads=4 * layout.num_kv_heads, max_pages=max_pages
+    )
+
+
 @pytest.mark.parametrize(
     ("batch", "context", "num_splits", "strips"),
-    [(1, 131072, 196, 21), (8, 8192, 24, 11), (32, 8192, 6, 43), (32, 32768, 6, 171), (64, 8192, 3, 86)],
+    [
+        (1, 131072, 196, 21),
+        (1, 32768, 171, 6),
+        (2, 32768, 94, 11),
+        (8, 32768, 24, 43),
+        (16, 8192, 12, 22),
+        (32, 4096, 6, 22),
+        (32, 8192, 6, 43),
+        (32, 32768, 6, 171),
+        (64, 8192, 3, 86),
+        (1, 1024, 32, 1),
+        (1, 4096, 64, 2),
+    ],
 )
 def test_shares_fill_the_machine_and_are_even(batch: int, context: int, num_splits: int, strips: int) -> None:
-    """The shapes of the bar: 1,568 or 1,536 programs of 1,584, of so many strips of 32 tokens at most."""
-    layout = PageLayout(spec=preset("tq4"), head_dim=128, num_kv_heads=8, page_tokens=128)
-    machine = Machine(capability=(9, 0), num_processors=132, gluon=True)
-    plan = plan_decode(layout, machine, num_seqs=batch, num_query_heads=32, max_pages=context // 128)
+    """In up to 1,584 programs, of so many strips of 32 tokens at most."""
+    plan = _plan(batch, context)
     starts = [share_start.fn(i, plan.num_splits, context // 32) for i in range(plan.num_splits + 1)]
 
-    assert plan.num_splits == num_splits
+    assert (plan.num_splits, plan.num_registers) == (num_splits, 168)
     assert max(stop - start for start, stop in itertools.pairwise(starts)) == strips
+
+
+@pytest.mark.parametrize("page_tokens", [64, 128])
+@pytest.mark.parametrize(
+    ("batch", "context", "num_splits"),
+    [
+        (4, 1024, 16),
+        (8, 1024, 16),
+        (16, 1024, 8),
+        (32, 1024, 4),
+        (4, 4096, 32),
+        (8, 4096, 16),
+        (16, 4096, 8),
+        (4, 8192, 32),
+        (8, 8192, 16),
+    ],
+)
+def test_few_programs_with_all_registers_serve_small_decodes(
+    batch: int, context: int, num_splits: int, page_tokens: int
+) -> None:
+    """A wave of up to 1,056, whose shares all divide pages or are whole ones."""
+    plan = _plan(batch, context, page_tokens=page_tokens)
+    share = context // num_splits
+
+    assert (plan.num_splits, plan.num_registers) == (num_splits, 255)
+    assert batch * 8 * num_splits <= 132 * 8
+    assert share * num_splits == context
+    assert page_tokens % share == 0 or share % page_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "changes", "num_splits", "num_registers"),
+    [
+        (5, 4096, {}, 32, 168),
+        (8, 1152, {}, 18, 168),
+        (8, 40960, {}, 24, 168),
+        (4, 16384, {"head_dim": 64, "num_kv_heads": 2}, 256, 128),
+        (4, 4096, {"head_dim": 64, "num_kv_heads": 2}, 64, 128),
+        (1, 16384, {"num_kv_heads": 2}, 256, 168),
+        (8, 8192, {"spec": preset("tq3")}, 16, 255),
+    ],
+)
+def test_decodes_that_no_such_wave_fits_keep_their_registers(
+    batch: int, context: int, changes: dict[str, Any], num_splits: int, num_registers: int
+) -> None:
+    """Odd numbers of sequences or pages, an engine's whole context, other heads, presets that have all."""
+    plan = _plan(batch, context, **changes)
+
+    assert (plan.num_splits, plan.num_registers) == (num_splits, num_registers)
 
 
 @pytest.mark.parametrize("name", CODED)

@@ -24,8 +24,11 @@ _WRITTEN_TOKENS = (640, 16)
 """A launch of many tokens and one of few, which are different kernels."""
 _PREFIX_PAGES = (1, 2, 4, 8, 16, 32, 64)
 """Each doubles the parts that a prefix is attended to in, and so is merged by another kernel."""
-_MANY_CHUNKS = (14, 48)
-"""Chunks that nearly fill a device, so that a short prefix is cut in two, or fill it, so that none is."""
+_MANY_CHUNKS = (14, 48, 136)
+"""Chunks that nearly fill a device, so that a short prefix is cut in two, or fill it, so that none is.
+
+The last of them fill it with one KV head as well: so programs with all registers are tried (`few_serve`).
+"""
 
 
 def _told(launch: Callable[_Given, None]) -> Callable[_Given, None]:

@@ -148,3 +148,23 @@ def test_prefixes_of_all_lengths_are_merged_as_one_that_was_tried(machine: Machi
     assert {merged_at_once(pages) for pages in range(2, 600)} <= tried
     if rows == MAX_ROWS:
         assert {merged_at_once(pages, seqs) for pages in range(2, 65) for seqs in range(1, 65)} <= tried
+
+
+@pytest.mark.parametrize("page_tokens", [64, 128])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8])
+def test_decodes_of_all_sizes_have_registers_of_one_that_was_tried(
+    num_kv_heads: int, page_tokens: int
+) -> None:
+    """A decode's kernel is that of chunks of one token."""
+    layout = layout_for("tq4", head_dim=128, num_kv_heads=num_kv_heads, page_tokens=page_tokens)
+    machine = Machine(capability=(9, 0), num_processors=132, gluon=True)
+
+    def registers(pages: int, num_seqs: int) -> int:
+        heads = 4 * num_kv_heads
+        return plan_decode(
+            layout, machine, num_seqs=num_seqs, num_query_heads=heads, max_pages=pages
+        ).num_registers
+
+    tried = {registers(pages + 1, 1) for pages in warm_up._PREFIX_PAGES}
+    tried |= {registers(2, count) for count in warm_up._MANY_CHUNKS}
+    assert {registers(pages, seqs) for pages in range(1, 257) for seqs in (1, 4, 8, 16, 32, 64)} == tried
