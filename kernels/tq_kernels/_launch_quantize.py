@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from tq_kernels._cell_words import cell_words
 from tq_kernels._dispatch import has_nvidia_assembly, is_interpreted
 from tq_kernels._page_shape import page_shape
 from tq_kernels.compiled import launch
@@ -83,6 +84,7 @@ def launch_quantize(
         p_seeds=seed_pages,
         p_balance=key_balance,
         p_rotation=_rotation_tile(layout, pages.device, rotation_dtype),
+        p_cells=cell_words(layout, pages.device) if plan.search else None,
         p_pages=pages,
         p_sink_slots=sinks[0],
         p_sink_keys=sinks[1],

@@ -9,8 +9,10 @@ from functools import lru_cache
 import torch
 
 from tq_kernels import hopper
+from tq_kernels._cell_words import cell_words
 from tq_kernels._page_shape import page_shape
-from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS
+from tq_kernels.cells import RANGES
+from tq_kernels.codebook import LEVELS, TARGETS
 from tq_kernels.compiled import launch
 from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.device.hopper_append import append_tokens
@@ -201,10 +203,9 @@ def append_constants(layout: PageLayout) -> dict[str, object]:
         (
             int(code),
             WORD_FORMATS[code].groups,
-            TARGETS[code],
-            BOUNDARIES[code],
-            tuple(int(4 * level) for level in LEVELS[code]),
+            TARGETS[code] * layout.head_dim**0.5 / RANGES[code],
             likeness_without_gain(code, layout.head_dim),
+            tuple(int(4 * level) for level in LEVELS[code]),
         )
         for code in (layout.spec.key, layout.spec.value)
     ]
@@ -233,6 +234,7 @@ def launch_append(
         p_seeds=seed_pages,
         p_balance=key_balance,
         p_signs=_signs(layout, keys.device),
+        p_cells=cell_words(layout, keys.device),
         p_pages=pages,
         p_sink_slots=sink_slots,
         p_sink_keys=sink_keys,

@@ -12,6 +12,7 @@ import torch
 
 from tq_kernels import reference
 from tq_kernels._guards import check_tokens
+from tq_kernels.cells import RANGES
 from tq_kernels.codebook import LEVELS, TARGETS
 from tq_kernels.layout import PageLayout
 from tq_kernels.reference import (
@@ -168,10 +169,11 @@ def _write_indices(
     """
     code = layout.spec.key if side == "key" else layout.spec.value
     scales = torch.empty(vectors.shape[:-1])
-    length, limit = TARGETS[code] * layout.head_dim**0.5, likeness_without_gain(code, layout.head_dim)
+    to_range = TARGETS[code] * layout.head_dim**0.5 / RANGES[code]
+    limit = likeness_without_gain(code, layout.head_dim)
     write = _loops("host_loops").index_writer(code, is_value=side == "value")
     place = _place(tile, layout, side)
-    is_finite = write(_rows(vectors), _rows(centers), scales.view(-1).numpy(), length, limit, *place)
+    is_finite = write(_rows(vectors), _rows(centers), scales.view(-1).numpy(), to_range, limit, *place)
     return scales.to(torch.float16) if is_finite else None
 
 

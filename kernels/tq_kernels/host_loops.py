@@ -1,8 +1,8 @@
 """The loops of `host` over one vector after the other, compiled by Numba where they run.
 
-A vector stays in the processor's first cache from its comparison with boundaries to its bits in words. Sums
+A vector stays in the processor's first cache from its steps, as `cells` has them, to its bits in words. Sums
 of levels are of whole numbers that float32 holds exactly, so their order is free. Lengths are another
-kind of sum: processors may differ in its last bit, and so in an index next to a boundary.
+kind of sum: processors may differ in its last bit, and so in a step, of which few are at a boundary.
 
 All arrays are contiguous. Vectors are ``[n, dim]`` float32, by section and token. A page is handed over as
 flat int32 for its words and as flat int16 for its signs, with `tokens` of a section and `places`, in items of
@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tq_kernels.codebook import BOUNDARIES, LEVELS
+from tq_kernels import cells
+from tq_kernels.codebook import LEVELS
 from tq_kernels.layout import WORD_FORMATS
 from tq_kernels.reference import FP16_MAX, SMALLEST_NORM, value_gain
 from tq_kernels.spec import Code
 
 _ANY_ORDER = {"reassoc", "contract"}
 """What exact sums allow a compiler to do."""
-_FLOAT16_BITS = np.int32(0x7FFFE000)
-_LARGEST_SIZE = np.float32(127.5)
 _UNIT, _TWO = np.float32(1), np.float32(2)
+_LAST_STEP = np.float64(cells.NUM_STEPS - 1)
 _SIGN_BIT = np.int32(31)
 _ONE = np.int32(1)
+_HALF_WORD = np.int64(32)
 
 
 @njit(fastmath=_ANY_ORDER)
@@ -41,15 +42,15 @@ def length_of(vector: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def index_writer(code: Code, *, is_value: bool) -> Callable[..., bool]:
-    """The loop that writes indices into pages of zeros, by the best set of boundaries for each vector.
+    """The loop that writes indices into pages of zeros, at the best cell size for each vector.
 
     Its arguments: vectors; centres ``[sections, dim]`` float32, which are taken out; scales ``[n]`` float32,
-    overwritten, as `reference.nearest_indices` has them; the length that the code wants of a vector; the
-    likeness from which on a value has no gain; and the page's. It returns whether all norms were finite.
-    Squared levels must have sums that are exact in float32.
+    overwritten, as `reference.nearest_indices` has them; what brings the range of sizes of a vector of length
+    one to one; the likeness from which on a value has no gain; and the page's. It returns whether all norms
+    were finite. Squared levels must have sums that are exact in float32.
     """
-    form, edges, levels = WORD_FORMATS[code], _floats(BOUNDARIES[code]), _floats(LEVELS[code])
-    num_sets, num_edges = edges.shape
+    form, (edges, differences), levels = WORD_FORMATS[code], _cells(code), _floats(LEVELS[code])
+    num_edges = edges.shape[1]
     groups, lanes, sign_plane = form.groups, form.lanes, form.sign_plane
     magnitude_shifts, sign_shifts = _shifts(form.magnitude_shifts), _shifts(form.sign_shifts)
     gain, shortest, largest_scale = (
@@ -57,68 +58,73 @@ def index_writer(code: Code, *, is_value: bool) -> Callable[..., bool]:
         np.float32(SMALLEST_NORM),
         np.float32(FP16_MAX),
     )
+    has_gain = is_value and gain != 1
 
     @njit(fastmath=_ANY_ORDER)
-    def sums(sizes: Any, halves: Any, boundaries: Any) -> Any:
-        product, squares = np.float32(0), np.float32(0)
-        for j in range(sizes.shape[0]):
+    def squares_of(steps: Any, boundaries: Any, magnitudes: Any) -> Any:
+        squares = np.float32(0)
+        for j in range(steps.shape[0]):
+            magnitude, level = np.int32(0), levels[0]
+            for k in range(num_edges):
+                is_larger = steps[j] >= boundaries[k]
+                magnitude = np.int32(k + 1) if is_larger else magnitude
+                level = levels[k + 1] if is_larger else level
+            magnitudes[j] = magnitude
+            squares += level * level
+        return squares
+
+    @njit(fastmath=_ANY_ORDER)
+    def product_of(steps: Any, magnitudes: Any) -> Any:
+        product = np.float32(0)
+        for j in range(steps.shape[0]):
             level = levels[0]
             for k in range(num_edges):
-                level = levels[k + 1] if sizes[j] >= boundaries[k] else level
-            product += level * halves[j]
-            squares += level * level
-        return product, squares
+                level = levels[k + 1] if magnitudes[j] > k else level
+            product += level * (np.float32(steps[j]) * _TWO + _UNIT)
+        return product
 
     @njit(nogil=True)
     def write(
         vectors: Any,
         centers: Any,
         scales: Any,
-        length: float,
+        to_range: float,
         gain_limit: float,
         words: Any,
         signs: Any,
         tokens: int,
         places: tuple[int, ...],
     ) -> bool:
-        dim, wanted, limit = vectors.shape[1], np.float32(length), np.float32(gain_limit)
-        sizes, halves = np.empty(dim, np.float32), np.empty(dim, np.float32)
+        dim, wanted, limit = vectors.shape[1], np.float32(to_range), np.float32(gain_limit)
+        rest, steps = np.empty(dim, np.float32), np.empty(dim, np.int32)
         magnitudes, negative = np.empty(dim, np.int32), np.empty(dim, np.int32)
-        bits, half_bits = sizes.view(np.int32), halves.view(np.int32)
+        bits, place_of = rest.view(np.int32), steps.view(np.uint32)
         for row in range(vectors.shape[0]):
             section, token = row // tokens, row % tokens
             vector, center = vectors[row], centers[section]
             for j in range(dim):
-                sizes[j] = vector[j] - center[j]
-            norm = length_of(sizes)
+                rest[j] = vector[j] - center[j]
+            norm = length_of(rest)
             if not np.isfinite(norm):
                 return False
             factor = _UNIT / max(norm, shortest) * wanted  # in the reference's order
             for j in range(dim):
-                sizes[j] *= factor
-            for j in range(dim):
                 negative[j] = (bits[j] >> _SIGN_BIT) & _ONE
-                half_bits[j] = bits[j] & _FLOAT16_BITS
-                sizes[j] = abs(sizes[j])
+                # a product in float32 could be rounded up to the next step
+                steps[j] = np.int32(np.float64(min(abs(rest[j]) * factor, _UNIT)) * _LAST_STEP)
+            both = np.int64(0)
             for j in range(dim):
-                halves[j] = np.rint(min(halves[j], _LARGEST_SIZE) * _TWO)
-            best, squares, likeness = 0, np.float32(0), np.float32(0)
-            for i in range(num_sets):
-                product, of_set = sums(sizes, halves, edges[i])
-                like = product * product / of_set
-                if i == 0 or like > likeness:
-                    best, squares, likeness = i, of_set, like
+                both += differences[place_of[j]]
+            near = np.int64(np.int32(both))
+            far = (both - near) >> _HALF_WORD
+            size = 2 if far < near and far < 0 else 1 if near < 0 else 0
+            squares = squares_of(steps, edges[size], magnitudes)
             # float32 sqrt is off by a unit now and then, where PyTorch's norm is not
             scale = norm / np.float32(np.sqrt(np.float64(squares)))
-            if is_value and likeness < limit:
-                scale *= gain
+            if has_gain:
+                product = product_of(steps, magnitudes)
+                scale = scale * gain if product * product / squares < limit else scale
             scales[row] = min(scale, largest_scale)
-            boundaries = edges[best]
-            for j in range(dim):
-                magnitude = np.int32(0)
-                for k in range(num_edges):
-                    magnitude = np.int32(k + 1) if sizes[j] >= boundaries[k] else magnitude
-                magnitudes[j] = magnitude
             word_at, sign_at = section * places[0] + places[1], section * places[2] + places[3]
             if is_value:
                 run = tokens // groups
@@ -130,12 +136,11 @@ def index_writer(code: Code, *, is_value: bool) -> Callable[..., bool]:
                 )
                 shift, sign_shift = magnitude_shifts[group, lane], sign_shifts[group, lane]
                 for j in range(dim):
-                    word[j] |= magnitudes[j] << shift
-                for j in range(dim):
                     if sign_plane:
+                        word[j] |= magnitudes[j] << shift
                         sign[j] |= np.int16(negative[j] << sign_shift)
                     else:
-                        word[j] |= negative[j] << sign_shift
+                        word[j] |= magnitudes[j] << shift | negative[j] << sign_shift
             else:
                 count = dim // (groups * lanes)
                 word = words[word_at + token * count : word_at + (token + 1) * count]
@@ -213,6 +218,16 @@ def index_reader(code: Code, *, is_value: bool) -> Callable[..., None]:
                 vector[j] = (-size if negative[j] else size) + center[j]
 
     return read
+
+
+def _cells(code: Code) -> tuple[Any, Any]:
+    """First steps of all magnitudes but the smallest, by size, and differences of squared errors, by step.
+
+    Those are, int64, the first plus 2^32 times the second.
+    """
+    edges = [[each.index(i) for i in range(1, len(LEVELS[code]))] for each in cells.magnitudes(code)]
+    near, far = np.array(cells.differences(code), dtype=np.int64)
+    return np.array(edges, dtype=np.int32), near + (far << _HALF_WORD)
 
 
 def _floats(numbers: Any) -> Any:

@@ -33,7 +33,7 @@ class LaunchPlan:
         window: Tokens in a window, each of which may lead a run.
         rows: Tokens of a page that are rotated and packed at once.
         num_warps: Warps a program.
-        search: Whether every vector tries all of `codebook.STEPS`. "append" does not: a decode step would
+        search: Whether every vector tries all of `cells.SIZES`. "append" does not: a decode step would
             wait for the search.
         max_registers: Registers a thread on NVIDIA, so that more programs share a multiprocessor, or None.
     """

@@ -1,19 +1,19 @@
 """Plain float32 PyTorch for quantize and dequantize: the truth that kernels are tested against.
 
 A key k becomes y = R k, less the centre c of its page: z = y - c. With the code's levels L and target t,
-index_j = level nearest to z_j * t * sqrt(d) / (s |z|), where s is that cell size of a few whose levels
-L[index] make the smallest angle with z, and scale = |z| / |L[index]|, so that the reconstruction
+index_j = level nearest to z_j * t * sqrt(d) / (s |z|), where s is that of the cell sizes in `cells` whose
+levels s L[index] are nearest, and scale = |z| / |L[index]|, so that the reconstruction
 R^T (c + scale * L[index]) keeps the length of z ("norm-corrected"). Values likewise, without a centre, and
 with a slightly larger scale where `codebook.VALUE_GAINS` says so.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
+from tq_kernels import cells
 from tq_kernels._guards import check_page_bytes, check_tokens
-from tq_kernels.codebook import BOUNDARIES, GAIN_LIKENESS, LEVELS, TARGETS, VALUE_GAINS
+from tq_kernels.codebook import GAIN_LIKENESS, LEVELS, TARGETS, VALUE_GAINS, midpoints
 from tq_kernels.layout import PageLayout
 from tq_kernels.packing import pack, unpack
 from tq_kernels.rotation import rotation_matrix
@@ -41,7 +41,7 @@ def quantize(
         values: The same shape.
         layout: Page geometry and codec.
         key_balance: ``[num_kv_heads, head_dim]`` float32 by which keys are divided before anything else.
-        search: Try all cell sizes of `codebook.STEPS` on every vector, and `codebook.VALUE_GAINS`, as kernels
+        search: Try all cell sizes of `cells.SIZES` on every vector, and `codebook.VALUE_GAINS`, as kernels
             do in launches of many tokens; False for the nearest levels, which theory speaks of.
 
     Returns:
@@ -169,8 +169,17 @@ def level_table(code: Code, device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _edges(boundaries: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(boundaries, dtype=torch.float32, device=device)
+def _edges(code: Code, device: torch.device) -> torch.Tensor:
+    """Boundaries between neighbouring levels; a size on one takes the upper level."""
+    return torch.tensor(midpoints(LEVELS[code]), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _cells(code: Code, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Magnitudes ``[3, steps]`` and differences of squared errors ``[2, steps]`` of `cells`, int32."""
+    magnitudes = torch.tensor(cells.magnitudes(code), dtype=torch.int32, device=device)
+    return magnitudes, torch.tensor(cells.differences(code), dtype=torch.int32, device=device)
 
 
 def _levels_of(indices: torch.Tensor, code: Code) -> torch.Tensor:
@@ -184,7 +193,8 @@ def value_gain(code: Code, *, search: bool = True) -> float:
 
 def likeness_without_gain(code: Code, head_dim: int) -> float:
     """What `_likeness` is from `GAIN_LIKENESS` on."""
-    return 4 * TARGETS[code] ** 2 * head_dim * GAIN_LIKENESS
+    step = cells.RANGES[code] / (cells.NUM_STEPS - 1)
+    return (2 * TARGETS[code] / step) ** 2 * head_dim * GAIN_LIKENESS
 
 
 def nearest_indices(
@@ -195,7 +205,7 @@ def nearest_indices(
     Args:
         vectors: Rotated, and less their centre.
         code: Which indices.
-        search: Try all cell sizes of `codebook.STEPS` on every vector; False for the nearest levels.
+        search: Try all cell sizes of `cells.SIZES` on every vector; False for the nearest levels.
         gain: Factor on the scales of vectors that are less like their levels than `codebook.GAIN_LIKENESS`;
             another than 1 needs the search.
     """
@@ -204,60 +214,50 @@ def nearest_indices(
     if code is Code.E4M3:
         return _e4m3(vectors), None
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    unit = vectors * (TARGETS[code] * vectors.shape[-1] ** 0.5 / norm.clamp_min(SMALLEST_NORM))
+    wanted = TARGETS[code] * vectors.shape[-1] ** 0.5
     likeness = None
     if code is Code.E4M3_SCALED:
-        indices = _e4m3(unit)
+        indices = _e4m3(vectors * (wanted / norm.clamp_min(SMALLEST_NORM)))
     else:
-        sets = BOUNDARIES[code] if search else BOUNDARIES[code][:1]
-        magnitude, likeness = _closest(unit, code, sets)
-        indices = magnitude | (torch.signbit(unit).to(torch.int32) << (code.bits - 1))
+        if search:
+            steps = _steps(vectors, 1.0 / norm.clamp_min(SMALLEST_NORM) * (wanted / cells.RANGES[code]))
+            magnitude = _best_of_sizes(steps, code)
+            likeness = _likeness(steps, magnitude, code) if gain != 1 else None
+        else:
+            size = vectors.abs() * (wanted / norm.clamp_min(SMALLEST_NORM))
+            magnitude = torch.bucketize(size, _edges(code, size.device), right=True, out_int32=True)
+        indices = magnitude | (torch.signbit(vectors).to(torch.int32) << (code.bits - 1))
     levels = _levels_of(indices, code)
     length = torch.linalg.vector_norm(levels, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
     scales = norm / length
-    if likeness is not None and gain != 1:
+    if likeness is not None:
         limit = likeness_without_gain(code, vectors.shape[-1])
         scales = torch.where(likeness < limit, scales * gain, scales)
     scales = scales.clamp_max(FP16_MAX)
     return indices, scales.squeeze(-1).to(torch.float16)
 
 
-def _closest(
-    unit: torch.Tensor, code: Code, sets: Sequence[tuple[float, ...]]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Magnitudes by that set of boundaries whose levels make the smallest angle with the vector.
-
-    And their likeness, unless there is but one set.
-    """
-    size, halves = unit.abs(), _halves(unit) if len(sets) > 1 else None
-    best, best_likeness = torch.empty(0), torch.empty(0)
-    for i, boundaries in enumerate(sets):
-        magnitude = torch.bucketize(size, _edges(boundaries, unit.device), right=True, out_int32=True)
-        if halves is None:
-            return magnitude, None
-        likeness = _likeness(halves, magnitude, code)
-        if i:
-            closer = likeness > best_likeness
-            magnitude = torch.where(closer, magnitude, best)
-            likeness = torch.where(closer, likeness, best_likeness)
-        best, best_likeness = magnitude, likeness
-    return best, best_likeness
+def _steps(vectors: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Step of every size, factor being that which brings the end of their range to one: int64."""
+    size = (vectors.abs() * factor).nan_to_num(nan=0.0).clamp_max(1.0)
+    return (size.double() * (cells.NUM_STEPS - 1)).long()
 
 
-def _halves(unit: torch.Tensor) -> torch.Tensor:
-    """Sizes in whole halves, at most 127.5: int32."""
-    # a float16's bits and no more: what the kernel searches in
-    size = (unit.view(torch.int32) & 0x7FFFE000).view(torch.float32)
-    return size.nan_to_num(nan=127.5, posinf=127.5).clamp_max(127.5).mul(2).round().to(torch.int32)
+def _best_of_sizes(steps: torch.Tensor, code: Code) -> torch.Tensor:
+    """Magnitudes at the cell size of least error, int32; of equals the first."""
+    magnitudes, differences = _cells(code, steps.device)
+    near, far = (each[steps].sum(dim=-1, keepdim=True) for each in differences)
+    size = torch.where(far < near.clamp_max(0), 2, torch.where(near < 0, 1, 0))
+    return magnitudes.flatten()[size * cells.NUM_STEPS + steps]
 
 
-def _likeness(halves: torch.Tensor, magnitude: torch.Tensor, code: Code) -> torch.Tensor:
+def _likeness(steps: torch.Tensor, magnitude: torch.Tensor, code: Code) -> torch.Tensor:
     """Grows with the cosine between vectors and their levels; ``[..., 1]`` float32.
 
-    From whole numbers, so that every machine chooses alike: sizes in halves, levels in quarters.
+    From whole numbers, so that every machine chooses alike: sizes in half steps, levels in quarters.
     """
     levels = (_levels_of(magnitude, code) * 4).to(torch.int32)
-    product = (levels * halves).sum(dim=-1, keepdim=True, dtype=torch.int32).float()
+    product = (levels * (2 * steps + 1)).sum(dim=-1, keepdim=True, dtype=torch.int32).float()
     return product * product / levels.square().sum(dim=-1, keepdim=True, dtype=torch.int32).float()
 
 

@@ -45,6 +45,7 @@ POINTERS = {
     "p_positions": "*i32",
     "p_balance": "*fp32",
     "p_signs": "*fp32",
+    "p_cells": "*i32",
     "p_prepared": "*fp16",
     "p_partial": "*fp32",
     "p_partial_lse": "*fp32",

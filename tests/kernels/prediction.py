@@ -6,7 +6,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from tq_kernels.codebook import BOUNDARIES, LEVELS, TARGETS, e4m3_levels
+from tq_kernels.cells import SIZES
+from tq_kernels.codebook import LEVELS, TARGETS, e4m3_levels, midpoints
 from tq_kernels.spec import Code
 
 
@@ -42,17 +43,17 @@ def norm_corrected_distortion(code: Code, head_dim: int) -> float:
 
 
 def exact_search(vectors: torch.Tensor, code: Code) -> tuple[float, float]:
-    """Relative distortion of float64 ``[n, head_dim]`` with nearest levels, and with the best of `STEPS`."""
+    """Relative distortion of float64 ``[n, head_dim]`` with nearest levels, and with the best of `SIZES`."""
     levels = torch.tensor(LEVELS[code], dtype=torch.float64)
     unit = vectors * (vectors.shape[-1] ** 0.5 * TARGETS[code] / vectors.norm(dim=-1, keepdim=True))
     errors = []
-    for boundaries in BOUNDARIES[code]:
-        edges = torch.tensor(boundaries, dtype=torch.float64)
+    for size in (1.0, *SIZES[code]):
+        edges = size * torch.tensor(midpoints(LEVELS[code]), dtype=torch.float64)
         chosen = levels[torch.bucketize(unit.abs(), edges, right=True)]
         errors.append(2 - 2 * torch.cosine_similarity(chosen, unit.abs(), dim=-1))
     power = vectors.square().sum(dim=-1)
     shares = power / power.sum()
-    return float(errors[0] @ shares), float(torch.stack(errors).amin(dim=0) @ shares)
+    return float(errors[0] @ shares), float(torch.stack(errors[1:]).amin(dim=0) @ shares)
 
 
 def scalar_slope(levels: Sequence[float], head_dim: int) -> float:

@@ -109,11 +109,9 @@ COLD_DRIFT = 1.01
 """Squared error of keys after five cold generations through bfloat16, over that after one. bfloat16 rounds
 keys five deviations from zero by up to 2^-8 of that, and their mean over a page by far less."""
 SEARCH = 5e-3
-"""Relative, between the distortion of a search by whole numbers and of one by exact angles: sizes are rounded
-to halves of a sixteenth of their spread, which picks the second best of two near equals at times."""
+"""Relative, between the distortion of a choice by tables of whole numbers and of a search by exact angles.
+The size of least error is not quite that of the smallest angle, and errors are rounded to quanta, which picks
+the second best of two near equals at times."""
 SEARCH_GAIN = {2: {64: 0.015, 128: 0.007}, 3: {64: 0.07, 128: 0.038}, 4: {64: 0.148, 128: 0.102}}
-"""Share of the distortion that `codebook.STEPS` takes off a Gaussian vector, by bits and channels; computed
+"""Share of the distortion that `cells.SIZES` takes off a Gaussian vector, by bits and channels; computed
 from 8,192 vectors each in float32 by a script that knows nothing of this package."""
-NEAR_EQUAL_COSINE = 2e-4
-"""Two sets of boundaries whose cosines with a vector are this close are both right to choose: sizes are
-compared in halves, and half a unit in one of 64 channels of 17 units moves a cosine by less."""

@@ -1,14 +1,18 @@
 """The newest token of a sequence into its page, a warp for each token and KV head: nothing passes memory.
 
 Written for decode steps, in which no two tokens share a page. The rotation is that of `hopper_columns.py`;
-levels, scales and bits are those of `encode.py` and `write_planes.py`, a channel at a time.
+levels, scales and bits are those of `cell_sizes.py`, `encode.py` and `write_planes.py`, a channel at a time.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from tq_kernels.cells import NUM_STEPS
+from tq_kernels.device.cell_sizes import STEP
 from tq_kernels.device.hopper_columns import _hadamard
 from tq_kernels.device.hopper_operands import count, let_next_begin, pick, wait_for_launch_before
+
+_NUM_STEPS = gl.constexpr(NUM_STEPS)
 
 
 @gluon.jit
@@ -42,48 +46,40 @@ def _rotated(x, p_signs, o_d, D: gl.constexpr, L_ROW: gl.constexpr):
 
 
 @gluon.jit
-def _indices(size, EDGES: gl.constexpr, LEVELS: gl.constexpr):
-    """Index of the nearest level of every size, and that level in quarters."""
-    index = (size * 0).to(gl.int32)
-    level = index + pick(LEVELS, 0)
-    for i in gl.static_range(count(EDGES)):
-        above = (size >= pick(EDGES, i)).to(gl.int32)
-        index += above
-        level += above * (pick(LEVELS, i + 1) - pick(LEVELS, i))
-    return index, level
+def _step(y, factor):
+    """Steps of sizes, factor being that which brings the end of their range to one."""
+    return gl.inline_asm_elementwise(STEP, "=r,f,f", [y, factor], gl.int32, True, 1) & 0xFF
 
 
 @gluon.jit
-def _encoded(y, D: gl.constexpr, SIDE: gl.constexpr, GAIN: gl.constexpr):
-    """Signs, indices and scale of a vector that is head_dim times too long: the best of all sets of edges.
+def _encoded(y, p_cells, D: gl.constexpr, SIDE: gl.constexpr, GAIN: gl.constexpr):
+    """Signs, indices and scale of a vector that is head_dim times too long, at the cell size of least error.
 
     Its scale is GAIN times as large where the vector is less like its levels than SIDE says.
     """
-    TARGET: gl.constexpr = pick(SIDE, 2)
-    EDGES: gl.constexpr = pick(SIDE, 3)
     LEVELS: gl.constexpr = pick(SIDE, 4)
     norm = _root(gl.sum(y * y, axis=0))
-    z = y * (_inverse(gl.maximum(norm, 1e-30 * D)) * (TARGET * D**0.5))
-    bits = z.to(gl.int32, bitcast=True)
-    size = (bits & 0x7FFFE000).to(gl.float32, bitcast=True)
-    halves = (gl.minimum(size, 127.5) * 2 + 8388608.0).to(gl.int32, bitcast=True) & 0xFF
-    index, level = _indices(size, pick(EDGES, 0), LEVELS)
+    factor = _inverse(gl.maximum(norm, 1e-30 * D)) * pick(SIDE, 2)
+    step = _step(y, gl.zeros_like(y) + factor)
+    word = gl.load(p_cells + step)
+    near = ((word & 0x7FF) ^ 0x400) - 0x400
+    far = ((((word - near) >> 11) & 0x7FF) ^ 0x400) - 0x400
+    both = gl.sum(near + (far << 16), axis=0)
+    near = ((both & 0xFFFF) ^ 0x8000) - 0x8000
+    far = (both - near) >> 16
+    shift = gl.where(far < gl.minimum(near, 0), 28, gl.where(near < 0, 25, 22))
+    index = (word >> shift) & 7
+    level = index * 0 + pick(LEVELS, 0)
+    for i in gl.static_range(1, count(LEVELS)):
+        level = gl.where(index >= i, pick(LEVELS, i), level)
     squares = gl.sum(level * level, axis=0)
-    product = gl.sum(level * halves, axis=0).to(gl.float32)
-    best = _quotient(product * product, squares.to(gl.float32))
-    for i in gl.static_range(1, count(EDGES)):
-        other, level = _indices(size, pick(EDGES, i), LEVELS)
-        other_squares = gl.sum(level * level, axis=0)
-        product = gl.sum(level * halves, axis=0).to(gl.float32)
-        likeness = _quotient(product * product, other_squares.to(gl.float32))
-        index = gl.where(likeness > best, other, index)
-        squares = gl.where(likeness > best, other_squares, squares)
-        best = gl.maximum(likeness, best)
     length = _root(squares.to(gl.float32)) * 0.25
     scale = _quotient(norm * (1.0 / D), gl.maximum(length, 1e-30))
     if GAIN != 1.0:
-        scale = gl.where(best < pick(SIDE, 5), scale * GAIN, scale)
-    return (bits >> 31) & 1, index, _float16(scale)
+        product = gl.sum(level * (2 * step + 1), axis=0).to(gl.float32)
+        likeness = _quotient(product * product, squares.to(gl.float32))
+        scale = gl.where(likeness < pick(SIDE, 3), scale * GAIN, scale)
+    return (y.to(gl.int32, bitcast=True) >> 31) & 1, index, _float16(scale)
 
 
 @gluon.jit
@@ -159,6 +155,7 @@ def append_tokens(
     p_seeds,
     p_balance,
     p_signs,
+    p_cells,
     p_pages,
     p_sink_slots,
     p_sink_keys,
@@ -177,7 +174,8 @@ def append_tokens(
 ):
     """Grid (KV heads, tokens, keys and values), so that neither side waits for the other.
 
-    KEY and VALUE are (code, groups, target, sets of edges, levels in quarters, likeness without gain).
+    KEY and VALUE are (code, groups, what brings the range of sizes to one, likeness without
+    gain, levels in quarters).
     """
     D: gl.constexpr = SHAPE.head_dim
     P: gl.constexpr = SHAPE.page_tokens
@@ -215,7 +213,7 @@ def append_tokens(
                     o_tail = SHAPE.used_bytes // 4 + gl.arange(0, SHAPE.tail_tile, layout=L_TAIL)
                     p_tail = p_section.to(gl.pointer_type(gl.int32)) + o_tail
                     gl.store(p_tail, o_tail * 0, mask=o_tail < SHAPE.section_bytes // 4)
-            sign, index, scale = _encoded(y, D, KEY, 1.0)
+            sign, index, scale = _encoded(y, p_cells, D, KEY, 1.0)
             _store_key(p_section, sign, index, offset, o_d, pick(KEY, 0), pick(KEY, 1), SHAPE)
             gl.store((p_section + SHAPE.key_scales).to(gl.pointer_type(gl.float16)) + offset, scale)
     else:
@@ -226,6 +224,6 @@ def append_tokens(
                 gl.store(p_kept, raw.to(p_sink_values.dtype.element_ty))
         if slot >= 0:
             y = _rotated(raw.to(gl.float32), p_signs, o_d, D, L_ROW)
-            sign, index, scale = _encoded(y, D, VALUE, VALUE_GAIN)
+            sign, index, scale = _encoded(y, p_cells + _NUM_STEPS, D, VALUE, VALUE_GAIN)
             _store_value(p_section, sign, index, offset, o_d, pick(VALUE, 0), pick(VALUE, 1), SHAPE)
             gl.store((p_section + SHAPE.value_scales).to(gl.pointer_type(gl.float16)) + offset, scale)

@@ -8,6 +8,7 @@ numbers are exact, and packs it into the page.
 import triton
 import triton.language as tl
 
+from tq_kernels.cells import NUM_STEPS
 from tq_kernels.device.encode import encode, level_tables, saturated_float16
 from tq_kernels.device.pack import four
 from tq_kernels.device.runs import index_of_rows, look_around, page_of
@@ -23,6 +24,7 @@ from tq_kernels.device.write_planes import (
 )
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+_NUM_STEPS = tl.constexpr(NUM_STEPS)
 
 
 @triton.jit
@@ -127,6 +129,7 @@ def _quantize_tile(
     y,
     i_tile,
     tables,
+    cells,
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
@@ -136,7 +139,9 @@ def _quantize_tile(
     if SHAPE.key_code <= 8:
         if SHAPE.centered:
             y = tl.fma(tl.broadcast_to(b_center.to(tl.float32)[None, :], y.shape), -1.0 * SHAPE.head_dim, y)
-        nibbles, signs, scales = encode(y, tables[0], SHAPE.key_code, False, MODE.search, SHAPE, MODE.ptx)
+        nibbles, signs, scales = encode(
+            y, tables[0], cells[0], SHAPE.key_code, False, MODE.search, SHAPE, MODE.ptx
+        )
         store_key_words(p_section, nibbles, signs, b_offset, m_row, SHAPE, MODE.ptx)
         p_scales = (p_section + SHAPE.key_scales).to(tl.pointer_type(tl.float16))
         tl.store(p_scales + b_offset, scales, mask=m_row)
@@ -145,7 +150,9 @@ def _quantize_tile(
     x = _gather(p_values, b_index, value_stride, value_page_stride, p_sources, MODE.cache_tokens, SHAPE)
     if SHAPE.value_code <= 8:
         y = quad_order(_rotate(x, b_rotation, MODE.value_parts), SHAPE)
-        nibbles, signs, scales = encode(y, tables[1], SHAPE.value_code, True, MODE.search, SHAPE, MODE.ptx)
+        nibbles, signs, scales = encode(
+            y, tables[1], cells[1], SHAPE.value_code, True, MODE.search, SHAPE, MODE.ptx
+        )
         if SHAPE.value_code == 8:
             store_value_bytes(p_section, nibbles, b_offset, m_row, SHAPE)
         else:
@@ -178,6 +185,7 @@ def _quantize_run(
     page,
     b_offset,
     facts,
+    cells,
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
@@ -271,6 +279,7 @@ def _quantize_run(
                 y,
                 i_tile,
                 tables,
+                cells,
                 SHAPE,
                 MODE,
             )
@@ -296,6 +305,7 @@ def quantize_runs(
     p_seeds,
     p_balance,
     p_rotation,
+    p_cells,
     p_pages,
     p_sink_slots,
     p_sink_keys,
@@ -332,6 +342,10 @@ def quantize_runs(
     if SHAPE.key_code <= 8 or SHAPE.value_code <= 8:
         o_side = tl.arange(0, SHAPE.tile_dim)
         b_rotation = tl.load(p_rotation + o_side[:, None] * SHAPE.tile_dim + o_side[None, :])
+    cells = (0, 0)
+    if MODE.search:
+        o_step = tl.arange(0, _NUM_STEPS)
+        cells = (tl.load(p_cells + o_step), tl.load(p_cells + _NUM_STEPS + o_step))
     for i_window in range(MODE.windows):
         o_token = (tl.program_id(1) * MODE.windows + i_window) * WINDOW + tl.arange(0, WINDOW)
         m_token = o_token < num_tokens
@@ -372,6 +386,7 @@ def quantize_runs(
                     page,
                     b_offset,
                     facts,
+                    cells,
                     SHAPE,
                     MODE,
                 )
