@@ -146,7 +146,15 @@ def _decode(
     )
 
 
-def _convert(op: str, preset: str, batch: int, context: int, against: tuple[str, ...]) -> Case:
+def _convert(
+    op: str,
+    preset: str,
+    batch: int,
+    context: int,
+    against: tuple[str, ...],
+    head_dim: int = 128,
+    page_tokens: int = 128,
+) -> Case:
     return Case(
         op=op,
         preset=preset,
@@ -154,7 +162,8 @@ def _convert(op: str, preset: str, batch: int, context: int, against: tuple[str,
         context=context,
         q_heads=0,
         kv_heads=8,
-        head_dim=128,
+        head_dim=head_dim,
+        page_tokens=page_tokens,
         against=against,
     )
 
@@ -176,6 +185,8 @@ def _all_cases() -> Iterator[Case]:
         yield _convert("quantize", preset, 1, 32768, ("copy", "peers") if preset == "tq4" else ("copy",))
         yield _convert("append", preset, 64, 8192, ("launch",))
         yield _convert("dequantize", preset, 1, 32768, ("copy",))
+    for head_dim, page_tokens in ((128, 64), (64, 128), (64, 64)):  # engines have pages of 64 tokens
+        yield _convert("quantize", "tq4", 1, 32768, ("copy",), head_dim, page_tokens)
     for new_tokens in (8192, 2048, 512, 64):
         yield Case(
             op="extend",
@@ -277,7 +288,7 @@ BARS = (
     ),
     Bar(
         title="quantize tq4, 32k tokens, share of copy traffic",
-        only=("quantize/tq4/*",),
+        only=("quantize/tq4/*/0q8kv128d/*",),
         measure="roofline",
         reach=0.70,
         baselines=("copy",),

@@ -15,6 +15,7 @@ from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import page_shape
 from tq_kernels.dequantize_plan import plan_dequantize
 from tq_kernels.layout import PageLayout
+from tq_kernels.quantize import hopper_packs
 from tq_kernels.quantize_plan import plan_quantize
 
 _ALIGNMENT = 16
@@ -110,9 +111,27 @@ def quantize_layers(
                 key_balance=None if key_balance is None else key_balance[number],
             )
         return
+    keys, values = cache.keys[0], cache.values[0]
+    if hopper_packs(layout, keys, values, key_balance):
+        from tq_kernels.hopper_launch_quantize import (
+            launch_windows,
+        )  # Gluon is a part of some Triton releases
+
+        launch_windows(
+            keys,
+            values,
+            slot_mapping,
+            pages,
+            layout,
+            seed_pages=None,
+            key_balance=key_balance,
+            sinks=(None, None, None),
+            layers=cache.offsets,
+            source_slots=source_slots,
+        )
+        return
     from tq_kernels._launch_quantize import launch_quantize  # Triton is imported where it is used
 
-    keys, values = cache.keys[0], cache.values[0]
     is_wide = keys.dtype is torch.float32 or key_balance is not None
     launch_quantize(
         plan_quantize(num_tokens, page_shape(layout), wide=is_wide, whole=True),

@@ -8,7 +8,7 @@ PyTorch.
 
 import torch
 
-from tq_kernels import reference_slots
+from tq_kernels import hopper_quantize, reference_slots
 from tq_kernels._dispatch import takes_kernel
 from tq_kernels._guards import FLOATS, check_pages, check_tensor
 from tq_kernels._page_shape import page_shape
@@ -22,6 +22,17 @@ def hopper_appends(device: torch.device, layout: PageLayout) -> bool:
     """Whether tokens that share no page have a kernel of their own on a device."""
     coded = layout.spec.key.rotated and layout.spec.key in LEVELS
     return coded and takes_kernel(device) and choose_variant(machine_of(device), layout) == "hopper"
+
+
+def hopper_packs(
+    layout: PageLayout, keys: torch.Tensor, values: torch.Tensor, key_balance: torch.Tensor | None
+) -> bool:
+    """Whether many such tokens have a kernel of their own where they are."""
+    return (
+        hopper_quantize.serves(layout, keys, values, balanced=key_balance is not None)
+        and takes_kernel(keys.device)
+        and choose_variant(machine_of(keys.device), layout) == "hopper"
+    )
 
 
 def quantize_slots(
@@ -89,7 +100,8 @@ def quantize_slots(
         return
     wide = keys.dtype is torch.float32 or key_balance is not None
     hopper = one_per_page and hopper_appends(pages.device, layout)
-    plan = plan_quantize(num_tokens, shape, wide=wide, hopper=hopper)
+    many = hopper_packs(layout, keys, values, key_balance)
+    plan = plan_quantize(num_tokens, shape, wide=wide, hopper=hopper, hopper_pages=many)
     if not takes_kernel(pages.device):
         reference_slots.quantize_slots(
             keys,
@@ -109,6 +121,20 @@ def quantize_slots(
         from tq_kernels.hopper_launch import launch_append  # Gluon is a part of some Triton releases only
 
         launch_append(
+            keys,
+            values,
+            slot_mapping,
+            pages,
+            layout,
+            seed_pages=seed_pages,
+            key_balance=key_balance,
+            sinks=sinks,
+        )
+        return
+    if plan.variant == "hopper_pages":
+        from tq_kernels.hopper_launch_quantize import launch_windows  # Gluon again
+
+        launch_windows(
             keys,
             values,
             slot_mapping,

@@ -27,7 +27,7 @@ class LaunchPlan:
 
     Args:
         variant: ``"append"`` for few tokens, ``"pages"`` for many, ``"hopper"`` for tokens of as many pages
-            on such a machine.
+            on such a machine, ``"hopper_pages"`` for many there.
         programs: Programs a KV head.
         windows: Windows a program looks at, one after the other.
         window: Tokens in a window, each of which may lead a run.
@@ -49,7 +49,13 @@ class LaunchPlan:
 
 
 def plan_quantize(
-    num_tokens: int, shape: PageShape, *, wide: bool = False, hopper: bool = False, whole: bool = False
+    num_tokens: int,
+    shape: PageShape,
+    *,
+    wide: bool = False,
+    hopper: bool = False,
+    hopper_pages: bool = False,
+    whole: bool = False,
 ) -> LaunchPlan:
     """The plan for a number of tokens.
 
@@ -58,6 +64,7 @@ def plan_quantize(
         shape: Of the pages.
         wide: Whether rows are float32 before they are rotated, by their dtype or by a balance.
         hopper: Whether a warp may take a token, as `quantize.hopper_appends` says.
+        hopper_pages: Whether many tokens have a kernel of their own, as `quantize.hopper_packs` says.
         whole: Whether these are chunks, however short: what is saved once may take its time.
     """
     if hopper and num_tokens <= _LARGEST_APPEND:
@@ -83,6 +90,17 @@ def plan_quantize(
             num_warps=8 if is_broad else _APPEND_WARPS,
             search=False,
             max_registers=max_registers,
+        )
+    if hopper_pages:
+        return LaunchPlan(
+            variant="hopper_pages",
+            programs=-(-num_tokens // shape.page_tokens),
+            windows=1,
+            window=shape.page_tokens,
+            rows=shape.page_tokens,
+            num_warps=shape.page_tokens // _SMALLEST_ROWS,
+            search=True,
+            max_registers=None,
         )
     rows = _SMALLEST_ROWS if wide and is_broad else shape.page_tokens
     window = min(_WINDOW, shape.page_tokens)

@@ -14,11 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_for
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from tq_kernels import PageLayout, hopper, preset
+from tq_kernels import PageLayout, hopper, hopper_quantize, preset
 from tq_kernels._page_shape import page_shape
 from tq_kernels.device.hopper_append import append_tokens
 from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
+from tq_kernels.device.hopper_quantize import quantize_windows
 from tq_kernels.hopper_launch import append_constants
 
 SPLITS = [
@@ -31,12 +32,30 @@ SPLITS = [
     ("tq4", 256, 128, 1, 4),
 ]
 APPENDS = [("tq4", 128), ("tq3", 64), ("k3v2", 256)]
+QUANTIZES = [
+    (64, 64, "step"),
+    (64, 128, "step"),
+    (128, 64, "step"),
+    (128, 128, "step"),
+    (64, 128, "balanced"),
+    (128, 128, "layers"),
+]
+LEFT_OUT = {
+    "step": ("p_balance", "p_sources", "p_key_layers", "p_value_layers"),
+    "balanced": ("p_sources", "p_key_layers", "p_value_layers"),
+    "layers": ("p_balance", "p_seeds", "p_sink_slots", "p_sink_keys", "p_sink_values"),
+}
+"""Arguments that a launch of many tokens has none of."""
 HEAD_DIMS = [64, 128, 256]
 POINTERS = {
     "p_query": "*bf16",
     "p_keys": "*bf16",
     "p_values": "*bf16",
     "p_slots": "*i64",
+    "p_sources": "*i64",
+    "p_key_layers": "*i64",
+    "p_value_layers": "*i64",
+    "p_rotation": "*bf16",
     "p_seeds": "*i32",
     "p_sink_slots": "*i32",
     "p_pages": "*u8",
@@ -107,6 +126,14 @@ def _append(name: str, head_dim: int) -> dict[str, object]:
     return _report(f"append {name} {head_dim}", append_tokens, fixed, POINTERS, num_warps=1)
 
 
+def _quantize(page_tokens: int, head_dim: int, kind: str) -> dict[str, object]:
+    """Many tokens into their pages."""
+    layout = PageLayout(spec=preset("tq4"), head_dim=head_dim, num_kv_heads=8, page_tokens=page_tokens)
+    fixed = hopper_quantize.constants(layout, 16 if kind == "layers" else 0) | dict.fromkeys(LEFT_OUT[kind])
+    case, limit = f"quantize {page_tokens} {head_dim} {kind}", hopper_quantize.max_registers(layout)
+    return _report(case, quantize_windows, fixed, POINTERS, num_warps=page_tokens // 16, max_registers=limit)
+
+
 def _report(
     case: str,
     function: Any,
@@ -124,7 +151,8 @@ def _report(
         return types.get(argument, "i64" if argument in STRIDES else "i32")
 
     signature = {argument: kind(argument) for argument in function.arg_names}
-    aligned = [name for name, of in signature.items() if of.startswith("*") or name in STRIDES[1:]]
+    strides = [name for name in signature if name.endswith("_stride") and name != "table_stride"]
+    aligned = [name for name, of in signature.items() if of.startswith("*") or name in strides]
     attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(function, signature, fixed, attributes)
     options = {"num_warps": num_warps, "maxnreg": max_registers}
@@ -140,7 +168,7 @@ def _report(
         "case": case,
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
-        "shared_bytes": usage["SHARED"],
+        "shared_bytes": usage["SHARED"] + kernel.metadata.shared,
         **{each: counts[each] for each in COUNTED},
         "LDG.128": len(re.findall(r"LDG\.E\.128", sass)),
     }
@@ -153,5 +181,7 @@ def _dump(what: str, path: str) -> str:
 
 if __name__ == "__main__":
     columns = [each for head_dim in HEAD_DIMS for each in _columns(head_dim)]
-    for report in [*(_split(*case) for case in SPLITS), *columns, *(_append(*case) for case in APPENDS)]:
+    appends = [_append(*case) for case in APPENDS]
+    quantizes = [_quantize(*case) for case in QUANTIZES]
+    for report in [*(_split(*case) for case in SPLITS), *columns, *appends, *quantizes]:
         sys.stdout.write(json.dumps(report) + "\n")

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from tq_kernels import PRESETS, PageLayout, hopper, preset
+from tq_kernels import PRESETS, PageLayout, hopper, hopper_quantize, preset
 from tq_kernels.decode_plan import DecodePlan, Machine, plan_decode
 from tq_kernels.device.hopper_operands import share_start
 from tq_kernels.layout import WORD_FORMATS
 
 CODED = [name for name in PRESETS if name not in ("fp8", "raw")]
 COMPILE = Path(__file__).parent / "compile_hopper.py"
+REGISTERS, SHARED_BYTES = 1 << 16, 228 << 10
+"""Of a multiprocessor."""
 
 
 def _layout(name: str, head_dim: int = 128, page_tokens: int = 128) -> PageLayout:
@@ -83,6 +85,37 @@ def test_a_token_is_appended_within_a_warp(compiled: dict[str, dict[str, int]], 
     assert found["shared_bytes"] == found["LDS"] == found["STS"] == found["BAR"] == 0
     assert found["SHFL"] >= 2 * 2 * 5 * int(case.split()[-1]) // 32
     assert found["registers"] <= 128
+
+
+@pytest.mark.parametrize(
+    ("page_tokens", "head_dim", "kind", "programs", "stack_bytes"),
+    [
+        (64, 64, "step", 5, 0),
+        (64, 128, "step", 3, 0),
+        (128, 64, "step", 2, 0),
+        (128, 128, "step", 2, 64),
+        (64, 128, "balanced", 3, 16),
+        (128, 128, "layers", 2, 64),
+    ],
+)
+def test_programs_that_quantize_share_a_multiprocessor(
+    compiled: dict[str, dict[str, int]],
+    page_tokens: int,
+    head_dim: int,
+    kind: str,
+    programs: int,
+    stack_bytes: int,
+) -> None:
+    found, layout = (
+        compiled[f"quantize {page_tokens} {head_dim} {kind}"],
+        _layout("tq4", head_dim, page_tokens),
+    )
+
+    assert hopper_quantize.programs_per_processor(layout) == programs
+    assert found["registers"] * 2 * page_tokens * programs <= REGISTERS
+    assert found["shared_bytes"] * programs <= SHARED_BYTES
+    assert found["stack_bytes"] <= stack_bytes
+    assert found["BAR"] <= 4
 
 
 @pytest.mark.parametrize("name", CODED)

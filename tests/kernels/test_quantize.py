@@ -565,9 +565,10 @@ def test_plans_depend_on_the_number_of_tokens_and_the_shape_alone() -> None:
 def _launched_plan(
     layout: PageLayout, dtype: torch.dtype, device: torch.device, patch: pytest.MonkeyPatch, *, balanced: bool
 ) -> LaunchPlan:
-    """The plan with which many tokens to skip are launched."""
+    """The plan with which many tokens to skip are launched, on Hopper as elsewhere."""
     plans: list[LaunchPlan] = []
     patch.setattr(quantize, "takes_kernel", lambda _: True)
+    patch.setattr(quantize, "hopper_packs", lambda *_: False)
     patch.setattr(_launch_quantize, "launch_quantize", lambda plan, *_, **__: plans.append(plan))
     shape = (layout.num_kv_heads, layout.head_dim)
     tokens = torch.zeros(SMALLEST_PAGES_LAUNCH, *shape, dtype=dtype, device=device)

@@ -17,6 +17,7 @@ launched = {
     "extend": ["attend_prefix", "attend_raw"],
     "hopper_columns": ["prepare_columns", "merge_columns"],
     "hopper_decode": ["attend_split"],
+    "hopper_quantize": ["quantize_windows"],
     "merge": ["merge_splits"],
     "prepare_query": ["prepare_query"],
     "quantize": ["quantize_runs"],

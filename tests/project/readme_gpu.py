@@ -18,6 +18,8 @@ _SHAPES = ((32, 32768), (64, 8192), (32, 8192), (8, 8192), (1, 131072))
 _PRESET_SHAPES = ((32, 8192), (32, 32768))
 _OPS = ("quantize", "append", "dequantize", "extend")
 _PEER_SHAPES = ((32, 8192), (1, 131072))
+_HEAD_DIM, _PAGE_TOKENS = 128, 128
+"""Of rows that say neither."""
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -78,6 +80,10 @@ def _others(rows: Sequence[Row]) -> str:
                     size = f"{row['new_tokens']} over {row['context']:,}"
                 elif op == "append":
                     size = f"{row['batch']} x 1"
+                if row["head_dim"] != _HEAD_DIM:
+                    size += f", d = {row['head_dim']}"
+                if row.get("page_tokens", _PAGE_TOKENS) != _PAGE_TOKENS:
+                    size += f", {row['page_tokens']}-token pages"
                 body.append(
                     f"| {op} | {size} | {row['median_us']:,.1f} us | {row['roofline']:.0%} "
                     f"| {row['baseline']}: {_us(row)} | {_times(row)} |"

@@ -89,7 +89,7 @@ def test_the_registry_lists_every_row_of_the_bar():
     assert {f"decode/{preset}/8x8192/{LLAMA}" for preset in QUANTIZED} <= limits
     for title in ("decode tq4 over stock", "decode tq4 over turbo-attn", "decode tq4 over vLLM's SoA"):
         assert names(title) == {f"decode/tq4/{s}/{LLAMA}" for s in ("32x8192", "1x131072")}
-    assert names("quantize tq4, 32k") == {"quantize/tq4/1x32768/0q8kv128d/p128"}
+    assert names("quantize tq4, 32k") == {f"quantize/tq4/1x32768/0q8kv128d/p{p}" for p in (64, 128)}
     assert names("quantize tq4, one token") == {"append/tq4/64x8192/0q8kv128d/p128"}
     assert names("dequantize tq4") == {"dequantize/tq4/1x32768/0q8kv128d/p128"}
     assert names("extend tq4, 512") == {f"extend/tq4/1x32768+512/{LLAMA}"}
@@ -114,7 +114,7 @@ def test_cases_that_share_pages_follow_each_other():
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("decode/tq4/8x8192/", 1), ("append/*", 4), ("extend", 4), ("quantize/tq4", 1), ("nothing", 0)],
+    [("decode/tq4/8x8192/", 1), ("append/*", 4), ("extend", 4), ("quantize/tq3", 1), ("nothing", 0)],
 )
 def test_a_pattern_is_a_glob_or_begins_a_part_of_a_name(pattern, count):
     assert len(selected([pattern])) == count

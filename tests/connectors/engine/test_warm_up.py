@@ -12,7 +12,9 @@ from tq_connectors.engine.inflate import Inflater
 from tq_connectors.engine.layouts import layout_for
 from tq_connectors.engine.short_chunks import ROWS
 from tq_connectors.engine.warm_up import compile_kernels
+from tq_kernels._page_shape import page_shape
 from tq_kernels.decode_plan import MAX_ROWS, Machine, plan_decode
+from tq_kernels.quantize_plan import plan_quantize
 
 LAYOUT = layout_for("tq4", head_dim=64, num_kv_heads=1)
 CPU = torch.device("cpu")
@@ -83,6 +85,14 @@ def test_every_way_of_attending_is_tried(
     assert torch.equal(torch.get_rng_state(), state)
     for side, before in zip(sinks, kept, strict=True):
         assert side is before or torch.equal(side, before)
+
+
+def test_kernels_of_many_tokens_and_of_few_are_tried() -> None:
+    for hopper in (False, True):
+        plans = [
+            plan_quantize(count, page_shape(LAYOUT), hopper_pages=hopper) for count in warm_up._WRITTEN_TOKENS
+        ]
+        assert [plan.variant for plan in plans] == ["hopper_pages" if hopper else "pages", "append"]
 
 
 def test_a_layer_of_every_window_and_cap_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
