@@ -43,9 +43,9 @@ TESTS = {
     "decode": "test_*decode*.py",
     "verify": "test_*decode*.py",
     "extend": "test_*extend*.py",
-    "quantize": "test_quantize*.py",
-    "append": "test_quantize*.py",
-    "dequantize": "test_dequantize*.py",
+    "quantize": "test_*quantize*.py",
+    "append": "test_*quantize*.py",
+    "dequantize": "test_*quantize*.py",
 }
 """Files of `tests/kernels` that must be green before an op is timed."""
 

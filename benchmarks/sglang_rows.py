@@ -69,15 +69,19 @@ def measure(
     order = torch.randperm(tokens // PAGE, generator=torch.Generator().manual_seed(2))
     on_device = ((order + 1)[:, None] * PAGE + torch.arange(PAGE)).flatten()
     on_host = torch.arange(tokens)
+    # as its controller does: SGLang's own kernel for saving pages wants host places on the host
+    places = on_host
     if way == "kernel":
         on_device, on_host = on_device.to(device), on_host.to(device)
+        if not (layout == "page_first" and host.can_use_write_back_jit):
+            places = on_host
 
     def load() -> None:
         for layer in range(pool.layer_num):
             host.load_to_device_per_layer(pool, on_host, on_device, layer, way)
 
     def backup() -> None:
-        host.backup_from_device_all_layer(pool, on_host, on_device, way)
+        host.backup_from_device_all_layer(pool, places, on_device, way)
 
     moved = tokens * row_bytes * layers
     speeds = {
