@@ -1,9 +1,9 @@
 """How fast SGLang's host tier moves rows of other sizes than its kernels were made for. SGLang 0.5.17, a GPU.
 
 `python -m benchmarks.sglang_rows` copies pages of 64 tokens between a device pool and a host pool of SGLang
-by its own functions, and prints one JSON line for every row size, layout and way of copying. Rows of a
-multiple of 128 bytes take the kernel that SGLang compiles, others the one that it ships. `tq4` has rows of
-1,088 bytes (8 KV heads of 128 channels); 1,152 is what they would be if they were padded.
+by its own functions, and prints one JSON line for every row size, layout and way of copying that it takes.
+Rows of a multiple of 128 bytes take the kernel that SGLang compiles, others the one that it ships. `tq4` has
+rows of 1,088 bytes (8 KV heads of 128 channels); 1,152 is what they would be if they were padded.
 """
 
 import argparse
@@ -111,9 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if way not in parsed.ways:
                 continue
             row = {"rows": name, "row_bytes": row_bytes, "layout": layout, "way": way}
-            speeds = measure(
-                row_bytes, layout, way, tokens=parsed.tokens, layers=parsed.layers, repeats=parsed.repeats
-            )
+            try:
+                speeds = measure(
+                    row_bytes, layout, way, tokens=parsed.tokens, layers=parsed.layers, repeats=parsed.repeats
+                )
+            except RuntimeError as refused:  # of a way that SGLang's kernels do not take on this device
+                print(f"{name}, {layout}, {way}: {str(refused).splitlines()[0]}", file=sys.stderr)
+                continue
             print(json.dumps(row | speeds | about), flush=True)
     return 0
 
