@@ -22,6 +22,7 @@ from tq_connectors.sglang.hicache_settings import read_settings
 from tq_connectors.sglang.host_pages import HostPages, read_host_pool
 from tq_connectors.sglang.page_setup import open_page_store
 from tq_connectors.sglang.page_store import PageStore
+from tq_connectors.sglang.rests import Rests
 from tq_store.client import StoreClient
 from tq_store.errors import ConfigError
 
@@ -73,6 +74,7 @@ class TQHiCacheStorage(HiCacheStorage):
             raise ConfigError("the store takes whole pages; context parallelism cuts them between ranks")
         self._client = StoreClient(config=connection)
         self._metrics = StorageMetrics()
+        self.rests = Rests()
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Take SGLang's host pool.

@@ -197,11 +197,23 @@ def page_hashes(key: RadixKey) -> list[str]:
 
 def test_the_scheduler_rests_while_pages_of_ours_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(rests.time, "sleep", slept.append)
+    now_s = [0.0]
+    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: now_s[0])
+    monkeypatch.setattr(rests, "time", clock)
     ours, other = object.__new__(TQHiCacheStorage), object()
-    for storage, on_their_way in ((ours, {}), (other, {"request": 1}), (ours, {"request": 1})):
+    ours.rests = rests.Rests()
+
+    def round_of(seconds: float, storage: object, on_their_way: dict[str, int]) -> None:
+        now_s[0] += seconds
         controller = SimpleNamespace(storage_backend=storage)
-        cache = SimpleNamespace(ongoing_prefetch=on_their_way, cache_controller=controller)
-        rests.rest_for_loads(None, cache)
+        rests.rest_for_loads(
+            None, SimpleNamespace(ongoing_prefetch=on_their_way, cache_controller=controller)
+        )
+
+    round_of(5.0, ours, {})
+    round_of(5.0, other, {"request": 1})
     rests.rest_for_loads(None, SimpleNamespace())
-    assert slept == [rests.REST_S]
+    assert not slept
+    for seconds in (5.0, 0.0002, 0.003, 0.0002):  # a decode step takes milliseconds
+        round_of(seconds, ours, {"request": 1})
+    assert slept == [rests.REST_S, rests.IDLE_REST_S, rests.REST_S, rests.IDLE_REST_S]
