@@ -296,6 +296,20 @@ def test_a_pool_lends_no_more_than_eight_and_rests_after_a_refusal(
     pool.close()
 
 
+def test_a_pool_has_sixteen_at_most_with_those_that_come_back_later(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path)
+    with running_server(local_socket=tmp_path / "s"):
+        taken = [segment for _ in range(17) if (segment := pool.take(WAIT_S)) is not None]
+        assert len(taken) == 16
+        pool.put_back(taken.pop(), is_sound=True)
+        pool.put_back(taken.pop(), is_sound=False)
+        taken += [segment for _ in range(3) if (segment := pool.take(WAIT_S)) is not None]
+        assert len(taken) == 16
+        for segment in taken:
+            pool.put_back(segment, is_sound=True)
+    pool.close()
+
+
 @pytest.mark.parametrize(
     ("address", "num_bytes"), [("127.0.0.1:7437", BYTES), ("unix:/nowhere/s", BYTES), ("unix:/nowhere/s", 0)]
 )

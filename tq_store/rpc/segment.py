@@ -25,6 +25,7 @@ _LEAST_S = 0.001
 """A timeout of 0 would mean not to wait for a socket at all."""
 _REST_S = 5.0
 _MOST_TRANSFERS = 8
+_MOST_SEGMENTS = 2 * _MOST_TRANSFERS
 _MOST_PIECES = os.sysconf("SC_IOV_MAX")
 """Places that one system call copies from or to."""
 _SEALS = ("F_SEAL_GROW", "F_SEAL_SHRINK", "F_SEAL_SEAL")
@@ -133,9 +134,9 @@ class Segment:
 class SegmentPool:
     """Segments for the threads of one client, made when they are needed, for at most eight transfers.
 
-    A transfer may have a second one, so that the server fills it while the first is read. Where there are
-    none to be had, their user goes the ordinary way. A server that gave none is asked again after five
-    seconds.
+    A transfer may have a second one, so that the server fills it while the first is read. There are at most
+    sixteen, those counted that the server may still write for a transfer that has left. Where there are none
+    to be had, their user goes the ordinary way. A server that gave none is asked again after five seconds.
 
     Args:
         address: ``unix:path``, or any other address, which has none.
@@ -150,6 +151,7 @@ class SegmentPool:
         self._lock = threading.Lock()
         self._idle: list[Segment] = []
         self._num_transfers = 0
+        self._num_taken = 0
         self._rests_until = 0.0
         self._is_closed = False
 
@@ -203,21 +205,25 @@ class SegmentPool:
             while self._idle:
                 segment = self._idle.pop()
                 if segment.is_alive:
+                    self._num_taken += 1
                     return segment
                 segment.close()  # of a server that has ended
-            if time.monotonic() < self._rests_until:
+            if self._num_taken >= _MOST_SEGMENTS or time.monotonic() < self._rests_until:
                 return None
+            self._num_taken += 1
         try:
             timeout_s = min(_OPEN_TIMEOUT_S, timeout_s / 2)
             return Segment(self._path, self._segment_bytes, timeout_s=timeout_s)
         except OSError:
             with self._lock:
+                self._num_taken -= 1
                 self._rests_until = time.monotonic() + _REST_S
             return None
 
     def put_back(self, segment: Segment, *, is_sound: bool) -> None:
         """Take a segment back; one that the server may still write is none that is sound, and given up."""
         with self._lock:
+            self._num_taken -= 1
             is_kept = is_sound and not self._is_closed
             if is_kept:
                 self._idle.append(segment)
