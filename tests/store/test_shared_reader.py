@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store.running_server import WAIT_S, running_server, wait_until
@@ -13,8 +14,9 @@ from store.test_placed import FILLED, MISSING, got, holds, places_for
 from store.test_shared import MIB, Calls, client_at
 
 from tq_store.client import StoreClient
-from tq_store.errors import RpcError, RpcTimeout
+from tq_store.errors import RpcError, RpcOverLimit, RpcTimeout
 from tq_store.rpc import shared_reader
+from tq_store.rpc.connection import Connection, Pending
 from tq_store.rpc.segment import Segment
 from tq_store.server.segments import Segment as ServerSegment
 
@@ -173,6 +175,48 @@ def test_a_call_that_cannot_be_made_gives_its_segment_up(client: StoreClient) ->
     with pytest.raises(RpcError, match="closed channel"):
         got(client, [places_for(blocks)])
     assert idle(client) == []
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_server_that_takes_one_call_at_once_is_asked_for_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    blocks = sample_blocks(6, BLOCK_BYTES)
+    pending: list[Any] = []
+    start, write = Connection.start, ServerSegment.write
+
+    def noting(*arguments: Any, **named: Any) -> Any:
+        pending.append(start(*arguments, **named))
+        return pending[-1]
+
+    async def held(*arguments: Any) -> None:
+        while len(pending) < 2 or (at_once == 1 and not pending[1]._call.done()):
+            await asyncio.sleep(0.001)
+        await write(*arguments)
+
+    with running_server(local_socket=path, max_concurrent_calls=at_once), client_at(path) as client:
+        client.put(blocks)
+        monkeypatch.setattr(Connection, "start", noting)
+        monkeypatch.setattr(ServerSegment, "write", held)
+        places = places_for(blocks)
+        assert got(client, [places]) == [[FILLED] * 6]
+        assert all(map(holds, places, blocks))
+        assert client.counters["failed_calls"] == 2 - at_once
+        assert len(idle(client)) == at_once
+
+
+def test_a_server_that_takes_no_call_is_asked_no_more(client: StoreClient) -> None:
+    blocks = sample_blocks(6, BLOCK_BYTES)
+    client.put(blocks)
+
+    def refuse(_: Any) -> None:
+        raise RpcOverLimit("no more")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pending, "answer", refuse)
+        with pytest.raises(RpcOverLimit):
+            got(client, [places_for(blocks)])
+    assert got(client, [places_for(blocks)]) == [[FILLED] * 6]
 
 
 def test_many_threads_ask_ahead(client: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
 
@@ -41,6 +41,7 @@ class SharedReader:
         self._answers: deque[_Answer] = deque()
         self._transfer = ExitStack()
         self._is_let_in = False
+        self._calls_at_once = _CALLS_AT_ONCE
 
     def __enter__(self) -> "SharedReader":
         self._is_let_in = self._transfer.enter_context(self._segments.transfer())
@@ -72,7 +73,13 @@ class SharedReader:
         try:
             while done < len(blocks):
                 answer = self._next_answer(blocks[done].num_bytes)
-                num_left = answer.wait() if answer is not None else 0
+                try:
+                    num_left = answer.wait() if answer is not None else 0
+                except RpcOverLimit:
+                    if self._calls_at_once == 1:
+                        raise
+                    self._ask_alone()  # the server may have refused it for the call beside it
+                    continue
                 if answer is None or not num_left:
                     self.close()  # no shared memory, or the next block is larger than the segment
                     return
@@ -96,7 +103,7 @@ class SharedReader:
             self._answers.popleft().give_back(self._segments)
         if self._answers and self._answers[0].start + self._answers[0].num_used != self._position:
             self._leave_all()  # the answer before was shorter than expected
-        while self._is_let_in and len(self._answers) < _CALLS_AT_ONCE:
+        while self._is_let_in and len(self._answers) < self._calls_at_once:
             start = self._answers[-1].end if self._answers else self._position
             if start == len(self._keys):
                 break
@@ -117,6 +124,15 @@ class SharedReader:
         parse = partial(convert.parse_shared_sizes, num_keys=len(keys), segment_bytes=segment.num_bytes)
         request = convert.pack_shared_get(segment.handle, keys)
         return self._connection.start("GetShared", request, parse, timeout_s=self._attempts.remaining_s)
+
+    def _ask_alone(self) -> None:
+        """After the next answer was refused: have one call at a time from here on, and none under way."""
+        self._calls_at_once = 1
+        self._answers.popleft().give_back(self._segments)
+        for answer in self._answers:
+            with suppress(RpcError):
+                answer.wait()
+        self._leave_all()
 
     def _leave_all(self) -> None:
         while self._answers:
