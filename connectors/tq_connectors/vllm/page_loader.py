@@ -56,14 +56,14 @@ class PageLoader:
             ready: No block is written before.
             late_at: When nothing more is asked for, by the monotonic clock.
         """
-        size = min(len(self._trays[0]), -(-len(pages) // self._load_threads))
+        size = max(1, min(len(self._trays[0]), -(-len(pages) // self._load_threads)))
         parts, free, loaded = deque(parts_of(pages, size)), list(self._trays), 0
         on_way: deque[tuple[Sequence[PageMove], torch.Tensor, Future[int]]] = deque()
         try:
             while parts or on_way:
                 while parts and free and time.monotonic() < late_at:
                     part, tray = parts.popleft(), free.pop()
-                    on_way.append((part, tray, self._threads.submit(self._fetch, part, tray)))
+                    on_way.append((part, tray, self._threads.submit(self._fetch, part, tray, late_at)))
                 if not on_way:
                     break
                 part, tray, fetched = on_way.popleft()
@@ -90,9 +90,11 @@ class PageLoader:
         self._threads.shutdown(wait=True, cancel_futures=True)
         self.mover.close()
 
-    def _fetch(self, pages: Sequence[PageMove], tray: torch.Tensor) -> int:
-        """Fill a tray with the leading pages that come; how many."""
+    def _fetch(self, pages: Sequence[PageMove], tray: torch.Tensor, late_at: float) -> int:
+        """Fill a tray with the leading pages that come; how many. One whose turn is late asks for none."""
         count = 0
+        if time.monotonic() >= late_at:
+            return count
         for found in self._cache.load([page.key for page in pages]):
             tray[count].numpy()[...] = np.frombuffer(found, np.uint8)  # without the interpreter's lock
             count += 1

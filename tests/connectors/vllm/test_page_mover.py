@@ -261,6 +261,27 @@ def test_a_load_whose_turn_comes_late_asks_for_nothing(client, monkeypatch):
     rank.mover.close()
 
 
+def test_parts_of_a_load_whose_turn_comes_late_ask_for_nothing(client, monkeypatch):
+    rank, gate = Rank(client, host_pages=2, load_threads=1, load_timeout_s=0.2), threading.Event()
+    save(rank, {1: 3, 2: 4})
+    asked = gated(monkeypatch, rank, {1: gate})
+    rank.mover.start(moves_of("r", {1: 8, 2: 9}))
+    late_at = time.monotonic() + 0.2
+    wait_until(lambda: time.monotonic() > late_at)
+    gate.set()
+    assert rank.finished(lambda found: found[1])[1:] == ({"r"}, {9})
+    assert asked == [[key(1)]]
+    rank.mover.close()
+
+
+def test_a_load_of_no_pages_ends(client, caplog):
+    rank = Rank(client)
+    rank.mover.start(moves_of("r", {}))
+    assert rank.finished(lambda found: found[1]) == (set(), {"r"}, set())
+    assert not caplog.records
+    rank.mover.close()
+
+
 def test_after_the_end_loads_fill_nothing_and_saves_are_dropped(client):
     rank = Rank(client)
     rank.mover.close()
