@@ -141,7 +141,10 @@ def _alone_ms(num_bytes: int, gbit: float) -> float:
         started = time.perf_counter()
         sender.start()
         while num_bytes > 0:
-            num_bytes -= near.recv_into(buffer)
+            received = near.recv_into(buffer)
+            if not received:
+                raise BenchmarkError("the link was cut")
+            num_bytes -= received
         sender.join()
         return (time.perf_counter() - started) * 1e3
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from project.planning_page import PAGE, current
 
-from benchmarks import store_plan
+from benchmarks import store_plan, vllm_rows
 from benchmarks.shaped_link import ShapedProxy, TokenBucket, in_shaped_namespace, shaped_process
 from benchmarks.store_blocks import bench_block
-from benchmarks.store_processes import TqStore, free_port
+from benchmarks.store_processes import BenchmarkError, TqStore, free_port
 from tq_store.client import StoreClient
 from tq_store.config import ClientConfig
 
@@ -147,6 +147,12 @@ def test_rows_of_vllm_are_loaded_through_a_link() -> None:
     for row in rows[:2]:
         assert row["link_ms"] == pytest.approx(row["rows"] * row["row_bytes"] * 8 / 0.5e6, abs=0.1)
         assert row["median_ms"] >= 0.8 * row["link_ms"]
+
+
+def test_a_link_that_is_cut_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_rows, "_send", lambda end, _: end.shutdown(socket.SHUT_RDWR))
+    with pytest.raises(BenchmarkError, match="was cut"):
+        vllm_rows._alone_ms(1000, 0)
 
 
 def test_without_the_tools_there_is_no_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
