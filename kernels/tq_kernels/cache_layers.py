@@ -112,10 +112,15 @@ def quantize_layers(
             )
         return
     keys, values = cache.keys[0], cache.values[0]
-    if hopper_packs(layout, keys, values, key_balance):
-        from tq_kernels.hopper_launch_quantize import (
-            launch_windows,
-        )  # Gluon is a part of some Triton releases
+    plan = plan_quantize(
+        num_tokens,
+        page_shape(layout),
+        wide=keys.dtype is torch.float32 or key_balance is not None,
+        hopper_pages=hopper_packs(layout, keys, values, key_balance),
+        whole=True,
+    )
+    if plan.variant == "hopper_pages":
+        from tq_kernels.hopper_launch_quantize import launch_windows  # Gluon is a part of some releases only
 
         launch_windows(
             keys,
@@ -132,9 +137,8 @@ def quantize_layers(
         return
     from tq_kernels._launch_quantize import launch_quantize  # Triton is imported where it is used
 
-    is_wide = keys.dtype is torch.float32 or key_balance is not None
     launch_quantize(
-        plan_quantize(num_tokens, page_shape(layout), wide=is_wide, whole=True),
+        plan,
         keys,
         values,
         slot_mapping,

@@ -1,8 +1,8 @@
 """Quantize: keys and values of single tokens or whole chunks into packed pages, in one launch.
 
 With R the rotation and c the centre of a key's page, z = R k - c for keys and z = R v for values; each
-coordinate of z sqrt(d) t / |z| takes its nearest level L, or in launches of many tokens that of the best of
-three cell sizes; the scale is |z| / |L|. `kernels/README.md` derives it; `reference_slots.py` is the same in
+coordinate of z sqrt(d) t / |z| takes its nearest level L, or where a plan says so that of the best of three
+cell sizes; the scale is |z| / |L|. `kernels/README.md` derives it; `reference_slots.py` is the same in
 PyTorch.
 """
 
@@ -68,7 +68,7 @@ def quantize_slots(
         pages: ``[num_pages, page_bytes]`` uint8.
         layout: Page geometry and codec; page_tokens a power of two up to 128.
         one_per_page: The caller's word that no two tokens have the same page, as in a decode step; it is
-            faster, and makes other bytes where tokens of few launches try fewer cell sizes.
+            faster on Hopper, and tries all cell sizes there, where other launches of few tokens try one.
         seed_pages: ``[num_tokens]`` int32 page whose centre a page opened by this token takes, or -1. The
             launch must not open that page itself.
         key_balance: ``[num_kv_heads, head_dim]`` float32, by which keys are divided before anything else.

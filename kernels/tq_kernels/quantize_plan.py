@@ -28,7 +28,7 @@ class LaunchPlan:
     Args:
         variant: ``"append"`` for few tokens, ``"pages"`` for many, ``"hopper"`` for tokens of as many pages
             on such a machine, ``"hopper_pages"`` for many there.
-        programs: Programs a KV head.
+        programs: Programs a KV head; of "hopper_pages" as many as fit the machine take that many windows.
         windows: Windows a program looks at, one after the other.
         window: Tokens in a window, each of which may lead a run.
         rows: Tokens of a page that are rotated and packed at once.

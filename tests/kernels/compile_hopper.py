@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton._C.libtriton import ir, nvidia, passes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile as compile_for
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -77,6 +78,7 @@ POINTERS = {
 FLOATS = ("cap_log2", "factor", "score_factor")
 STRIDES = ("table_stride", "page_stride", "query_seq_stride", "query_row_stride", "query_head_stride")
 COUNTED = ("HMMA", "MOVM", "F2FP", "PRMT", "LDS", "STS", "BAR", "SHFL")
+CAPABILITY, PTX_VERSION = 90, 86
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -131,7 +133,11 @@ def _quantize(page_tokens: int, head_dim: int, kind: str) -> dict[str, object]:
     layout = PageLayout(spec=preset("tq4"), head_dim=head_dim, num_kv_heads=8, page_tokens=page_tokens)
     fixed = hopper_quantize.constants(layout, 16 if kind == "layers" else 0) | dict.fromkeys(LEFT_OUT[kind])
     case, limit = f"quantize {page_tokens} {head_dim} {kind}", hopper_quantize.max_registers(layout)
-    return _report(case, quantize_windows, fixed, POINTERS, num_warps=page_tokens // 16, max_registers=limit)
+    report = _report(
+        case, quantize_windows, fixed, POINTERS, num_warps=page_tokens // 16, max_registers=limit
+    )
+    told = re.findall(r"add\.u32 t, t, (\d+);", str(fixed["CODE"]))
+    return report | {"table_told": [int(each) for each in told]}
 
 
 def _report(
@@ -156,7 +162,7 @@ def _report(
     attributes = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = GluonASTSource(function, signature, fixed, attributes)
     options = {"num_warps": num_warps, "maxnreg": max_registers}
-    kernel = compile_for(source, target=GPUTarget("cuda", 90, 32), options=options)
+    kernel = compile_for(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -169,9 +175,29 @@ def _report(
         "registers": usage["REG"],
         "stack_bytes": usage["STACK"],
         "shared_bytes": usage["SHARED"] + kernel.metadata.shared,
+        "first_shared": _shared_offsets(kernel.asm["ttgir"])[:1],
         **{each: counts[each] for each in COUNTED},
         "LDG.128": len(re.findall(r"LDG\.E\.128", sass)),
     }
+
+
+def _shared_offsets(ttgir: str) -> list[int]:
+    """Where the buffers of a kernel begin in shared memory, in the order in which it allocates them."""
+    context = ir.context()
+    ir.load_dialects(context)
+    nvidia.load_dialects(context)
+    with tempfile.NamedTemporaryFile("w", suffix=".ttgir") as file:
+        file.write(ttgir)
+        file.flush()
+        module = ir.parse_mlir_module(file.name, context)
+    manager = ir.pass_manager(context)
+    passes.ttgpuir.add_combine_tensor_select_and_if(manager)
+    passes.ttgpuir.add_allocate_warp_groups(manager)
+    passes.convert.add_scf_to_cf(manager)
+    passes.gluon.add_inliner(manager)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, CAPABILITY, PTX_VERSION)
+    manager.run(module, "shared_offsets")
+    return [int(each) for each in re.findall(r"local_alloc .*?allocation\.offset = (\d+)", str(module))]
 
 
 def _dump(what: str, path: str) -> str:

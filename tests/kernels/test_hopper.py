@@ -26,7 +26,7 @@ def _layout(name: str, head_dim: int = 128, page_tokens: int = 128) -> PageLayou
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, int]]:
+def compiled() -> dict[str, dict[str, Any]]:
     """Resources and instruction counts by case, from the assembler that Triton ships; no GPU is involved."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -47,7 +47,7 @@ def compiled() -> dict[str, dict[str, int]]:
         "tq4 256 128 1x4",
     ],
 )
-def test_nothing_passes_through_shared_memory(compiled: dict[str, dict[str, int]], case: str) -> None:
+def test_nothing_passes_through_shared_memory(compiled: dict[str, dict[str, Any]], case: str) -> None:
     found = compiled[case]
 
     assert found["shared_bytes"] == 0
@@ -57,7 +57,7 @@ def test_nothing_passes_through_shared_memory(compiled: dict[str, dict[str, int]
     assert found["LDG.128"] > 0
 
 
-def test_the_default_preset_widens_a_word_in_eleven_instructions(compiled: dict[str, dict[str, int]]) -> None:
+def test_the_default_preset_widens_a_word_in_eleven_instructions(compiled: dict[str, dict[str, Any]]) -> None:
     found = compiled["tq4 128 128 1x4"]
     words = 32  # of keys and of values, a thread and strip
 
@@ -68,7 +68,7 @@ def test_the_default_preset_widens_a_word_in_eleven_instructions(compiled: dict[
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_a_rotation_reads_no_matrix(compiled: dict[str, dict[str, int]], head_dim: int) -> None:
+def test_a_rotation_reads_no_matrix(compiled: dict[str, dict[str, Any]], head_dim: int) -> None:
     """Five exchanges of lanes a channel of a thread and round; the launch before needs nothing else."""
     before, after = compiled[f"prepare {head_dim}"], compiled[f"merge {head_dim}"]
 
@@ -79,7 +79,7 @@ def test_a_rotation_reads_no_matrix(compiled: dict[str, dict[str, int]], head_di
 
 
 @pytest.mark.parametrize("case", ["append tq4 128", "append tq3 64", "append k3v2 256"])
-def test_a_token_is_appended_within_a_warp(compiled: dict[str, dict[str, int]], case: str) -> None:
+def test_a_token_is_appended_within_a_warp(compiled: dict[str, dict[str, Any]], case: str) -> None:
     found = compiled[case]
 
     assert found["shared_bytes"] == found["LDS"] == found["STS"] == found["BAR"] == 0
@@ -99,7 +99,7 @@ def test_a_token_is_appended_within_a_warp(compiled: dict[str, dict[str, int]], 
     ],
 )
 def test_programs_that_quantize_share_a_multiprocessor(
-    compiled: dict[str, dict[str, int]],
+    compiled: dict[str, dict[str, Any]],
     page_tokens: int,
     head_dim: int,
     kind: str,
@@ -116,6 +116,19 @@ def test_programs_that_quantize_share_a_multiprocessor(
     assert found["shared_bytes"] * programs <= SHARED_BYTES
     assert found["stack_bytes"] <= stack_bytes
     assert found["BAR"] <= 4
+
+
+@pytest.mark.parametrize(
+    "case", ["64 64 step", "64 128 step", "128 64 step", "128 128 step", "64 128 balanced", "128 128 layers"]
+)
+def test_look_ups_read_where_the_compiler_puts_the_table(
+    compiled: dict[str, dict[str, Any]], case: str
+) -> None:
+    """Assembly adds the offset itself; the table is what the kernel allocates first."""
+    found = compiled[f"quantize {case}"]
+
+    assert len(found["table_told"]) == 1
+    assert found["first_shared"] == found["table_told"]
 
 
 @pytest.mark.parametrize("name", CODED)

@@ -3,6 +3,7 @@
 On other devices the same launches take the kernel that serves all of them, whose tests are elsewhere.
 """
 
+import math
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from tq_kernels.cache_layers import cache_layers, quantize_layers
 from tq_kernels.decode_plan import choose_variant, machine_of
 from tq_kernels.quantize import hopper_packs, quantize_slots
 from tq_kernels.quantize_plan import plan_quantize
-from tq_kernels.reference import plane_view
+from tq_kernels.reference import plane_view, read_side
 from tq_kernels.spec import Code, CodecSpec
 
 from .slot_cases import ExactTokens, GuardedPages, exact_tokens, guarded, layout_of
@@ -277,6 +278,48 @@ def test_ordinary_tokens_differ_next_to_boundaries_only(
         assert int(far.sum()) <= max(1, QUANTIZE_FLIPS * count * head_dim)
     centers = [plane_view(each, layout, "key_center").int() for each in (found, expected)]
     assert (centers[0] - centers[1]).abs().max() <= SCALE_ULPS
+
+
+@pytest.mark.parametrize(("page_tokens", "head_dim"), SIZES)
+def test_zeros_and_huge_numbers_stay_finite(page_tokens: int, head_dim: int, device: torch.device) -> None:
+    layout = layout_of("tq4", head_dim, 1, page_tokens)
+    vectors = torch.zeros(page_tokens, 1, head_dim)
+    vectors[4:, :, 0] = 1e9
+    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
+    tokens = ExactTokens(keys=vectors, values=vectors, pages=pages)
+    found = _packed(tokens, list(range(page_tokens)), layout, device).pages.cpu()
+    keys, values = reference.dequantize(found, layout)
+
+    assert keys.isfinite().all()
+    assert values.isfinite().all()
+    assert not values[:4].any()
+    assert torch.linalg.vector_norm(values[4:], dim=-1).min() > 65504
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("page_tokens", "head_dim"), SIZES)
+def test_numbers_that_are_none_spoil_no_other_vector(
+    page_tokens: int, head_dim: int, number: float, generator: torch.Generator, device: torch.device
+) -> None:
+    """Of keys all of the page, whose centre they share; of values the token alone."""
+    layout = layout_of("tq4", head_dim, 1, page_tokens)
+    keys, values = torch.randn(2, 2 * page_tokens, 1, head_dim, generator=generator)
+    pages = torch.zeros(2, layout.page_bytes, dtype=torch.uint8)
+    tokens = ExactTokens(keys=keys, values=values, pages=pages)
+    slots = list(range(2 * page_tokens))
+    sound = _packed(tokens, slots, layout, device).pages.cpu()
+    keys[3, 0, 5] = values[4, 0, 6] = number
+    found = _packed(tokens, slots, layout, device).pages.cpu()
+
+    assert torch.equal(found[1], sound[1])
+    others = torch.arange(page_tokens) != 4
+    for spoilt, clean in zip(
+        read_side(found[:1], layout, "value"), read_side(sound[:1], layout, "value"), strict=True
+    ):
+        assert spoilt is not None
+        assert clean is not None
+        assert torch.equal(spoilt[0, :, others], clean[0, :, others])
 
 
 def test_what_the_kernel_serves() -> None:
