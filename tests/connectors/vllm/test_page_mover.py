@@ -188,11 +188,12 @@ def test_pages_that_are_here_are_moved_while_others_are_on_their_way(client, mon
 
 
 def test_after_a_page_that_is_missing_nothing_is_asked_for_and_nothing_written(client, monkeypatch):
-    rank, gate = Rank(client, host_pages=2, load_threads=2), threading.Event()
+    rank, missing, gate = Rank(client, host_pages=2, load_threads=2), threading.Event(), threading.Event()
     save(rank, {1: 3, 3: 4, 5: 5, 6: 6})
-    asked = gated(monkeypatch, rank, {3: gate})
+    asked = gated(monkeypatch, rank, {2: missing, 3: gate})
     rank.mover.start(moves_of("r", {1: 11, 2: 10, 3: 9, 5: 8, 6: 7}))
     wait_until(lambda: [key(3)] in asked)
+    missing.set()
     assert rank.mover.take_finished()[1] == set(), "memory is still being written"
     gate.set()
     assert rank.finished(lambda found: found[1])[1:] == ({"r"}, {10, 9, 8, 7})
