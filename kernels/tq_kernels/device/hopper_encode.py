@@ -38,11 +38,8 @@ def nearest_float16(x):
 
 
 @gluon.jit
-def _eight(x, ROWS: gl.constexpr, D: gl.constexpr):
-    """Elements 0 to 3 of both groups of every word: tensors [ROWS, words]."""
-    U: gl.constexpr = D // 32
-    x = gl.permute(gl.reshape(x, [ROWS, U, 2, 2, 4, 2]), (0, 4, 1, 2, 3, 5))
-    x = gl.reshape(x, [ROWS, 4 * U, 2, 2, 2])
+def _split_eight(x):
+    """``[..., 2, 2, 2]`` as eight tensors, in the order of their elements."""
     even, odd = gl.split(x)
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
@@ -51,6 +48,15 @@ def _eight(x, ROWS: gl.constexpr, D: gl.constexpr):
     a2, b2 = gl.split(x2)
     a3, b3 = gl.split(x3)
     return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@gluon.jit
+def _eight(x, ROWS: gl.constexpr, D: gl.constexpr):
+    """Elements 0 to 3 of both groups of every word: tensors [ROWS, words]."""
+    U: gl.constexpr = D // 32
+    x = gl.permute(gl.reshape(x, [ROWS, U, 2, 2, 4, 2]), (0, 4, 1, 2, 3, 5))
+    x = gl.reshape(x, [ROWS, 4 * U, 2, 2, 2])
+    return _split_eight(x)
 
 
 @gluon.jit
@@ -127,13 +133,7 @@ def words_of_tokens(x, P: gl.constexpr, W: gl.constexpr):
     """
     x = gl.permute(gl.reshape(x, [P // 16, 2, 2, 2, 2, W]), (0, 2, 5, 1, 3, 4))
     x = gl.reshape(x, [P // 8, W, 2, 2, 2])
-    even, odd = gl.split(x)
-    x0, x2 = gl.split(even)
-    x1, x3 = gl.split(odd)
-    a0, b0 = gl.split(x0)
-    a1, b1 = gl.split(x1)
-    a2, b2 = gl.split(x2)
-    a3, b3 = gl.split(x3)
+    a0, a1, a2, a3, b0, b1, b2, b3 = _split_eight(x)
     # magnitudes and signs of a word stand in different orders
     n0, n1 = _nibbles_of_two(_merge(a0, b0), _merge(a1, a0))
     n2, n3 = _nibbles_of_two(_merge(a2, b1), _merge(a3, a1))
