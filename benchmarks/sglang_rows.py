@@ -1,17 +1,21 @@
 """How fast SGLang's host tier moves rows of other sizes than its kernels were made for. SGLang 0.5.17, a GPU.
 
 `python -m benchmarks.sglang_rows` copies pages of 64 tokens between a device pool and a host pool of SGLang
-by its own functions, and prints one JSON line for every row size, layout and way of copying that it takes.
+by its own functions, and prints one JSON line for every row size, layout and way of copying that it takes;
+each size and way in a process of its own, as a copy that is refused may leave the device unfit for others.
 Rows of a multiple of 128 bytes take the kernel that SGLang compiles, others the one that it ships. `tq4` has
 rows of 1,088 bytes (8 KV heads of 128 channels); 1,152 is what they would be if they were padded.
 """
 
 import argparse
+import itertools
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import sglang
 import torch
@@ -20,6 +24,7 @@ from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
 from benchmarks.circumstances import device_name
 
+ROOT = Path(__file__).parents[1]
 PAGE, HEADS = 64, 8
 ROWS = {
     "tq4": 1088,
@@ -92,33 +97,42 @@ def measure(
     return speeds
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the lines."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sglang_rows", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", default=[way for _, way in WAYS], choices=("kernel", "direct"))
-    parsed = parser.parse_args(arguments)
+def _run_case(parsed: argparse.Namespace, name: str, way: str) -> None:
+    """Print the lines of a row size and a way of copying."""
     about = {
         "sglang": sglang.__version__,
         "device": device_name(),
         "tokens": parsed.tokens,
         "layers": parsed.layers,
     }
-    for name, row_bytes in ROWS.items():
-        for layout, way in WAYS:
-            if way not in parsed.ways:
-                continue
-            row = {"rows": name, "row_bytes": row_bytes, "layout": layout, "way": way}
-            try:
-                speeds = measure(
-                    row_bytes, layout, way, tokens=parsed.tokens, layers=parsed.layers, repeats=parsed.repeats
-                )
-            except RuntimeError as refused:  # of a way that SGLang's kernels do not take on this device
-                print(f"{name}, {layout}, {way}: {str(refused).splitlines()[0]}", file=sys.stderr)
-                continue
-            print(json.dumps(row | speeds | about), flush=True)
+    for layout, _ in filter(lambda each: each[1] == way, WAYS):
+        row = {"rows": name, "row_bytes": ROWS[name], "layout": layout, "way": way}
+        try:
+            speeds = measure(
+                ROWS[name], layout, way, tokens=parsed.tokens, layers=parsed.layers, repeats=parsed.repeats
+            )
+        except RuntimeError as refused:  # of a way that SGLang's kernels do not take on this device
+            print(f"{name}, {layout}, {way}: {str(refused).splitlines()[0]}", file=sys.stderr)
+            return
+        print(json.dumps(row | speeds | about), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the lines."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sglang_rows", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=["kernel", "direct"], choices=["kernel", "direct"])
+    parser.add_argument("--in-process", nargs=2, metavar=("ROWS", "WAY"), help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    if parsed.in_process:
+        _run_case(parsed, *parsed.in_process)
+        return 0
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    for name, way in itertools.product(ROWS, parsed.ways):
+        command = [sys.executable, "-m", "benchmarks.sglang_rows", *own, "--in-process", name, way]
+        subprocess.run(command, check=False, cwd=ROOT)  # noqa: S603
     return 0
 
 

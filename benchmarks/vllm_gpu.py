@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Any]]
         if not options.block_size or dtype in ("auto", "fp8")
         else _named(options, dtype),
         "mode": _mode(options, dtype),
-        **({} if options.model else {"layers": options.layers}),
+        **({"model": Path(options.model).name} if options.model else {"layers": options.layers}),
         "pool_tokens": engine.pool_tokens,
         "vllm": engine.version,
         "device": device_name(),

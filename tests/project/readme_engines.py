@@ -53,6 +53,8 @@ def _rows(file: str) -> list[Row]:
 
 def _is_plain_decode(row: Row) -> bool:
     """Whether a row is of one device, eight layers, a shape of the table, and an engine that only decodes."""
+    if "model" in row:  # another one than that of the table
+        return False
     is_alone = row.get("mode", "pages") in ("stock", "pages") and row.get("tp_size", 1) == 1
     is_shape = (row["batch"], row["context"]) in _SHAPES and row.get("layers", _LAYERS) == _LAYERS
     return is_alone and is_shape
