@@ -200,6 +200,7 @@ class ServerConfig:
         sizes = ("memory_budget_bytes", "disk_budget_bytes", "write_queue_bytes")
         flights = ("max_inflight_bytes", "max_outflight_bytes")
         _check_positive(self, *sizes, *flights, "max_concurrent_calls", "call_timeout_s")
+        _check_counts(self, "shared_segments", "payload_pipes")
         if (self.disk_path is None) != (self.disk_budget_bytes is None):
             raise ConfigError("disk_path and disk_budget go together: set both, or neither")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -320,6 +321,7 @@ class ClientConfig:
         split_address(self.address)
         timeouts = ("connect_timeout_s", "lookup_timeout_s", "transfer_timeout_s", "admin_timeout_s")
         _check_positive(self, *timeouts, "max_attempts", "backoff_s", "connections")
+        _check_counts(self, "pipes")
         if not 0 <= self.shared_memory_bytes <= 1 << 30:
             raise ConfigError(
                 f"shared_memory is {self.shared_memory_bytes} bytes; at most 1 GiB can be shared"
@@ -416,6 +418,12 @@ def _from_file(config_type: type[Config], file: Path) -> Mapping[str, Any]:
 def _reject_unknown(name: str, known: Iterable[str], source: str) -> NoReturn:
     (nearest,) = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
     raise ConfigError(f"unknown setting {name!r} ({source}); did you mean {nearest!r}?")
+
+
+def _check_counts(config: ServerConfig | ClientConfig, *names: str) -> None:
+    for name in names:
+        if (count := getattr(config, name)) < 0:
+            raise ConfigError(f"{name} is {count}; it must be 0 or more")
 
 
 def _check_positive(config: ServerConfig | ClientConfig, *names: str) -> None:

@@ -282,6 +282,16 @@ def test_a_client_shares_no_more_than_a_segment_may_have() -> None:
         ClientConfig(shared_memory_bytes=(1 << 30) + 1)
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(ClientConfig, "pipes"), (ServerConfig, "payload_pipes"), (ServerConfig, "shared_segments")],
+)
+def test_what_may_be_none_is_no_fewer(config: type[Any], name: str) -> None:
+    assert getattr(config(**{name: 0}), name) == 0
+    with pytest.raises(ConfigError, match=f"{name} is -1; it must be 0 or more"):
+        config(**{name: -1})
+
+
 def test_a_server_has_one_unix_socket_at_most() -> None:
     assert ServerConfig(listen="unix:/tmp/s").local_path == Path("/tmp/s")
     assert ServerConfig(local_socket=Path("/tmp/s")).local_path == Path("/tmp/s")
