@@ -53,6 +53,7 @@ class ShortChunks:
         tokens: ``[num_tokens]`` int64 places of their tokens in the batch.
         rows_of_tokens: ``[num_tokens]`` int64 the row of each, over all parts.
         tokens_of_rows: ``[num_parts * num_rows]`` int64 the token of each row; rows too many repeat one.
+        run: The tokens of the rows where these are a run of tokens, so that nothing need be gathered.
         num_rows: Rows of a part, of which the last is the part's last token.
         block_table: ``[num_parts, max_pages]`` int32.
         lengths: ``[num_parts]`` int32 tokens up to the last of each part.
@@ -64,6 +65,7 @@ class ShortChunks:
     tokens: torch.Tensor
     rows_of_tokens: torch.Tensor
     tokens_of_rows: torch.Tensor
+    run: slice | None
     num_rows: int
     block_table: torch.Tensor
     lengths: torch.Tensor
@@ -81,18 +83,19 @@ class ShortChunks:
             pages: The layer's pool.
             out: The query's shape; rows of other tokens stay as they are.
         """
-        rows = query[self.tokens_of_rows].unflatten(0, (-1, self.num_rows))
-        attended = torch.empty_like(rows)
+        rows = query[self.tokens_of_rows if self.run is None else self.run]
+        attended = torch.empty_like(rows) if self.run is None else out[self.run]
         attention.decode(
-            rows,
+            rows.unflatten(0, (-1, self.num_rows)),
             pages,
             self.block_table,
             self.lengths,
             sink_rows=self.sink_rows,
             workspace=self.workspace,
-            out=attended,
+            out=attended.unflatten(0, (-1, self.num_rows)),
         )
-        out[self.tokens] = attended.flatten(0, 1)[self.rows_of_tokens]
+        if self.run is None:
+            out[self.tokens] = attended[self.rows_of_tokens]
 
 
 def rows_for(num_new: int) -> int:
@@ -145,12 +148,14 @@ def short_chunks(
     seq, length, token, row, token_of_row = numbers.split(
         (num_parts, num_parts, num_tokens, num_tokens, num_parts * num_rows)
     )
+    run = range(tokens_of_rows[0], tokens_of_rows[0] + len(tokens_of_rows))
     max_pages = -(-max(lengths) // layout.page_tokens)
     return ShortChunks(
         chunks=tuple(chosen),
         tokens=token,
         rows_of_tokens=row,
         tokens_of_rows=token_of_row,
+        run=slice(run.start, run.stop) if tokens_of_rows == list(run) else None,
         num_rows=num_rows,
         block_table=block_table[:, :max_pages][seq],
         lengths=length.to(torch.int32),

@@ -22,8 +22,11 @@ def chunk(seq: int, first_token: int, num_new: int, prefix_len: int) -> Chunk:
     return Chunk(seq=seq, first_token=first_token, num_new=num_new, prefix_len=prefix_len)
 
 
-@pytest.mark.parametrize("news", [(3, 1), (40, 1, 16), (64, 17)])
-def test_every_token_sees_what_is_before_it(news: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("news", "is_run"),
+    [((3, 1), False), ((40, 1, 16), False), ((64, 17), False), ((48, 16), True), ((4,), True)],
+)
+def test_every_token_sees_what_is_before_it(news: tuple[int, ...], is_run: bool) -> None:
     generator = torch.Generator().manual_seed(11)
     keys, values = torch.randn(2, 12 * P, 2, 64, generator=generator)
     pages = reference.quantize(keys, values, LAYOUT)
@@ -40,6 +43,7 @@ def test_every_token_sees_what_is_before_it(news: tuple[int, ...]) -> None:
     out = torch.full_like(query, 5.0)
     together = short_chunks(chunks, table, sink_rows, LAYOUT, num_query_heads=QUERY_HEADS)
     assert together is not None
+    assert (together.run is not None) == is_run
     together.attend(attention, query, pages, out)
     assert (out[:7] == 5.0).all()
     assert (out[first:] == 5.0).all()
