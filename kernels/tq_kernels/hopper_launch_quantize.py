@@ -89,6 +89,6 @@ def launch_windows(
         page_stride=pages.stride(-2),
         sink_token_stride=0 if sink_keys is None else sink_keys.stride(0),
         sink_head_stride=0 if sink_keys is None else sink_keys.stride(1),
-        num_warps=layout.page_tokens // 16,
+        num_warps=hopper_quantize.WARPS,
         maxnreg=hopper_quantize.max_registers(layout),
     )

@@ -12,8 +12,14 @@ from tq_kernels.spec import Code
 
 _ALIGNMENT = 16
 """Elements by whose multiples vectors are apart, so that 16 bytes are copied at a time."""
-_MAX_REGISTERS = {(64, 64): 96, (64, 128): 168, (128, 64): 128, (128, 128): 128}
-"""By tokens of a page and channels of a head; the fastest of those that were timed."""
+WARPS = 4
+"""Of a program: a warpgroup, which takes tiles of 64 rows."""
+_TILE_ROWS = 16 * WARPS
+_PAGE_TOKENS = (64, 128)
+_MAX_REGISTERS = {64: 96, 128: 168}
+"""By channels of a head; the fastest of those that were timed."""
+_TABLE_COPIES = 16
+"""The more there are, the fewer lanes meet in a bank, and the less room is left for programs."""
 _REGISTERS = 1 << 16
 """Of a multiprocessor."""
 
@@ -35,7 +41,8 @@ def serves(layout: PageLayout, keys: torch.Tensor, values: torch.Tensor, *, bala
     return (
         layout.spec.key is Code.LM4
         and layout.spec.value is Code.LM4
-        and (layout.page_tokens, layout.head_dim) in _MAX_REGISTERS
+        and layout.page_tokens in _PAGE_TOKENS
+        and layout.head_dim in _MAX_REGISTERS
         and keys.dtype in dtypes
         and aligned
     )
@@ -43,17 +50,12 @@ def serves(layout: PageLayout, keys: torch.Tensor, values: torch.Tensor, *, bala
 
 def max_registers(layout: PageLayout) -> int:
     """Registers of a thread, so that as many programs share a multiprocessor as were the fastest."""
-    return _MAX_REGISTERS[layout.page_tokens, layout.head_dim]
+    return _MAX_REGISTERS[layout.head_dim]
 
 
 def programs_per_processor(layout: PageLayout) -> int:
     """Programs that a multiprocessor holds at once, by registers."""
-    return _REGISTERS // (2 * layout.page_tokens * max_registers(layout))
-
-
-def _table_copies(layout: PageLayout) -> int:
-    """The more there are, the fewer lanes meet in a bank, and the less room is left for programs."""
-    return 16 if layout.page_tokens == 64 else 32
+    return _REGISTERS // (32 * WARPS * max_registers(layout))
 
 
 def _look_up(copies: int) -> str:
@@ -132,12 +134,11 @@ def constants(layout: PageLayout, cache_tokens: int) -> dict[str, object]:
     """Compile-time arguments of the kernel; the same object for the same call."""
     from triton.experimental.gluon import language as gl
 
-    bits, page_tokens, head_dim = int(layout.spec.key), layout.page_tokens, layout.head_dim
+    bits, head_dim = int(layout.spec.key), layout.head_dim
     words = head_dim // 8
-    copies = _table_copies(layout)
-    table_bytes = 4 * cells.NUM_STEPS * copies
-    larger = [size for size in (2 * head_dim * head_dim, 2 * page_tokens * head_dim) if size > table_bytes]
-    warps = [[row, 0] for row in _bits(page_tokens) if row >= 16]
+    table_bytes = 4 * cells.NUM_STEPS * _TABLE_COPIES
+    larger = [size for size in (2 * head_dim * head_dim, 2 * _TILE_ROWS * head_dim) if size > table_bytes]
+    warps = [[row, 0] for row in _bits(_TILE_ROWS) if row >= 16]
     ahead, behind = [[0, bit] for bit in _bits(words // 4)], [[0, bit] for bit in (words // 4, words // 2)]
     layouts = {
         "L_WORDS": ([*ahead, [8, 0]], [*behind, [1, 0], [2, 0], [4, 0]]),
@@ -150,11 +151,11 @@ def constants(layout: PageLayout, cache_tokens: int) -> dict[str, object]:
             TARGETS[bits],
             cells.RANGES[bits],
             _quarters(bits),
-            _look_up(copies),
+            _look_up(_TABLE_COPIES),
             _WORD4,
-            _table_address(copies, sum(larger)),
+            _table_address(_TABLE_COPIES, sum(larger)),
         ),
-        "COPIES": copies,
+        "COPIES": _TABLE_COPIES,
         "CACHE_TOKENS": cache_tokens,
         **{
             name: gl.DistributedLinearLayout(
@@ -162,7 +163,7 @@ def constants(layout: PageLayout, cache_tokens: int) -> dict[str, object]:
                 lane_bases=lanes,
                 warp_bases=warps,
                 block_bases=[],
-                shape=[page_tokens, words],
+                shape=[_TILE_ROWS, words],
             )
             for name, (registers, lanes) in layouts.items()
         },

@@ -39,6 +39,7 @@ QUANTIZES = [
     (128, 64, "step"),
     (128, 128, "step"),
     (64, 128, "balanced"),
+    (128, 128, "balanced"),
     (128, 128, "layers"),
 ]
 LEFT_OUT = {
@@ -134,7 +135,7 @@ def _quantize(page_tokens: int, head_dim: int, kind: str) -> dict[str, object]:
     fixed = hopper_quantize.constants(layout, 16 if kind == "layers" else 0) | dict.fromkeys(LEFT_OUT[kind])
     case, limit = f"quantize {page_tokens} {head_dim} {kind}", hopper_quantize.max_registers(layout)
     report = _report(
-        case, quantize_windows, fixed, POINTERS, num_warps=page_tokens // 16, max_registers=limit
+        case, quantize_windows, fixed, POINTERS, num_warps=hopper_quantize.WARPS, max_registers=limit
     )
     told = re.findall(r"add\.u32 t, t, (\d+);", str(fixed["CODE"]))
     return report | {"table_told": [int(each) for each in told]}

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tq_kernels.device.hopper_encode import nearest_float16
+from tq_kernels.device.hopper_turns import ends_sum
 
 
 @gluon.jit
@@ -61,10 +62,7 @@ def _sum_of_rows(y, partial, L_SUM: gl.constexpr):
 
 
 @gluon.jit
-def less_center(
-    y,
-    partial,
-    line,
+def _stored(
     p_pages,
     page_stride,
     p_seeds,
@@ -72,32 +70,14 @@ def less_center(
     page,
     facts,
     SHAPE: gl.constexpr,
-    L_ACC: gl.constexpr,
     L_SUM: gl.constexpr,
 ):
-    """Rows less D times the float16 centre of the page, which is written by a run that opens the page.
-
-    Args:
-        y: Rows ``[page_tokens, D]`` float32, zeros where the run has none.
-        partial: Shared memory of a float32 row for every warp.
-        line: Shared memory of a float32 row.
-        p_pages: The head's section of page 0.
-        page_stride: Bytes between pages.
-        p_seeds: Page whose centre a page takes that a token opens, or -1; None if there are none.
-        token: Of the run, the first.
-        page: Of the run.
-        facts: Of the run, as `hopper_runs.look_around` has them.
-        SHAPE: Of the pages.
-        L_ACC: How threads hold y.
-        L_SUM: How threads hold rows of all warps.
-    """
-    P: gl.constexpr = SHAPE.page_tokens
-    D: gl.constexpr = SHAPE.head_dim
+    """The centre that is stored, whether the run takes it, and the place of the token that opens the page."""
     count, i_opening = facts & 0xFF, ((facts >> 16) & 0xFF) - 1
     is_stored = i_opening < 0
-    o_channel = channels(gl.SliceLayout(0, L_SUM), D)
+    o_channel = channels(gl.SliceLayout(0, L_SUM), SHAPE.head_dim)
     stored = (o_channel * 0).to(gl.float16)
-    if count < P:
+    if count < SHAPE.page_tokens:
         source = page
         if p_seeds is not None:
             seed = gl.load(p_seeds + token + gl.maximum(i_opening, 0), mask=i_opening >= 0, other=-1)
@@ -107,10 +87,56 @@ def less_center(
             gl.pointer_type(gl.float16)
         )
         stored = gl.load(p_stored + o_channel, mask=is_stored & (o_channel >= 0), other=0.0)
-    total = _sum_of_rows(y, partial, L_SUM)
-    mean = nearest_float16(total * (1.0 / (count * D).to(gl.float32)))
-    center = gl.where(is_stored, stored, mean)
-    p_center = (p_pages + page.to(gl.int64) * page_stride + SHAPE.key_center).to(gl.pointer_type(gl.float16))
-    gl.store(p_center + o_channel, center, mask=(i_opening >= 0) & (o_channel >= 0))
-    line.store(center.to(gl.float32) * (-1.0 * D))
-    return y + gl.expand_dims(line.load(gl.SliceLayout(0, L_ACC)), 0)
+    return stored, is_stored, i_opening
+
+
+@gluon.jit
+def sum_and_center(
+    y,
+    total,
+    turn,
+    partial,
+    line,
+    p_pages,
+    page_stride,
+    p_seeds,
+    token,
+    page,
+    facts,
+    SHAPE: gl.constexpr,
+    L_SUM: gl.constexpr,
+):
+    """The sum of a run's rows and, from the turn on that ends it, -D times the float16 centre of its page.
+
+    A run that opens the page writes the centre.
+
+    Args:
+        y: Rows ``[rows, D]`` float32 of a tile, zeros where the run has none.
+        total: ``[D]`` float32, sum of the rows of the run's tile before.
+        turn: As `hopper_turns` has them, one of those that sum rows.
+        partial: Shared memory of a float32 row for every warp.
+        line: Shared memory of a float32 row, for what is added to rows.
+        p_pages: The head's section of page 0.
+        page_stride: Bytes between pages.
+        p_seeds: Page whose centre a page takes that a token opens, or -1; None if there are none.
+        token: Of the run, the first.
+        page: Of the run.
+        facts: Of the run, as `hopper_runs.look_around` has them.
+        SHAPE: Of the pages.
+        L_SUM: How threads hold rows of all warps.
+
+    Returns:
+        The sum that the next turn takes.
+    """
+    stored, is_stored, i_opening = _stored(p_pages, page_stride, p_seeds, token, page, facts, SHAPE, L_SUM)
+    total += _sum_of_rows(y, partial, L_SUM)
+    if SHAPE.page_tokens == y.shape[0] or ends_sum(turn):
+        mean = nearest_float16(total * (1.0 / ((facts & 0xFF) * SHAPE.head_dim).to(gl.float32)))
+        center = gl.where(is_stored, stored, mean)
+        p_center = p_pages + page.to(gl.int64) * page_stride + SHAPE.key_center
+        o_channel = channels(gl.SliceLayout(0, L_SUM), SHAPE.head_dim)
+        m_center = (i_opening >= 0) & (o_channel >= 0)
+        gl.store(p_center.to(gl.pointer_type(gl.float16)) + o_channel, center, mask=m_center)
+        line.store(center.to(gl.float32) * (-1.0 * SHAPE.head_dim))
+        total = gl.zeros_like(total)
+    return total

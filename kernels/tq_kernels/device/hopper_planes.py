@@ -1,15 +1,36 @@
-"""Stores of a run's words and scales to a page on Hopper, whose other tokens' bits stay as they are."""
+"""Stores of a tile's words and scales to a page on Hopper, whose other tokens' bits stay as they are.
+
+A tile has rows of both halves of a page, for these share words of values; p_plane is where its own begin.
+low and high are its rows that a run has, as bits.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tq_kernels.device.hopper_runs import has_row
+from tq_kernels.device.hopper_turns import TILE_ROWS
 
 
 @gluon.jit
 def token_of_row(row, P: gl.constexpr):
-    """Token of a tile's row: a warp has eight of both halves of a page."""
+    """Token of a row of the first tile: a warp has eight of both halves of a page."""
     return row // 16 * 8 + row % 8 + (row // 8) % 2 * (P // 2)
+
+
+@gluon.jit
+def rows_of_tile(low, high, i_tile, P: gl.constexpr):
+    """Rows of both halves of a tile that a run has, as bits, of those of the page."""
+    if P == TILE_ROWS:
+        return low, high
+    else:
+        shift = (i_tile * (TILE_ROWS // 2)).to(gl.int64)
+        return (low >> shift).to(gl.int32), (high >> shift).to(gl.int32)
+
+
+@gluon.jit
+def _has_row(low, high, row):
+    place = token_of_row(row, TILE_ROWS)
+    bits = gl.where(place < TILE_ROWS // 2, low, high)
+    return ((bits >> (place % (TILE_ROWS // 2)).to(bits.dtype)) & 1) != 0
 
 
 @gluon.jit
@@ -23,18 +44,18 @@ def store_rows(p_plane, x, low, high, is_whole, SHAPE: gl.constexpr):
     if is_whole:
         gl.store(p_words, x)
     else:
-        gl.store(p_words, x, mask=gl.expand_dims(has_row(low, high, o_token, SHAPE.page_tokens), 1))
+        gl.store(p_words, x, mask=gl.expand_dims(_has_row(low, high, o_row), 1))
 
 
 @gluon.jit
 def store_scales(p_plane, scales, low, high, is_whole, SHAPE: gl.constexpr):
     """Scales of keys or of values."""
-    o_token = token_of_row(gl.arange(0, scales.shape[0], layout=scales.type.layout), SHAPE.page_tokens)
-    p_scales = p_plane.to(gl.pointer_type(gl.float16)) + o_token
+    o_row = gl.arange(0, scales.shape[0], layout=scales.type.layout)
+    p_scales = p_plane.to(gl.pointer_type(gl.float16)) + token_of_row(o_row, SHAPE.page_tokens)
     if is_whole:
         gl.store(p_scales, scales)
     else:
-        gl.store(p_scales, scales, mask=has_row(low, high, o_token, SHAPE.page_tokens))
+        gl.store(p_scales, scales, mask=_has_row(low, high, o_row))
 
 
 @gluon.jit

@@ -7,98 +7,17 @@ hold all that share words of values.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
-from tq_kernels.device.hopper_center import less_center
+from tq_kernels.device.hopper_center import sum_and_center
 from tq_kernels.device.hopper_encode import encode, words_of_tokens
 from tq_kernels.device.hopper_operands import pick
-from tq_kernels.device.hopper_planes import store_columns, store_rows, store_scales, token_of_row
-from tq_kernels.device.hopper_runs import index_of_rows, slots_of_window
+from tq_kernels.device.hopper_planes import rows_of_tile, store_columns, store_rows, store_scales
+from tq_kernels.device.hopper_runs import slots_of_window
 from tq_kernels.device.hopper_sinks import keep_sinks
 from tq_kernels.device.hopper_tasks import advance, layer_and_head, task_of, vectors_of, window_of
-
-
-@gluon.jit
-def _invert(p_balance, item, side, num_layers, p_layers, inverse, HEADS: gl.constexpr, L_LINE: gl.constexpr):
-    """What the keys of an item are multiplied by, into shared memory."""
-    if side == 0:
-        i_layer, i_head = layer_and_head(item, num_layers, p_layers, HEADS)
-        o_channel = gl.arange(0, inverse.shape[0], layout=L_LINE)
-        balance = gl.load(p_balance + (i_layer * HEADS + i_head) * inverse.shape[0] + o_channel)
-        inverse.store(gl.div_rn(1.0, balance))
-
-
-@gluon.jit
-def _fetch(
-    tile,
-    vectors,
-    p_slots,
-    p_sources,
-    token,
-    facts,
-    num_tokens,
-    CACHE_TOKENS: gl.constexpr,
-    L_COPY: gl.constexpr,
-):
-    """Begin to copy rows of a run to shared memory; zeros where it has none."""
-    P: gl.constexpr = tile.shape[0]
-    p_vectors, page_stride, token_stride = vectors
-    o_token = token_of_row(gl.arange(0, P, layout=gl.SliceLayout(1, L_COPY)), P)
-    o_column = gl.expand_dims(gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, L_COPY)), 0)
-    if (facts & 0xFFFF) == P:
-        if CACHE_TOKENS == 0:
-            p_vectors += token.to(gl.int64) * token_stride
-            o_next = o_token.to(gl.uint32) * token_stride.to(gl.uint32)
-        else:
-            source = gl.load(p_sources + token + o_token)
-            o_next = (source // CACHE_TOKENS) * page_stride + (source % CACHE_TOKENS) * token_stride
-        async_copy.async_copy_global_to_shared(tile, p_vectors + o_column + gl.expand_dims(o_next, 1))
-    else:
-        index = index_of_rows(p_slots, token, num_tokens, facts, o_token, P)
-        if CACHE_TOKENS == 0:
-            o_row = (token + gl.maximum(index, 0)).to(gl.int64) * token_stride
-        else:
-            source = gl.load(p_sources + token + index, mask=index >= 0, other=0)
-            o_row = (source // CACHE_TOKENS) * page_stride + (source % CACHE_TOKENS) * token_stride
-        m_row = gl.expand_dims(index >= 0, 1)
-        p_rows = p_vectors + gl.expand_dims(o_row, 1) + o_column
-        async_copy.async_copy_global_to_shared(tile, p_rows, mask=m_row)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _rotated(tile, rotation, inverse, is_key, L_ACC: gl.constexpr):
-    """The tile's rows times d R, once they have arrived; the product is under way.
-
-    Keys that have a balance, whose inverse is in shared memory, go through the matrix in two parts, which are
-    within 2^-17 of them.
-    """
-    P: gl.constexpr = tile.shape[0]
-    D: gl.constexpr = tile.shape[1]
-    y = gl.zeros([P, D], gl.float32, layout=L_ACC)
-    gl.inline_asm_elementwise("cp.async.wait_all; // $0", "=r", [], gl.int32, False, 1)
-    fence_async_shared()
-    gl.thread_barrier()
-    if inverse is None:
-        y = warpgroup_mma(tile, rotation, y, use_acc=False, is_async=True)
-    else:
-        if is_key:
-            L_ROWS: gl.constexpr = gl.DotOperandLayout(0, L_ACC, 2)
-            for i in gl.static_range(D // 64):  # parts, for they take many registers
-                factor = inverse.slice(64 * i, 64).load(gl.SliceLayout(0, L_ROWS))
-                x = tile.slice(64 * i, 64, 1).load(L_ROWS).to(gl.float32) * gl.expand_dims(factor, 0)
-                high = x.to(gl.bfloat16)
-                low = (x - high.to(gl.float32)).to(gl.bfloat16)
-                y = warpgroup_mma(high, rotation.slice(64 * i, 64, 0), y, use_acc=i > 0)
-                y = warpgroup_mma(low, rotation.slice(64 * i, 64, 0), y)
-        else:
-            y = warpgroup_mma(tile, rotation, y, use_acc=False)
-    return y
+from tq_kernels.device.hopper_tiles import fetch, invert, rotated
+from tq_kernels.device.hopper_turns import TILE_ROWS, is_of_keys, next_of, packs, sums, tile_of
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_layers"])
@@ -160,7 +79,7 @@ def quantize_windows(
     L_PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     table = gl.allocate_shared_memory(gl.int32, [256 * COPIES], L_PLAIN)
     rotation = gl.allocate_shared_memory(p_rotation.dtype.element_ty, [D, D], L_TILE)
-    tile = gl.allocate_shared_memory(p_keys.dtype.element_ty, [P, D], L_TILE)
+    tile = gl.allocate_shared_memory(p_keys.dtype.element_ty, [TILE_ROWS, D], L_TILE)
     partial = gl.allocate_shared_memory(gl.float32, [WARPS, D], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     line = gl.allocate_shared_memory(gl.float32, [D], L_PLAIN)
     if p_balance is None:
@@ -172,16 +91,14 @@ def quantize_windows(
     values = (p_values, p_value_layers, value_page_stride, value_token_stride, value_head_stride)
     num_items = (num_tokens + P - 1) // P * (num_layers * HEADS)
     zero = num_tokens >> 31
-    first_item, side, last = task_of(zero, num_items)
+    first_item, _ = task_of(zero, num_items)
     window = window_of(first_item, num_layers, p_key_layers, HEADS)
     ahead = slots_of_window(p_slots, gl.where(first_item < 0, -1, window * P), num_tokens, P, L_SLOTS)
-    ahead, step, item, side, last, place, token, page, facts, low, high = advance(
+    ahead, step, item, place, turns, token, page, facts, low, high = advance(
         p_slots,
         ahead,
         zero - 1,
         zero,
-        side,
-        last,
         zero + P,
         num_tokens,
         num_layers,
@@ -191,11 +108,12 @@ def quantize_windows(
         SHAPE,
         L_SLOTS,
     )
-    vectors = vectors_of(item, side, num_layers, keys, values, HEADS)
+    vectors = vectors_of(item, is_of_keys(turns), num_layers, keys, values, HEADS)
     if token >= 0:
-        _fetch(tile, vectors, p_slots, p_sources, token, facts, num_tokens, CACHE_TOKENS, L_COPY)
+        i_tile = tile_of(turns, SHAPE)
+        fetch(tile, vectors, p_slots, p_sources, token, facts, i_tile, num_tokens, P, CACHE_TOKENS, L_COPY)
         if p_balance is not None:
-            _invert(p_balance, item, side, num_layers, p_key_layers, inverse, HEADS, L_LINE)
+            invert(p_balance, item, is_of_keys(turns), num_layers, p_key_layers, inverse, HEADS, L_LINE)
 
     o_side = gl.expand_dims(gl.arange(0, D, layout=L_ROW), 1)
     o_column = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, L_COPY)), 0)
@@ -221,23 +139,21 @@ def quantize_windows(
     address = gl.inline_asm_elementwise(pick(CODE, 5), "=r", [], gl.int32, True, 1)
     levels = (zero ^ pick(pick(CODE, 2), 0), zero ^ pick(pick(CODE, 2), 1))
 
+    total = gl.zeros([D], gl.float32, layout=gl.SliceLayout(0, L_SUM))
     while token >= 0:
         i_layer, i_head = layer_and_head(item, num_layers, p_key_layers, HEADS)
         p_head = p_pages + i_layer * page_layer_stride + i_head * SHAPE.section_bytes
-        p_section = p_head + page.to(gl.int64) * page_stride
-        is_key, is_whole = side == 0, (facts & 0xFFFF) == P
-        y = _rotated(tile, rotation, inverse, is_key, L_ACC)
-        now_token, now_page, now_facts, now_low, now_high = token, page, facts, low, high
-        if side < last:
-            side += 1
-        else:
-            ahead, step, item, side, last, place, token, page, facts, low, high = advance(
+        turn, is_key, is_whole = next_of(turns), is_of_keys(turns), (facts & 0xFFFF) == P
+        y = rotated(tile, rotation, inverse, is_key, L_ACC)
+        now_tile, now_token, now_page, now_facts = tile_of(turn, SHAPE), token, page, facts
+        now_low, now_high = rows_of_tile(low, high, now_tile, P)
+        turns ^= turn
+        if turns == 0:
+            ahead, step, item, place, turns, token, page, facts, low, high = advance(
                 p_slots,
                 ahead,
                 step,
                 item,
-                side,
-                last,
                 place,
                 num_tokens,
                 num_layers,
@@ -247,17 +163,22 @@ def quantize_windows(
                 SHAPE,
                 L_SLOTS,
             )
-        vectors = vectors_of(item, side, num_layers, keys, values, HEADS)
+        vectors = vectors_of(item, is_of_keys(turns), num_layers, keys, values, HEADS)
         y = warpgroup_mma_wait(0, [y])
         gl.thread_barrier()
         if token >= 0:
-            _fetch(tile, vectors, p_slots, p_sources, token, facts, num_tokens, CACHE_TOKENS, L_COPY)
+            i_tile = tile_of(turns, SHAPE)
+            fetch(
+                tile, vectors, p_slots, p_sources, token, facts, i_tile, num_tokens, P, CACHE_TOKENS, L_COPY
+            )
             if p_balance is not None:
-                _invert(p_balance, item, side, num_layers, p_key_layers, inverse, HEADS, L_LINE)
+                invert(p_balance, item, is_of_keys(turns), num_layers, p_key_layers, inverse, HEADS, L_LINE)
         if SHAPE.centered:
-            if is_key:
-                y = less_center(
+            if sums(turn):
+                total = sum_and_center(
                     y,
+                    total,
+                    turn,
                     partial,
                     line,
                     p_head,
@@ -267,23 +188,30 @@ def quantize_windows(
                     now_page,
                     now_facts,
                     SHAPE,
-                    L_ACC,
                     L_SUM,
                 )
-        words, scales = encode(y, address, levels, CODE)
-        p_scales = p_section + gl.where(is_key, SHAPE.key_scales, SHAPE.value_scales)
-        store_scales(p_scales, scales, now_low, now_high, is_whole, SHAPE)
-        words = gl.convert_layout(words, L_WORDS, assert_trivial=True)
-        if is_key:
-            store_rows(p_section + SHAPE.key_words, words, now_low, now_high, is_whole, SHAPE)
-            if SHAPE.section_bytes > SHAPE.used_bytes:
-                o_tail = gl.arange(0, SHAPE.tail_tile, layout=gl.SliceLayout(0, L_SUM))
-                o_tail += SHAPE.used_bytes // 4
-                m_tail = (o_tail < SHAPE.section_bytes // 4) & ((now_facts >> 16) & 0xFF != 0)
-                gl.store(p_section.to(gl.pointer_type(gl.int32)) + o_tail, o_tail * 0, mask=m_tail)
-        else:
-            first, second = words_of_tokens(gl.convert_layout(words, L_TOKENS), P, W)
-            p_words = p_section + SHAPE.value_words
-            store_columns(p_words, first, now_low, now_high, is_whole, D, 0)
-            store_columns(p_words, second, now_low, now_high, is_whole, D, D // 2)
+        if P == TILE_ROWS or packs(turn):
+            if SHAPE.centered:
+                if is_key:
+                    y += gl.expand_dims(line.load(gl.SliceLayout(0, L_ACC)), 0)
+            words, scales = encode(y, address, levels, CODE)
+            p_section = p_head + now_page.to(gl.int64) * page_stride
+            p_scales = (
+                p_section + gl.where(is_key, SHAPE.key_scales, SHAPE.value_scales) + now_tile * TILE_ROWS
+            )
+            store_scales(p_scales, scales, now_low, now_high, is_whole, SHAPE)
+            words = gl.convert_layout(words, L_WORDS, assert_trivial=True)
+            if is_key:
+                p_words = p_section + SHAPE.key_words + now_tile * (TILE_ROWS // 4 * D)
+                store_rows(p_words, words, now_low, now_high, is_whole, SHAPE)
+                if SHAPE.section_bytes > SHAPE.used_bytes:
+                    o_tail = gl.arange(0, SHAPE.tail_tile, layout=gl.SliceLayout(0, L_SUM))
+                    o_tail += SHAPE.used_bytes // 4
+                    m_tail = (o_tail < SHAPE.section_bytes // 4) & ((now_facts >> 16) & 0xFF != 0)
+                    gl.store(p_section.to(gl.pointer_type(gl.int32)) + o_tail, o_tail * 0, mask=m_tail)
+            else:
+                first, second = words_of_tokens(gl.convert_layout(words, L_TOKENS), TILE_ROWS, W)
+                p_words = p_section + SHAPE.value_words + now_tile * (TILE_ROWS // 2 * D)
+                store_columns(p_words, first, now_low, now_high, is_whole, D, 0)
+                store_columns(p_words, second, now_low, now_high, is_whole, D, D // 2)
     table._keep_alive()  # noqa: SLF001  # its readers are assembly, which the allocator does not see

@@ -97,13 +97,6 @@ def next_run(p_slots, first, begin, num_tokens, P: gl.constexpr, L_SLOTS: gl.con
 
 
 @gluon.jit
-def has_row(low, high, row, P: gl.constexpr):
-    """Whether a run has rows of its page."""
-    bits = gl.where(row < P // 2, low, high)
-    return ((bits >> (row % (P // 2)).to(bits.dtype)) & 1) != 0
-
-
-@gluon.jit
 def index_of_rows(p_slots, token, num_tokens, facts, row, P: gl.constexpr):
     """Place, from the run's leader on, of the token of every row of a page; -1 where the run has none."""
     count = facts & 0xFF

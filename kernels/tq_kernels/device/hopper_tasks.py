@@ -1,30 +1,30 @@
-"""What a program of the Hopper quantize kernel does, one after the other: items, their sides and their runs.
+"""What a program of the Hopper quantize kernel does, one after the other: items, their runs and their turns.
 
-An item is a head of a layer of a window of page_tokens tokens; its sides are its keys and its values.
+An item is a head of a layer of a window of page_tokens tokens.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tq_kernels.device.hopper_runs import next_run, slots_of_window, whole_page
+from tq_kernels.device.hopper_turns import OF_KEYS, OF_VALUES, turns_of_run
 
 
 @gluon.jit
 def task_of(step, num_items):
-    """What a program does in a step: an item, or -1, and the first and the last of its sides, 0 for keys.
+    """What a program does in a step: an item, or -1, and those of its turns that may be.
 
-    Two programs share an item of the last step where there are enough of them.
+    Two programs share an item of the last step where there are enough of them: one has the keys.
     """
     i_program, num_programs = gl.program_id(0), gl.num_programs(0)
     left = num_items - step * num_programs
-    item, first, last = step * num_programs + i_program, step * 0, step * 0 + 1
+    item, share = step * num_programs + i_program, step * 0 + (OF_KEYS | OF_VALUES)
     if 2 * left <= num_programs:
-        first = i_program % 2
-        last = first
+        share = gl.where(i_program % 2 == 0, OF_KEYS, OF_VALUES)
         item = gl.where(i_program < 2 * left, step * num_programs + i_program // 2, -1)
     else:
         item = gl.where(i_program < left, item, -1)
-    return item, first, last
+    return item, share
 
 
 @gluon.jit
@@ -54,12 +54,12 @@ def _of_layer(p_vectors, p_layers, i_layer):
 
 
 @gluon.jit
-def vectors_of(item, side, num_layers, keys, values, HEADS: gl.constexpr):
-    """Vectors of an item's side, and their strides: of pages of a cache, and of tokens."""
+def vectors_of(item, is_key, num_layers, keys, values, HEADS: gl.constexpr):
+    """Keys or values of an item, and their strides: of pages of a cache, and of tokens."""
     i_layer, i_head = layer_and_head(gl.maximum(item, 0), num_layers, keys[1], HEADS)
     p_vectors = _of_layer(keys[0], keys[1], i_layer) + i_head * keys[4]
     page_stride, token_stride = keys[2], keys[3]
-    if side != 0:
+    if not is_key:
         p_vectors = _of_layer(values[0], values[1], i_layer) + i_head * values[4]
         page_stride, token_stride = values[2], values[3]
     return p_vectors, page_stride, token_stride
@@ -71,8 +71,6 @@ def advance(
     ahead,
     step,
     item,
-    side,
-    last,
     place,
     num_tokens,
     num_layers,
@@ -82,17 +80,17 @@ def advance(
     SHAPE: gl.constexpr,
     L_SLOTS: gl.constexpr,
 ):
-    """The next run of the program; `ahead` are the slots of the window after the one at hand."""
+    """The next run of the program, and its turns; `ahead` are the slots of the window after this one."""
     P: gl.constexpr = SHAPE.page_tokens
     token = item * 0 - 1
-    page, facts = token, token
+    page, facts, share = token, token, token
     low = token.to(gl.int32 if P == 64 else gl.int64)
     high = low
     while (token < 0) & (item >= 0):
         if place >= P:
             step += 1
             place = place * 0
-            item, side, last = task_of(step, num_items)
+            item, share = task_of(step, num_items)
             page = whole_page(ahead, P)
             if page >= 0:
                 window = window_of(item, num_layers, p_layers, HEADS)
@@ -101,14 +99,15 @@ def advance(
                 low = low * 0 - 1
                 high = low
                 place = place + P
-            item_after, _, _ = task_of(step + 1, num_items)
+            item_after, _ = task_of(step + 1, num_items)
             window = window_of(item_after, num_layers, p_layers, HEADS)
             first = gl.where(item_after < 0, -1, window * P)
             ahead = slots_of_window(p_slots, first, num_tokens, P, L_SLOTS)
         if (token < 0) & (item >= 0):
-            item, side, last = task_of(step, num_items)
+            item, share = task_of(step, num_items)
             window = window_of(item, num_layers, p_layers, HEADS)
             token, place, page, facts, low, high = next_run(
                 p_slots, window * P, place, num_tokens, P, L_SLOTS
             )
-    return ahead, step, item, side, last, place, token, page, facts, low, high
+    turns = share & turns_of_run(facts, low, high, SHAPE)
+    return ahead, step, item, place, turns, token, page, facts, low, high
