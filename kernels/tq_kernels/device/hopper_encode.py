@@ -7,8 +7,12 @@ differ in their banks. Bits are those of `encode.py` and `write_planes.py`.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language import PropagateNan
 
 from tq_kernels.device.hopper_operands import pick
+
+_KEEP_NAN = gl.constexpr(PropagateNan.ALL)
+"""So that the scale of a vector with a NaN is one, and not 0."""
 
 
 @gluon.jit
@@ -90,7 +94,8 @@ def encode(y, address, levels, CODE: gl.constexpr):
     squares = gl.sum(gl.reshape(y * y, [ROWS, 2, D // 16, 4, 2]), axis=2)
     squares = gl.sum(gl.sum(gl.sum(squares, axis=3), axis=1), axis=1)
     squares = gl.convert_layout(squares, gl.SliceLayout(1, y.type.layout), assert_trivial=True)
-    squares = gl.minimum(gl.maximum(squares, 2.0**-100), 2.0**126)
+    squares = gl.maximum(squares, 2.0**-100, propagate_nan=_KEEP_NAN)
+    squares = gl.minimum(squares, 2.0**126, propagate_nan=_KEEP_NAN)
     norm, reciprocal = _root(squares)
     factor = gl.expand_dims(reciprocal * (pick(CODE, 0) * D**0.5 / pick(CODE, 1) * 255 * 2.0**-24), 1)
     found = gl.inline_asm_elementwise(pick(CODE, 3), "=r,f,f,r", [y, factor, address], gl.int32, True, 1)
