@@ -10,6 +10,7 @@ from tq_kernels._page_shape import page_shape
 from tq_kernels.compiled import launch
 from tq_kernels.dequantize_plan import LaunchPlan
 from tq_kernels.device.dequantize import dequantize_sides
+from tq_kernels.device.rotate_back import matrix_unit
 from tq_kernels.layout import PageLayout
 from tq_kernels.reference import rotation_of
 
@@ -67,8 +68,8 @@ def launch_dequantize(
         p_value_layers=None if layers is None else layers[1],
         p_slots=slot_mapping,
         p_balance=key_balance,
-        p_key_rotation=_rotation_tile(layout, pages.device, shape.key_groups) if mode.rotate_keys else None,
-        p_value_rotation=_rotation_tile(layout, pages.device, 1) if mode.rotate_values else None,
+        p_key_rotation=_rotation_tile(layout, pages.device, keys=True) if mode.rotate_keys else None,
+        p_value_rotation=_rotation_tile(layout, pages.device, keys=False) if mode.rotate_values else None,
         num_pages=page_indices.shape[0],
         num_heads=layout.num_kv_heads,
         page_layer_stride=0 if layers is None else pages.stride(0),
@@ -89,14 +90,22 @@ def launch_dequantize(
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _rotation_tile(layout: PageLayout, device: torch.device, groups: int) -> torch.Tensor:
-    """The integer matrix d R, ``[tile_dim, tile_dim]``, rows in the order (channel of a group, group).
+def _rotation_tile(layout: PageLayout, device: torch.device, *, keys: bool) -> torch.Tensor:
+    """The integer matrix d R, ``[tile_dim, tile_dim]``, in the order in which threads hold operands and sums.
 
-    Rows and columns beyond head_dim are zero. float16 has its integers exactly.
+    Rows of values are channels; those of keys are in the order (channel of a group, group) before
+    `_fragment_columns`, and it is divided by `matrix_unit`. Rows and columns beyond head_dim are zero.
+    float16 has its numbers exactly.
     """
-    tile_dim, head_dim = page_shape(layout).tile_dim, layout.head_dim
-    row = torch.arange(head_dim)
-    channel = row % groups * (head_dim // groups) + row // groups
+    shape = page_shape(layout)
+    tile_dim, head_dim = shape.tile_dim, layout.head_dim
+    channel, row = torch.arange(head_dim), torch.arange(tile_dim)
+    column = row.view(-1, 4, 4, 2).transpose(1, 2).flatten()
+    if keys:
+        groups = shape.key_groups
+        channel = channel % groups * (head_dim // groups) + channel // groups
+        row = row.view(4, -1, 2).transpose(0, 1).flatten()
     tile = torch.zeros(tile_dim, tile_dim)
     tile[:head_dim, :head_dim] = (rotation_of(layout, torch.device("cpu")) * head_dim).round()[channel]
+    tile = tile[row][:, column] / (matrix_unit(head_dim) if keys else 1.0)
     return tile.to(device, torch.float32 if is_interpreted() else torch.float16)

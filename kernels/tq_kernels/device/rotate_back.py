@@ -3,6 +3,10 @@
 Float16 numbers meet the integers of d R on the tensor cores. Of values they are levels, which are exact;
 scales and d come after. Keys have a centre, so theirs are levels times scales plus centre: rounded once for
 caches in half precision, in two parts for others.
+
+Tensor cores hold rows and columns of a tile in an order of their own. Which token and which channel stand
+where is free, so tiles are laid out such that each thread unpacks what it multiplies, where words of keys
+allow it, and writes what it has summed: nothing passes through shared memory in between.
 """
 
 import triton
@@ -25,6 +29,12 @@ def columns_of_part(tile_dim):
 
 
 @triton.constexpr_function
+def matrix_unit(head_dim):
+    """What the matrix for keys is divided by: head_dim over `_KEY_UNIT` where its numbers stay exact."""
+    return 1.0 if head_dim & (head_dim - 1) else head_dim / _KEY_UNIT.value
+
+
+@triton.constexpr_function
 def largest_scale(code):
     """Where scales of keys end, so that levels times them plus a centre are finite in float16."""
     return (_KEY_UNIT.value - 1) * 65504.0 / max(LEVELS[code])
@@ -44,9 +54,83 @@ def _beside(x, y):
 
 
 @triton.jit
+def _fragment_rows(x):
+    """Rows (half, warp, row) as (warp, half, row), eight rows each: those of a thread in an operand."""
+    x = tl.reshape(x, (2, x.shape[0] // 16, 8, x.shape[1]))
+    return tl.reshape(tl.permute(x, (1, 0, 2, 3)), (16 * x.shape[1], x.shape[3]))
+
+
+@triton.jit
+def _fragment_columns(x):
+    """Columns (thread, pair, one of two) as (pair, thread, one of two), four threads: those of an operand."""
+    x = tl.reshape(x, (x.shape[0], 4, x.shape[1] // 8, 2))
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), (x.shape[0], 8 * x.shape[2]))
+
+
+@triton.jit
+def _plain(y):
+    """A product with rows as they were before `_fragment_rows`, columns in channel order.
+
+    Of 32 columns a thread then holds eight channels side by side, as many as it writes at once.
+    """
+    y = tl.reshape(y, (y.shape[0] // 16, 2, 8, y.shape[1] // 32, 4, 4, 2))
+    return tl.reshape(tl.permute(y, (1, 0, 2, 3, 5, 4, 6)), (16 * y.shape[0], 32 * y.shape[3]))
+
+
+@triton.jit
 def _product(x, b_rotation):
     """float16 times d R: exact products, float32 sums."""
     return tl.dot(x.to(b_rotation.dtype), b_rotation, input_precision="ieee")
+
+
+@triton.jit
+def _write_columns(
+    y, p_rows, m_row, p_balance, first_channel, factors, SHAPE: tl.constexpr, MODE: tl.constexpr
+):
+    """Columns of a product times factors of rows, and the balance if there is one, to rows of a cache."""
+    o_channel = first_channel + tl.arange(0, y.shape[1])
+    m_channel = o_channel < SHAPE.head_dim
+    y = _plain(y) * factors
+    if p_balance is not None:
+        y *= tl.load(p_balance + o_channel, mask=m_channel, other=1.0)[None, :]
+    number = rounded(y, p_rows.dtype.element_ty, MODE.ptx)
+    tl.store(p_rows[:, None] + o_channel[None, :], number, mask=m_row[:, None] & m_channel[None, :])
+
+
+@triton.jit
+def _write_part(y, p_rows, m_row, p_balance, first_channel, factors, SHAPE: tl.constexpr, MODE: tl.constexpr):
+    """As `_write_columns`, 32 columns at a time where threads so write 16 bytes that they hold themselves."""
+    if y.shape[0] == 64 and y.shape[1] == 64 and not p_rows.dtype.element_ty.is_fp32():
+        low, high = tl.split(tl.permute(tl.reshape(y, (y.shape[0], 2, 32)), (0, 2, 1)))
+        _write_columns(low, p_rows, m_row, p_balance, first_channel, factors, SHAPE, MODE)
+        _write_columns(high, p_rows, m_row, p_balance, first_channel + 32, factors, SHAPE, MODE)
+    else:
+        _write_columns(y, p_rows, m_row, p_balance, first_channel, factors, SHAPE, MODE)
+
+
+@triton.jit
+def _group_of_keys(
+    words,
+    signs,
+    scales,
+    p_section,
+    tables,
+    GROUP: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Keys of one group over `_KEY_UNIT`, float32, columns in the order (word, lane)."""
+    COLUMNS: tl.constexpr = SHAPE.head_dim // SHAPE.key_groups
+    x0, x1, x2, x3 = group_levels(words, signs, tables, SHAPE.key_code, GROUP, PTX)
+    # a level times a scale is exact in float32, so fused or not the sum is the same
+    x = interleaved(x0, x1, x2, x3).to(tl.float32) * scales
+    if SHAPE.centered:
+        # a group at a time: loads of no more elements than threads need no exchange between threads
+        o_column = tl.arange(0, SHAPE.tile_dim // SHAPE.key_groups)
+        p_center = (p_section + SHAPE.key_center).to(tl.pointer_type(tl.float16)) + GROUP * COLUMNS
+        center = tl.load(p_center + o_column, mask=o_column < COLUMNS, other=0.0)
+        x += (center.to(tl.float32) * (1.0 / _KEY_UNIT))[None, :]
+    return x
 
 
 @triton.jit
@@ -63,56 +147,39 @@ def rotate_keys(
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Keys of MODE.rows tokens, rotated back.
-
-    Columns of levels, like rows of the rotation, stand in the order (word, lane, group).
-    """
+    """Keys of MODE.rows tokens, rotated back; columns of levels in the order (word, lane, group)."""
     GROUPS: tl.constexpr = SHAPE.key_groups
     CODE: tl.constexpr = SHAPE.key_code
     PART: tl.constexpr = columns_of_part(SHAPE.tile_dim)
     DTYPE: tl.constexpr = p_cache.dtype.element_ty
     words, signs = key_words(p_section, first_token, MODE.rows, SHAPE)
-    x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 0, MODE.ptx)
-    x = interleaved(x0, x1, x2, x3)
-    if GROUPS > 1:
-        x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 1, MODE.ptx)
-        x_1 = interleaved(x0, x1, x2, x3)
-        if GROUPS == 4:
-            x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 2, MODE.ptx)
-            x = _beside(x, interleaved(x0, x1, x2, x3))
-            x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 3, MODE.ptx)
-            x_1 = _beside(x_1, interleaved(x0, x1, x2, x3))
-        x = _beside(x, x_1)
     o_token = first_token + tl.arange(0, MODE.rows)
-    o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
     scales = tl.load((p_section + SHAPE.key_scales).to(tl.pointer_type(tl.float16)) + o_token)
     scales = scales.to(tl.float32)
     if CODE < 8:  # one comparison a token; bytes of e4m3 have too large levels for it
         scales = tl.where(scales > largest_scale(CODE), largest_scale(CODE), scales)
-    # a level times a scale is exact in float32, so fused or not the sum is the same
-    x = x.to(tl.float32) * (scales * (1.0 / _KEY_UNIT))[:, None]
-    if SHAPE.centered:
-        column = tl.arange(0, SHAPE.tile_dim)
-        o_center = (column % GROUPS) * (SHAPE.head_dim // GROUPS) + column // GROUPS
-        p_center = (p_section + SHAPE.key_center).to(tl.pointer_type(tl.float16)) + o_center
-        center = tl.load(p_center, mask=column // GROUPS < SHAPE.head_dim // GROUPS, other=0.0)
-        x += (center.to(tl.float32) * (1.0 / _KEY_UNIT))[None, :]
+    scales = (scales * (1.0 / _KEY_UNIT))[:, None]
+    x = _group_of_keys(words, signs, scales, p_section, tables, 0, SHAPE, MODE.ptx)
+    if GROUPS > 1:
+        x_1 = _group_of_keys(words, signs, scales, p_section, tables, 1, SHAPE, MODE.ptx)
+        if GROUPS == 4:
+            x = _beside(x, _group_of_keys(words, signs, scales, p_section, tables, 2, SHAPE, MODE.ptx))
+            x_1 = _beside(x_1, _group_of_keys(words, signs, scales, p_section, tables, 3, SHAPE, MODE.ptx))
+        x = _beside(x, x_1)
     if CODE == 8:
         x = _finite(x)
+    x = _fragment_columns(_fragment_rows(x))
     x_half = x.to(tl.float16)
     if DTYPE.is_fp32():
         x_rest = ((x - x_half.to(tl.float32)) * _REST_UNIT).to(tl.float16)
+    o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
+    FACTOR: tl.constexpr = matrix_unit(SHAPE.head_dim) * _KEY_UNIT / SHAPE.head_dim
+    p_channel_factors = p_balance if MODE.balanced else None
     for part in tl.static_range(SHAPE.tile_dim // PART):
-        o_channel = part * PART + tl.arange(0, PART)
-        m_channel = o_channel < SHAPE.head_dim
         y = _product(x_half, b_rotation[part])
         if DTYPE.is_fp32():
             y += _product(x_rest, b_rotation[part]) * (1.0 / _REST_UNIT)
-        y *= _KEY_UNIT / SHAPE.head_dim
-        if MODE.balanced:
-            y *= tl.load(p_balance + o_channel, mask=m_channel, other=1.0)[None, :]
-        p_rows = p_cache + o_row[:, None] + o_channel[None, :]
-        tl.store(p_rows, rounded(y, DTYPE, MODE.ptx), mask=m_row[:, None] & m_channel[None, :])
+        _write_part(y, p_cache + o_row, m_row, p_channel_factors, part * PART, FACTOR, SHAPE, MODE)
 
 
 @triton.jit
@@ -146,7 +213,6 @@ def rotate_values(
     GROUPS: tl.constexpr = SHAPE.value_groups
     CODE: tl.constexpr = SHAPE.value_code
     PART: tl.constexpr = columns_of_part(SHAPE.tile_dim)
-    DTYPE: tl.constexpr = p_cache.dtype.element_ty
     first_word = first_token // (4 * GROUPS)
     words, signs = value_words(p_section, first_word, MODE.rows // (4 * GROUPS), SHAPE)
     x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 0, MODE.ptx)
@@ -166,9 +232,7 @@ def rotate_values(
     o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
     scales = tl.load((p_section + SHAPE.value_scales).to(tl.pointer_type(tl.float16)) + o_token)
     scales = scales.to(tl.float32) * (1.0 / SHAPE.head_dim)
+    x = _fragment_rows(x)
     for part in tl.static_range(SHAPE.tile_dim // PART):
-        o_channel = part * PART + tl.arange(0, PART)
-        y = _product(x, b_rotation[part]) * scales[:, None]
-        p_rows = p_cache + o_row[:, None] + o_channel[None, :]
-        mask = m_row[:, None] & (o_channel < SHAPE.head_dim)[None, :]
-        tl.store(p_rows, rounded(y, DTYPE, MODE.ptx), mask=mask)
+        y = _product(x, b_rotation[part])
+        _write_part(y, p_cache + o_row, m_row, None, part * PART, scales[:, None], SHAPE, MODE)
