@@ -14,7 +14,7 @@ import triton.language as tl
 
 from tq_kernels.codebook import LEVELS
 from tq_kernels.device.levels import group_levels
-from tq_kernels.device.write_rows import interleaved, key_words, rounded, rows, value_words
+from tq_kernels.device.write_rows import interleaved, key_words, rounded, value_words
 
 _KEY_UNIT = tl.constexpr(16.0)
 """Rotated keys are divided by it, so that a key as large as float16 allows does not overflow when rotated."""
@@ -109,77 +109,104 @@ def _write_part(y, p_rows, m_row, p_balance, first_channel, factors, SHAPE: tl.c
 
 
 @triton.jit
-def _group_of_keys(
-    words,
-    signs,
-    scales,
-    p_section,
-    tables,
-    GROUP: tl.constexpr,
-    SHAPE: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Keys of one group over `_KEY_UNIT`, float32, columns in the order (word, lane)."""
+def tile_tokens(i_tile, KEYS: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr):
+    """Tokens of a page that are the rows of one of its tiles; of values in the order (word, group, lane)."""
+    o_row = tl.arange(0, MODE.rows)
+    if KEYS:
+        o_token = i_tile * MODE.rows + o_row
+    else:
+        GROUPS: tl.constexpr = SHAPE.value_groups
+        o_word = i_tile * (MODE.rows // (4 * GROUPS)) + o_row // (4 * GROUPS)
+        o_token = (o_row // 4) % GROUPS * (SHAPE.page_tokens // GROUPS) + 4 * o_word + o_row % 4
+    return o_token
+
+
+@triton.jit
+def _load_group_center(p_section, GROUP: tl.constexpr, SHAPE: tl.constexpr):
+    """The centre's channels of a group, ``[tile_dim / groups]`` float16.
+
+    Of no more elements than threads each thread reads those it needs, and none goes through shared memory.
+    """
     COLUMNS: tl.constexpr = SHAPE.head_dim // SHAPE.key_groups
-    x0, x1, x2, x3 = group_levels(words, signs, tables, SHAPE.key_code, GROUP, PTX)
-    # a level times a scale is exact in float32, so fused or not the sum is the same
-    x = interleaved(x0, x1, x2, x3).to(tl.float32) * scales
-    if SHAPE.centered:
-        # a group at a time: loads of no more elements than threads need no exchange between threads
-        o_column = tl.arange(0, SHAPE.tile_dim // SHAPE.key_groups)
-        p_center = (p_section + SHAPE.key_center).to(tl.pointer_type(tl.float16)) + GROUP * COLUMNS
-        center = tl.load(p_center + o_column, mask=o_column < COLUMNS, other=0.0)
-        x += (center.to(tl.float32) * (1.0 / _KEY_UNIT))[None, :]
-    return x
+    o_column = tl.arange(0, SHAPE.tile_dim // SHAPE.key_groups)
+    p_center = (p_section + SHAPE.key_center).to(tl.pointer_type(tl.float16)) + GROUP * COLUMNS
+    return tl.load(p_center + o_column, mask=o_column < COLUMNS, other=0.0)
+
+
+@triton.jit
+def load_center(p_section, SHAPE: tl.constexpr):
+    """The centre of a page by columns of keys, float16."""
+    center = _load_group_center(p_section, 0, SHAPE)
+    if SHAPE.key_groups > 1:
+        center_1 = _load_group_center(p_section, 1, SHAPE)
+        if SHAPE.key_groups == 4:
+            center = tl.interleave(center, _load_group_center(p_section, 2, SHAPE))
+            center_1 = tl.interleave(center_1, _load_group_center(p_section, 3, SHAPE))
+        center = tl.interleave(center, center_1)
+    return center
+
+
+@triton.jit
+def load_tile(p_section, i_tile, KEYS: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr):
+    """Words and spread sign words of a tile of a page."""
+    if KEYS:
+        words, signs = key_words(p_section, i_tile * MODE.rows, MODE.rows, SHAPE)
+    else:
+        WORDS: tl.constexpr = MODE.rows // (4 * SHAPE.value_groups)
+        words, signs = value_words(p_section, i_tile * WORDS, WORDS, SHAPE)
+    return words, signs
 
 
 @triton.jit
 def rotate_keys(
-    p_section,
-    p_cache,
-    p_slots,
+    tile,
+    scales,
+    center,
+    p_rows,
+    m_row,
     p_balance,
     b_rotation,
-    page_stride,
-    token_stride,
-    first_token,
     tables,
     SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Keys of MODE.rows tokens, rotated back; columns of levels in the order (word, lane, group)."""
+    """Keys that `load_tile` has read, rotated back; columns of levels in the order (word, lane, group)."""
+    words, signs = tile
     GROUPS: tl.constexpr = SHAPE.key_groups
     CODE: tl.constexpr = SHAPE.key_code
     PART: tl.constexpr = columns_of_part(SHAPE.tile_dim)
-    DTYPE: tl.constexpr = p_cache.dtype.element_ty
-    words, signs = key_words(p_section, first_token, MODE.rows, SHAPE)
-    o_token = first_token + tl.arange(0, MODE.rows)
-    scales = tl.load((p_section + SHAPE.key_scales).to(tl.pointer_type(tl.float16)) + o_token)
+    FACTOR: tl.constexpr = matrix_unit(SHAPE.head_dim) * _KEY_UNIT / SHAPE.head_dim
+    IS_FP32: tl.constexpr = p_rows.dtype.element_ty.is_fp32()
+    x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 0, MODE.ptx)
+    x = interleaved(x0, x1, x2, x3)
+    if GROUPS > 1:
+        x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 1, MODE.ptx)
+        x_1 = interleaved(x0, x1, x2, x3)
+        if GROUPS == 4:
+            x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 2, MODE.ptx)
+            x = _beside(x, interleaved(x0, x1, x2, x3))
+            x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 3, MODE.ptx)
+            x_1 = _beside(x_1, interleaved(x0, x1, x2, x3))
+        x = _beside(x, x_1)
     scales = scales.to(tl.float32)
     if CODE < 8:  # one comparison a token; bytes of e4m3 have too large levels for it
         scales = tl.where(scales > largest_scale(CODE), largest_scale(CODE), scales)
-    scales = (scales * (1.0 / _KEY_UNIT))[:, None]
-    x = _group_of_keys(words, signs, scales, p_section, tables, 0, SHAPE, MODE.ptx)
-    if GROUPS > 1:
-        x_1 = _group_of_keys(words, signs, scales, p_section, tables, 1, SHAPE, MODE.ptx)
-        if GROUPS == 4:
-            x = _beside(x, _group_of_keys(words, signs, scales, p_section, tables, 2, SHAPE, MODE.ptx))
-            x_1 = _beside(x_1, _group_of_keys(words, signs, scales, p_section, tables, 3, SHAPE, MODE.ptx))
-        x = _beside(x, x_1)
+    # a level times a scale is exact in float32, so fused or not the sum is the same
+    x = x.to(tl.float32) * (scales * (1.0 / _KEY_UNIT))[:, None]
+    if SHAPE.centered:
+        x += (center.to(tl.float32) * (1.0 / _KEY_UNIT))[None, :]
     if CODE == 8:
         x = _finite(x)
     x = _fragment_columns(_fragment_rows(x))
     x_half = x.to(tl.float16)
-    if DTYPE.is_fp32():
+    if IS_FP32:
         x_rest = ((x - x_half.to(tl.float32)) * _REST_UNIT).to(tl.float16)
-    o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
-    FACTOR: tl.constexpr = matrix_unit(SHAPE.head_dim) * _KEY_UNIT / SHAPE.head_dim
     p_channel_factors = p_balance if MODE.balanced else None
     for part in tl.static_range(SHAPE.tile_dim // PART):
         y = _product(x_half, b_rotation[part])
-        if DTYPE.is_fp32():
+        if IS_FP32:
             y += _product(x_rest, b_rotation[part]) * (1.0 / _REST_UNIT)
-        _write_part(y, p_cache + o_row, m_row, p_channel_factors, part * PART, FACTOR, SHAPE, MODE)
+        _write_part(y, p_rows, m_row, p_channel_factors, part * PART, FACTOR, SHAPE, MODE)
 
 
 @triton.jit
@@ -197,24 +224,12 @@ def _below(x, y):
 
 
 @triton.jit
-def rotate_values(
-    p_section,
-    p_cache,
-    p_slots,
-    b_rotation,
-    page_stride,
-    token_stride,
-    first_token,
-    tables,
-    SHAPE: tl.constexpr,
-    MODE: tl.constexpr,
-):
-    """Values of MODE.rows tokens, rotated back; rows of levels in the order (word, group, lane)."""
+def rotate_values(tile, scales, p_rows, m_row, b_rotation, tables, SHAPE: tl.constexpr, MODE: tl.constexpr):
+    """Values that `load_tile` has read, rotated back."""
+    words, signs = tile
     GROUPS: tl.constexpr = SHAPE.value_groups
     CODE: tl.constexpr = SHAPE.value_code
     PART: tl.constexpr = columns_of_part(SHAPE.tile_dim)
-    first_word = first_token // (4 * GROUPS)
-    words, signs = value_words(p_section, first_word, MODE.rows // (4 * GROUPS), SHAPE)
     x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 0, MODE.ptx)
     x = _rows_of_lanes(x0, x1, x2, x3)
     if GROUPS > 1:
@@ -225,14 +240,8 @@ def rotate_values(
             x_2 = _rows_of_lanes(x0, x1, x2, x3)
             x0, x1, x2, x3 = group_levels(words, signs, tables, CODE, 3, MODE.ptx)
             x = _below(x, _below(x_2, _rows_of_lanes(x0, x1, x2, x3)))
-    x = tl.reshape(x, (MODE.rows, SHAPE.tile_dim))
-    row = tl.arange(0, MODE.rows)
-    group, word = (row // 4) % GROUPS, first_word + row // (4 * GROUPS)
-    o_token = group * (SHAPE.page_tokens // GROUPS) + 4 * word + row % 4
-    o_row, m_row = rows(p_slots, o_token, page_stride, token_stride, MODE.cache_tokens)
-    scales = tl.load((p_section + SHAPE.value_scales).to(tl.pointer_type(tl.float16)) + o_token)
-    scales = scales.to(tl.float32) * (1.0 / SHAPE.head_dim)
-    x = _fragment_rows(x)
+    x = _fragment_rows(tl.reshape(x, (MODE.rows, SHAPE.tile_dim)))
+    factors = (scales.to(tl.float32) * (1.0 / SHAPE.head_dim))[:, None]
     for part in tl.static_range(SHAPE.tile_dim // PART):
         y = _product(x, b_rotation[part])
-        _write_part(y, p_cache + o_row, m_row, None, part * PART, scales[:, None], SHAPE, MODE)
+        _write_part(y, p_rows, m_row, None, part * PART, factors, SHAPE, MODE)
