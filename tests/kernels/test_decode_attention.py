@@ -14,8 +14,6 @@ from tq_kernels.reference import dequantize, quantize
 
 from .attention_cases import FlashRule, Guarded, Pages, far_away, make_pages, seen_tokens
 
-# what a Triton loop over a number from memory does to NumPy
-
 H100 = Machine(capability=(9, 0), num_processors=132)
 
 

@@ -13,8 +13,6 @@ from tq_kernels.extend_plan import WORKSPACE_TOKENS, ExtendPlan, Variant, plan_e
 
 from .attention_cases import FlashRule, Guarded, Pages, far_away, make_pages, seen_tokens
 
-# what a Triton loop over a number from memory does to NumPy
-
 H100 = Machine(capability=(9, 0), num_processors=132)
 
 
