@@ -26,15 +26,16 @@ def check_decode(
     """
     page_shape(layout)
     check_pages(pages, layout)
-    check_tensor("query", query, (*(None,) * (query.dim() - 1), layout.head_dim), FLOATS, pages.device)
-    check_group(query.shape[-2], layout)
+    shape, device = query.shape, pages.device
+    check_tensor("query", query, (*(None,) * (len(shape) - 1), layout.head_dim), FLOATS, device)
+    check_group(shape[-2], layout)
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"a sequence has 1 to {MAX_ROWS} query rows, not {rows}")
-    num_seqs = query.shape[0]
-    check_tensor("block_table", block_table, (num_seqs, None), (torch.int32,), pages.device)
-    check_tensor("lengths", lengths, (num_seqs,), (torch.int32,), pages.device)
+    num_seqs = shape[0]
+    check_tensor("block_table", block_table, (num_seqs, None), (torch.int32,), device)
+    check_tensor("lengths", lengths, (num_seqs,), (torch.int32,), device)
     if query_positions is not None:
-        check_tensor("query_positions", query_positions, (num_seqs,), (torch.int32,), pages.device)
+        check_tensor("query_positions", query_positions, (num_seqs,), (torch.int32,), device)
 
 
 def check_group(num_query_heads: int, layout: PageLayout) -> None:
@@ -100,7 +101,7 @@ def check_sinks(
     shape = (num_rows, num_sinks, layout.num_kv_heads, layout.head_dim)
     halves = (torch.bfloat16, torch.float16)
     check_tensor("sink_keys", sink_keys, shape, halves, query.device)
-    check_tensor("sink_values", sink_values, tuple(sink_keys.shape), (sink_keys.dtype,), query.device)
+    check_tensor("sink_values", sink_values, sink_keys.shape, (sink_keys.dtype,), query.device)
     if sink_rows is not None:
         check_tensor("sink_rows", sink_rows, (query.shape[0],), (torch.int32,), query.device)
     if sink_keys.stride() != sink_values.stride():

@@ -19,7 +19,8 @@ def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
         ValueError: Another shape or dtype, or rows that kernels cannot read.
     """
     check_page_bytes(pages, layout)
-    if pages.stride(1) != 1 or pages.stride(0) % _PAGE_STRIDE_MULTIPLE or pages.data_ptr() % 16:
+    page_stride, byte_stride = pages.stride()
+    if byte_stride != 1 or page_stride % _PAGE_STRIDE_MULTIPLE or pages.data_ptr() % 16:
         raise ValueError(
             "pages must be rows of contiguous bytes that begin at multiples of "
             f"{_PAGE_STRIDE_MULTIPLE} bytes, not strides {pages.stride()} at address {pages.data_ptr():#x}"
@@ -32,7 +33,7 @@ def check_page_bytes(pages: torch.Tensor, layout: PageLayout | ColdLayout) -> No
     Raises:
         ValueError: Another shape or dtype.
     """
-    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != layout.page_bytes:
+    if pages.dtype != torch.uint8 or not _fits(pages.shape, (None, layout.page_bytes)):
         raise ValueError(
             f"pages must be [num_pages, {layout.page_bytes}] uint8, not {list(pages.shape)} {pages.dtype}"
         )
@@ -76,20 +77,26 @@ def check_tensor(
     Raises:
         ValueError: Anything else; the message names the argument and what was expected.
     """
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or tensor.dtype not in dtypes:
+    sizes = tensor.shape
+    if not _fits(sizes, shape) or tensor.dtype not in dtypes:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name} must be [{wanted}] {kinds}, not {list(tensor.shape)} {tensor.dtype}")
+        raise ValueError(f"{name} must be [{wanted}] {kinds}, not {list(sizes)} {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the pages are on {device}")
-    dense = 1
-    for dim in range(tensor.dim() - 1, tensor.dim() - 1 - contiguous_dims, -1):
-        if tensor.shape[dim] > 1 and tensor.stride(dim) != dense:
+    strides, dense = tensor.stride(), 1
+    for dim in range(-1, -1 - contiguous_dims, -1):
+        if strides[dim] != dense and sizes[dim] > 1:
             raise ValueError(
-                f"the last {contiguous_dims} dimension(s) of {name} must be contiguous, "
-                f"not strides {tensor.stride()}"
+                f"the last {contiguous_dims} dimension(s) of {name} must be contiguous, not strides {strides}"
             )
-        dense *= tensor.shape[dim]
+        dense *= sizes[dim]
+
+
+def _fits(sizes: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    """Whether sizes are those wanted, None standing for any."""
+    if sizes == wanted:
+        return True
+    if len(sizes) != len(wanted):
+        return False
+    return sizes == tuple([size if want is None else want for size, want in zip(sizes, wanted, strict=True)])

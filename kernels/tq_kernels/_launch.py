@@ -112,7 +112,7 @@ def launch_split(
 
     Args:
         plan: How the work is cut.
-        prepared: ``[num_seqs, num_kv_heads, padded_columns, head_dim]`` float16.
+        prepared: ``[num_seqs or more, num_kv_heads, padded_columns, head_dim]`` float16.
         pages: ``[num_pages, page_bytes]`` uint8.
         block_table: ``[num_seqs, max_pages]`` int32.
         lengths: ``[num_seqs]`` int32.
@@ -127,7 +127,7 @@ def launch_split(
         softcap: Cap of the scores, or none.
         sink_rows: ``[num_seqs]`` int32; a negative one leaves out none of its sequence's positions.
     """
-    num_seqs, num_kv_heads, padded, _ = prepared.shape
+    _, num_kv_heads, padded, _ = prepared.shape
     if plan.variant == "hopper":
         from tq_kernels import hopper_launch  # Gluon is a part of some Triton releases only
 
@@ -153,7 +153,7 @@ def launch_split(
     ptx = has_nvidia_assembly(pages.device)
     launch(
         attend_split,
-        (plan.num_splits, num_kv_heads * (padded // plan.tile_columns), num_seqs),
+        (plan.num_splits, num_kv_heads * (padded // plan.tile_columns), lengths.shape[0]),
         p_query=prepared,
         p_pages=pages,
         p_table=block_table,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -58,23 +59,24 @@ def launch_quantize(
         source_slots: ``[num_tokens]`` int64 of tokens in the caches; comes with `layers`.
     """
     in_cache = layers is not None
-    ptx = has_nvidia_assembly(pages.device)
-    key_parts, value_parts, rotation_dtype = _parts(keys.dtype, key_balance is not None)
-    mode = Mode(
-        rows=plan.rows,
-        window=plan.window,
-        windows=plan.windows,
-        seeded=seed_pages is not None,
-        balanced=key_balance is not None,
-        search=plan.search,
-        key_parts=key_parts,
-        value_parts=value_parts,
-        cache_tokens=keys.shape[1] if in_cache else 0,
-        ptx=ptx,
+    balanced = key_balance is not None
+    rotation_dtype = _parts(keys.dtype, balanced)[2]
+    fixed = _constants(
+        layout,
+        keys.dtype,
+        (plan.rows, plan.window, plan.windows, plan.search, plan.num_warps, plan.max_registers),
+        seed_pages is not None,
+        balanced,
+        keys.shape[1] if in_cache else 0,
+        has_nvidia_assembly(pages.device),
     )
+    sink_slots, sink_keys, sink_values = sinks
+    key_strides, value_strides = keys.stride(), values.stride()
+    sink_strides = (0, 0) if sink_keys is None else sink_keys.stride()
     launch(
         quantize_runs,
         (layout.num_kv_heads, plan.programs, 1 if layers is None else len(layers[0])),
+        fixed,
         p_keys=keys,
         p_values=values,
         p_slots=slot_mapping,
@@ -86,28 +88,53 @@ def launch_quantize(
         p_rotation=_rotation_tile(layout, pages.device, rotation_dtype),
         p_cells=cell_words(layout, pages.device) if plan.search else None,
         p_pages=pages,
-        p_sink_slots=sinks[0],
-        p_sink_keys=sinks[1],
-        p_sink_values=sinks[2],
-        num_tokens=len(slot_mapping),
-        key_page_stride=keys.stride(0) if in_cache else 0,
-        key_token_stride=keys.stride(-3),
-        key_head_stride=keys.stride(-2),
-        value_page_stride=values.stride(0) if in_cache else 0,
-        value_token_stride=values.stride(-3),
-        value_head_stride=values.stride(-2),
+        p_sink_slots=sink_slots,
+        p_sink_keys=sink_keys,
+        p_sink_values=sink_values,
+        num_tokens=slot_mapping.shape[0],
+        key_page_stride=key_strides[0] if in_cache else 0,
+        key_token_stride=key_strides[-3],
+        key_head_stride=key_strides[-2],
+        value_page_stride=value_strides[0] if in_cache else 0,
+        value_token_stride=value_strides[-3],
+        value_head_stride=value_strides[-2],
         page_layer_stride=pages.stride(0) if in_cache else 0,
         page_stride=pages.stride(-2),
-        sink_token_stride=0 if sinks[1] is None else sinks[1].stride(0),
-        sink_head_stride=0 if sinks[1] is None else sinks[1].stride(1),
-        SHAPE=page_shape(layout),
-        MODE=mode,
-        num_warps=plan.num_warps,
-        num_stages=1,
-        **({"maxnreg": plan.max_registers} if ptx else {}),
+        sink_token_stride=sink_strides[0],
+        sink_head_stride=sink_strides[1],
     )
 
 
+@lru_cache(maxsize=64)
+def _constants(
+    layout: PageLayout,
+    dtype: torch.dtype,
+    cut: tuple[int, int, int, bool, int, int | None],
+    seeded: bool,
+    balanced: bool,
+    cache_tokens: int,
+    ptx: bool,
+) -> dict[str, Any]:
+    """Constants and options for what a plan says of a program; the same object for the same call."""
+    rows, window, windows, search, num_warps, max_registers = cut
+    key_parts, value_parts, _ = _parts(dtype, balanced)
+    mode = Mode(
+        rows=rows,
+        window=window,
+        windows=windows,
+        seeded=seeded,
+        balanced=balanced,
+        search=search,
+        cache_tokens=cache_tokens,
+        key_parts=key_parts,
+        value_parts=value_parts,
+        ptx=ptx,
+    )
+    options = {"num_warps": num_warps, "num_stages": 1} | ({"maxnreg": max_registers} if ptx else {})
+    return {"SHAPE": page_shape(layout), "MODE": mode, **options}
+
+
+@lru_cache(maxsize=16)
 def _parts(dtype: torch.dtype, balanced: bool) -> tuple[int, int, torch.dtype]:
     """Parts of keys, parts of values, and the dtype of the parts and the rotation.
 

@@ -139,21 +139,23 @@ def decode_attention(
     Raises:
         ValueError: A shape, dtype, device or stride that the kernels do not serve; the message names it.
     """
-    if query.dim() not in (3, 4):
-        raise ValueError(f"query must have 3 or 4 dimensions, not {list(query.shape)}")
-    rows = query.shape[1] if query.dim() == 4 else 1
+    shape = query.shape
+    if len(shape) not in (3, 4):
+        raise ValueError(f"query must have 3 or 4 dimensions, not {list(shape)}")
+    has_rows = len(shape) == 4
+    rows = shape[1] if has_rows else 1
     check_decode(query, pages, block_table, lengths, layout, rows, query_positions)
     check_mask(layout, query.device, sliding_window, softcap, num_sinks, key_balance)
     check_sinks(query, layout, num_sinks, sink_keys, sink_values, sink_rows)
     if out is None:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    check_tensor("out", out, tuple(query.shape), FLOATS, pages.device)
+        out = torch.empty(shape, dtype=query.dtype, device=query.device)
+    check_tensor("out", out, shape, FLOATS, pages.device)
     if lse is None:
-        lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    check_tensor("lse", lse, tuple(query.shape[:-1]), (torch.float32,), pages.device, contiguous_dims=0)
+        lse = torch.empty(shape[:-1], dtype=torch.float32, device=query.device)
+    check_tensor("lse", lse, shape[:-1], (torch.float32,), pages.device, contiguous_dims=0)
     if workspace is not None:
         _check_workspace(workspace, query, layout, rows)
-    if not len(query):
+    if not shape[0]:
         return out, lse
     if not takes_kernel(query.device):
         results = reference_attention.decode_attention(
@@ -177,7 +179,7 @@ def decode_attention(
         num_seqs, max_pages = block_table.shape
         workspace = decode_workspace(layout, num_seqs, query.shape[-2], max_pages, query.device, rows)
     _launch(
-        query if query.dim() == 4 else query[:, None],
+        query if has_rows else query[:, None],
         pages,
         block_table,
         lengths,
@@ -192,8 +194,8 @@ def decode_attention(
         sink_values=sink_values,
         sink_rows=sink_rows,
         key_balance=key_balance,
-        out=out if query.dim() == 4 else out[:, None],
-        lse=lse if query.dim() == 4 else lse[:, None],
+        out=out if has_rows else out[:, None],
+        lse=lse if has_rows else lse[:, None],
     )
     return out, lse
 
@@ -220,9 +222,9 @@ def _launch(
 ) -> None:
     from tq_kernels import _launch as plain  # Triton is there on some platforms only
 
-    num_seqs = len(query)
-    prepared, positions = workspace.prepared[:num_seqs], workspace.positions[:num_seqs]
-    partial_out, partial_lse = workspace.partial_out[:num_seqs], workspace.partial_lse[:num_seqs]
+    rows = query.shape[1]
+    # of more sequences than there may be here, of which launches leave the rest alone
+    prepared, partial_out, partial_lse = workspace.prepared, workspace.partial_out, workspace.partial_lse
     factor = plain.score_factor(softmax_scale, softcap)
     if workspace.plan.variant == "hopper":
         from tq_kernels import hopper_launch  # Gluon is a part of some Triton releases only
@@ -243,7 +245,7 @@ def _launch(
             partial_out=partial_out,
             partial_lse=partial_lse,
             layout=layout,
-            rows=query.shape[1],
+            rows=rows,
             num_sinks=num_sinks,
             sliding_window=sliding_window,
             softcap=softcap,
@@ -276,7 +278,7 @@ def _launch(
         query_positions=query_positions,
         key_balance=key_balance,
         prepared=prepared,
-        positions=positions,
+        positions=workspace.positions,
         layout=layout,
         factor=factor,
     )
@@ -286,11 +288,11 @@ def _launch(
         pages=pages,
         block_table=block_table,
         lengths=lengths,
-        positions=positions,
+        positions=workspace.positions,
         partial_out=partial_out,
         partial_lse=partial_lse,
         layout=layout,
-        rows=query.shape[1],
+        rows=rows,
         num_sinks=num_sinks,
         sliding_window=sliding_window,
         softcap=softcap,
@@ -305,7 +307,7 @@ def _launch(
         merge_columns=workspace.plan.merge_columns,
         rotated=layout.spec.value.rotated,
         query=query,
-        positions=positions,
+        positions=workspace.positions,
         sink_keys=sink_keys,
         sink_values=sink_values,
         sink_rows=sink_rows,
@@ -316,12 +318,12 @@ def _launch(
 
 
 def _check_workspace(workspace: DecodeWorkspace, query: torch.Tensor, layout: PageLayout, rows: int) -> None:
-    columns = rows * query.shape[-2] // layout.num_kv_heads
-    seqs, device = len(workspace.partial_out), workspace.partial_out.device
-    if workspace.layout != layout or workspace.plan.columns != columns or seqs < len(query):
+    num_seqs, columns = query.shape[0], rows * query.shape[-2] // layout.num_kv_heads
+    seqs, device = workspace.partial_out.shape[0], workspace.partial_out.device
+    if (workspace.layout, workspace.plan.columns) != (layout, columns) or seqs < num_seqs:
         raise ValueError(
             f"the workspace is for {seqs} sequences of {workspace.plan.columns} columns over "
-            f"{workspace.layout}; needed are {len(query)} of {columns} over {layout}"
+            f"{workspace.layout}; needed are {num_seqs} of {columns} over {layout}"
         )
     if device != query.device:
         raise ValueError(f"the workspace is for {device}, the query is on {query.device}")

@@ -153,6 +153,7 @@ def _hopper_splits(
     return splits_with(num_registers), num_registers
 
 
+@lru_cache(maxsize=64)
 def choose_variant(machine: Machine, layout: PageLayout) -> Variant:
     """The split kernel for a machine and a page."""
     fits = machine.capability == hopper.CAPABILITY and machine.gluon and hopper.serves(layout)

@@ -39,26 +39,34 @@ def launch_prepare(
     num_seqs, rows, num_query_heads, head_dim = query.shape
     padded = prepared.shape[2]
     group = num_query_heads // layout.num_kv_heads
+    seq_stride, row_stride, head_stride, _ = query.stride()
     launch(
         prepare_columns,
         (padded // _COLUMNS_AT_ONCE, layout.num_kv_heads, num_seqs),
+        _prepare_constants(head_dim, group, rows, padded),
         p_query=query,
         p_balance=key_balance,
         p_signs=_signs(layout, query.device),
         p_prepared=prepared,
         num_kv_heads=layout.num_kv_heads,
         factor=factor / head_dim,
-        query_seq_stride=query.stride(0),
-        query_row_stride=query.stride(1),
-        query_head_stride=query.stride(2),
-        GROUP=group,
-        COLUMNS=rows * group,
-        PADDED=padded,
-        D=head_dim,
-        R=_COLUMNS_AT_ONCE,
-        num_warps=_COLUMNS_AT_ONCE,
-        launch_pdl=True,
+        query_seq_stride=seq_stride,
+        query_row_stride=row_stride,
+        query_head_stride=head_stride,
     )
+
+
+@lru_cache(maxsize=64)
+def _prepare_constants(head_dim: int, group: int, rows: int, padded: int) -> dict[str, object]:
+    return {
+        "GROUP": group,
+        "COLUMNS": rows * group,
+        "PADDED": padded,
+        "D": head_dim,
+        "R": _COLUMNS_AT_ONCE,
+        "num_warps": _COLUMNS_AT_ONCE,
+        "launch_pdl": True,
+    }
 
 
 def launch_split(
@@ -88,7 +96,7 @@ def launch_split(
     The query is prepared, or raw as the caller of `decode_attention` has it, with rows; balance and factor
     are for the latter. An early launch begins while the one before still runs.
     """
-    num_seqs, *strides = len(query), *(query.stride()[:3] if raw else (0, 0, 0))
+    seq_stride, row_stride, head_stride = query.stride()[:3] if raw else (0, 0, 0)
     fixed = hopper.constants(
         layout,
         rows=rows,
@@ -101,7 +109,7 @@ def launch_split(
     )
     launch(
         attend_split,
-        (plan.num_splits, layout.num_kv_heads * fixed["BLOCKS"], num_seqs),
+        (plan.num_splits, layout.num_kv_heads * fixed["BLOCKS"], lengths.shape[0]),
         fixed,
         p_query=query,
         p_pages=pages,
@@ -115,9 +123,9 @@ def launch_split(
         p_lse=partial_lse,
         table_stride=block_table.stride(0),
         page_stride=pages.stride(0),
-        query_seq_stride=strides[0],
-        query_row_stride=strides[1],
-        query_head_stride=strides[2],
+        query_seq_stride=seq_stride,
+        query_row_stride=row_stride,
+        query_head_stride=head_stride,
         num_splits=plan.num_splits,
         num_sinks=num_sinks,
         window=sliding_window or 0,
@@ -149,13 +157,20 @@ def launch_merge(
     """Merge splits and raw sinks, rotate outputs back; tensors are those of `decode_attention`."""
     num_seqs, rows, num_query_heads, head_dim = query.shape
     group = num_query_heads // layout.num_kv_heads
-    sinks = query if sink_keys is None else sink_keys
     num_splits = partial_lse.shape[2]
-    runs = -(-num_splits // _SPLITS_AT_ONCE)
-    num_warps = min(_MOST_MERGE_WARPS, 1 << (runs - 1).bit_length())
+    query_strides, out_strides, lse_strides = query.stride(), out.stride(), lse.stride()
+    sink_strides = query_strides if sink_keys is None else sink_keys.stride()
     launch(
         merge_columns,
         (rows * group, layout.num_kv_heads, num_seqs),
+        _merge_constants(
+            head_dim,
+            group,
+            _splits_at_once(num_splits),
+            0 if sink_keys is None else sink_keys.shape[1],
+            sliding_window is not None,
+            softcap is not None,
+        ),
         p_partial=partial_out,
         p_partial_lse=partial_lse,
         p_query=query,
@@ -170,35 +185,52 @@ def launch_merge(
         num_kv_heads=layout.num_kv_heads,
         num_columns=rows * group,
         num_splits=num_splits,
-        query_seq_stride=query.stride(0),
-        query_row_stride=query.stride(1),
-        query_head_stride=query.stride(2),
-        sink_seq_stride=sinks.stride(0),
-        sink_token_stride=sinks.stride(1),
-        sink_head_stride=sinks.stride(2),
-        out_seq_stride=out.stride(0),
-        out_row_stride=out.stride(1),
-        out_head_stride=out.stride(2),
-        lse_seq_stride=lse.stride(0),
-        lse_row_stride=lse.stride(1),
-        lse_head_stride=lse.stride(2),
+        query_seq_stride=query_strides[0],
+        query_row_stride=query_strides[1],
+        query_head_stride=query_strides[2],
+        sink_seq_stride=sink_strides[0],
+        sink_token_stride=sink_strides[1],
+        sink_head_stride=sink_strides[2],
+        out_seq_stride=out_strides[0],
+        out_row_stride=out_strides[1],
+        out_head_stride=out_strides[2],
+        lse_seq_stride=lse_strides[0],
+        lse_row_stride=lse_strides[1],
+        lse_head_stride=lse_strides[2],
         score_factor=softmax_scale * math.log2(math.e) if softcap is None else softmax_scale / softcap,
         cap_log2=(softcap or 0.0) * math.log2(math.e),
         window=sliding_window or 0,
-        GROUP=group,
-        D=head_dim,
-        W=num_warps,
-        U=min(_SPLITS_AT_ONCE, 1 << (num_splits - 1).bit_length()),
-        SINKS=0 if sink_keys is None else sink_keys.shape[1],
-        WINDOW=sliding_window is not None,
-        SOFTCAP=softcap is not None,
-        num_warps=num_warps,
-        launch_pdl=True,
     )
 
 
+def _splits_at_once(num_splits: int) -> tuple[int, int]:
+    """Warps of a program that merges so many splits, and splits that each of them reads at once."""
+    runs = -(-num_splits // _SPLITS_AT_ONCE)
+    num_warps = min(_MOST_MERGE_WARPS, 1 << (runs - 1).bit_length())
+    return num_warps, min(_SPLITS_AT_ONCE, 1 << (num_splits - 1).bit_length())
+
+
+@lru_cache(maxsize=64)
+def _merge_constants(
+    head_dim: int, group: int, cut: tuple[int, int], num_sinks: int, window: bool, softcap: bool
+) -> dict[str, object]:
+    num_warps, at_once = cut
+    return {
+        "GROUP": group,
+        "D": head_dim,
+        "W": num_warps,
+        "U": at_once,
+        "SINKS": num_sinks,
+        "WINDOW": window,
+        "SOFTCAP": softcap,
+        "num_warps": num_warps,
+        "launch_pdl": True,
+    }
+
+
+@lru_cache(maxsize=32)
 def append_constants(layout: PageLayout) -> dict[str, object]:
-    """What `append_tokens` must know of the Lloyd-Max codes of keys and values; levels are in quarters."""
+    """Constants of `append_tokens`, those of the Lloyd-Max codes among them, whose levels are in quarters."""
     sides = [
         (
             int(code),
@@ -209,7 +241,12 @@ def append_constants(layout: PageLayout) -> dict[str, object]:
         )
         for code in (layout.spec.key, layout.spec.value)
     ]
-    return {"KEY": sides[0], "VALUE": sides[1], "VALUE_GAIN": value_gain(layout.spec.value)}
+    return {
+        "SHAPE": page_shape(layout),
+        "KEY": sides[0],
+        "VALUE": sides[1],
+        "VALUE_GAIN": value_gain(layout.spec.value),
+    }
 
 
 def launch_append(
@@ -225,9 +262,12 @@ def launch_append(
 ) -> None:
     """Write tokens, no two of a page; see `quantize.quantize_slots` for the tensors."""
     sink_slots, sink_keys, sink_values = sinks
+    key_strides, value_strides = keys.stride(), values.stride()
+    sink_strides = (0, 0) if sink_keys is None else sink_keys.stride()
     launch(
         append_tokens,
-        (layout.num_kv_heads, len(keys), 2),
+        (layout.num_kv_heads, keys.shape[0], 2),
+        append_constants(layout),
         p_keys=keys,
         p_values=values,
         p_slots=slot_mapping,
@@ -239,15 +279,13 @@ def launch_append(
         p_sink_slots=sink_slots,
         p_sink_keys=sink_keys,
         p_sink_values=sink_values,
-        key_token_stride=keys.stride(0),
-        key_head_stride=keys.stride(1),
-        value_token_stride=values.stride(0),
-        value_head_stride=values.stride(1),
+        key_token_stride=key_strides[0],
+        key_head_stride=key_strides[1],
+        value_token_stride=value_strides[0],
+        value_head_stride=value_strides[1],
         page_stride=pages.stride(0),
-        sink_token_stride=0 if sink_keys is None else sink_keys.stride(0),
-        sink_head_stride=0 if sink_keys is None else sink_keys.stride(1),
-        SHAPE=page_shape(layout),
-        **append_constants(layout),
+        sink_token_stride=sink_strides[0],
+        sink_head_stride=sink_strides[1],
         num_warps=1,
         launch_pdl=True,
     )

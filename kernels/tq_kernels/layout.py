@@ -117,6 +117,9 @@ class PageLayout:
     page_tokens: int = 64
     planes: tuple[Plane, ...] = field(init=False, repr=False, compare=False)
     section_bytes: int = field(init=False, repr=False, compare=False)
+    page_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of a page: all heads, statistics and padding included."""
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.head_dim < 16 or self.head_dim % 16:
@@ -139,6 +142,13 @@ class PageLayout:
         alignment = math.lcm(PAGE_ALIGNMENT_BYTES, self.page_tokens)
         object.__setattr__(self, "planes", tuple(planes))
         object.__setattr__(self, "section_bytes", -(-offset // alignment) * alignment)
+        object.__setattr__(self, "page_bytes", self.section_bytes * self.num_kv_heads)
+        sizes = (self.spec, self.head_dim, self.num_kv_heads, self.page_tokens)
+        object.__setattr__(self, "_hash", hash(sizes))
+
+    def __hash__(self) -> int:
+        """Of what is compared; computed once, as constants of kernels are found by their layout."""
+        return self._hash
 
     def _shapes(self) -> list[tuple[str, int, int, int]]:
         shapes = []
@@ -161,11 +171,6 @@ class PageLayout:
     def plane(self, name: str) -> Plane | None:
         """The plane of that name, or None where the spec has none."""
         return next((plane for plane in self.planes if plane.name == name), None)
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page: all heads, statistics and padding included."""
-        return self.section_bytes * self.num_kv_heads
 
     @property
     def slot_bytes(self) -> int:

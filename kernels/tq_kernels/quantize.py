@@ -15,7 +15,7 @@ from tq_kernels._page_shape import page_shape
 from tq_kernels.codebook import LEVELS
 from tq_kernels.decode_plan import choose_variant, machine_of
 from tq_kernels.layout import PageLayout
-from tq_kernels.quantize_plan import plan_quantize
+from tq_kernels.quantize_plan import LARGEST_APPEND, plan_quantize
 
 
 def hopper_appends(device: torch.device, layout: PageLayout) -> bool:
@@ -100,7 +100,7 @@ def quantize_slots(
         return
     wide = keys.dtype is torch.float32 or key_balance is not None
     hopper = one_per_page and hopper_appends(pages.device, layout)
-    many = hopper_packs(layout, keys, values, key_balance)
+    many = num_tokens > LARGEST_APPEND and hopper_packs(layout, keys, values, key_balance)
     plan = plan_quantize(num_tokens, shape, wide=wide, hopper=hopper, hopper_pages=many)
     if not takes_kernel(pages.device):
         reference_slots.quantize_slots(
@@ -162,10 +162,9 @@ def quantize_slots(
 
 def _check_strides(keys: torch.Tensor, values: torch.Tensor, layout: PageLayout) -> None:
     for name, tensor in (("keys", keys), ("values", values)):
-        if tensor.stride(-3) * layout.page_tokens >= 1 << 31:
-            raise ValueError(
-                f"{name} has a stride of {tensor.stride(-3)}, too large for 32-bit offsets in a page"
-            )
+        stride = tensor.stride(0)
+        if stride * layout.page_tokens >= 1 << 31:
+            raise ValueError(f"{name} has a stride of {stride}, too large for 32-bit offsets in a page")
 
 
 def _check_sinks(

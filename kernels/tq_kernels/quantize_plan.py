@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tq_kernels._page_shape import PageShape
 
-_LARGEST_APPEND = 512
+LARGEST_APPEND = 512
 """Tokens up to which every token has a program to itself: decode batches, and chunks too short to matter."""
 _SMALLEST_ROWS = 16
 """Tokens of the smallest tile; every page has as many."""
@@ -67,7 +67,7 @@ def plan_quantize(
         hopper_pages: Whether many tokens have a kernel of their own, as `quantize.hopper_packs` says.
         whole: Whether these are chunks, however short: what is saved once may take its time.
     """
-    if hopper and num_tokens <= _LARGEST_APPEND:
+    if hopper and num_tokens <= LARGEST_APPEND:
         return LaunchPlan(
             variant="hopper",
             programs=2 * num_tokens,
@@ -80,7 +80,7 @@ def plan_quantize(
         )
     is_broad = shape.tile_dim > _LARGEST_WIDTH
     max_registers = None if wide or is_broad else _MAX_REGISTERS
-    if num_tokens <= _LARGEST_APPEND and not whole:
+    if num_tokens <= LARGEST_APPEND and not whole:
         return LaunchPlan(
             variant="append",
             programs=num_tokens,

@@ -98,6 +98,8 @@ def prepare_step(
             raise ValueError("sinks come with pages, sink_slots, sink_rows and num_sinks")
         offset = mark_offset(layout)
         check_pages(pages, layout)
+        if pages.device != device:
+            raise ValueError(f"the pages are on {pages.device}, block_table is on {device}")
         check_tensor("sink_slots", sink_slots, (len(seed_pages),), int32, device)
         check_tensor("sink_rows", sink_rows, (num_seqs,), int32, device)
         check_tensor("row_of_page", sinks.row_of_page, (len(pages),), int32, device)

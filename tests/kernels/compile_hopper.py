@@ -16,7 +16,6 @@ from triton.compiler import compile as compile_for
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tq_kernels import PageLayout, hopper, hopper_quantize, preset
-from tq_kernels._page_shape import page_shape
 from tq_kernels.device.hopper_append import append_tokens
 from tq_kernels.device.hopper_columns import merge_columns, prepare_columns
 from tq_kernels.device.hopper_decode import attend_split
@@ -125,8 +124,9 @@ def _columns(head_dim: int) -> list[dict[str, object]]:
 def _append(name: str, head_dim: int) -> dict[str, object]:
     """A token into its page, with everything optional switched on."""
     layout = PageLayout(spec=preset(name), head_dim=head_dim, num_kv_heads=2, page_tokens=64)
-    fixed = {"SHAPE": page_shape(layout), **append_constants(layout)}
-    return _report(f"append {name} {head_dim}", append_tokens, fixed, POINTERS, num_warps=1)
+    return _report(
+        f"append {name} {head_dim}", append_tokens, append_constants(layout), POINTERS, num_warps=1
+    )
 
 
 def _quantize(page_tokens: int, head_dim: int, kind: str) -> dict[str, object]:

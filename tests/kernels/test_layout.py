@@ -1,6 +1,8 @@
 """Pages have the documented planes and sizes; sizes that cannot be packed are refused with a sentence."""
 
 import math
+import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -167,3 +169,14 @@ def test_codes_are_the_documented_ones() -> None:
             documented.rotated,
         )
     assert set(page_document.CODES) == {code.name for code in Code}
+
+
+def test_equal_layouts_are_one_key() -> None:
+    layout = PageLayout(spec=preset("tq4"), head_dim=64, num_kv_heads=3)
+    again = pickle.loads(pickle.dumps(layout))
+    wider = replace(layout, num_kv_heads=4)
+
+    assert again == layout
+    assert {layout: 1}[again] == 1
+    assert again.page_bytes == layout.page_bytes == 3 * layout.section_bytes
+    assert (wider, hash(wider)) != (layout, hash(layout))

@@ -121,6 +121,10 @@ def test_a_row_is_believed_while_its_page_is_what_it_was(
             {"pages": torch.zeros(3, LAYOUT.page_bytes, dtype=torch.uint8)},
             r"row_of_page must be \[3\] int32, not \[12\]",
         ),
+        (
+            {"pages": torch.zeros(12, LAYOUT.page_bytes, dtype=torch.uint8, device="meta")},
+            "the pages are on meta, block_table is on cpu",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -1,6 +1,6 @@
 """PagedAttention: one attention layer of an engine whose KV pool holds our pages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,6 +33,14 @@ class PagedAttention:
     key_balance: torch.Tensor | None = None
     sink_keys: torch.Tensor | None = None
     sink_values: torch.Tensor | None = None
+    _sink_slots: tuple[torch.Tensor | None, torch.Tensor | None] = field(
+        init=False, repr=False, compare=False
+    )
+    """Sinks of keys and of values as `quantize_slots` wants them, ``[num_rows * NUM_SINKS, ...]``."""
+
+    def __post_init__(self) -> None:
+        slots = [side if side is None else side.flatten(0, 1) for side in (self.sink_keys, self.sink_values)]
+        object.__setattr__(self, "_sink_slots", tuple(slots))
 
     def write(
         self,
@@ -57,6 +65,7 @@ class PagedAttention:
             one_per_page: Whether no two tokens have the same page, as in a decode step of one token each.
         """
         kept = self.sink_keys is not None and sink_slots is not None
+        sink_keys, sink_values = self._sink_slots if kept else (None, None)
         quantize_slots(
             keys,
             values,
@@ -67,8 +76,8 @@ class PagedAttention:
             seed_pages=seed_pages,
             key_balance=self.key_balance,
             sink_slots=sink_slots if kept else None,
-            sink_keys=self.sink_keys.flatten(0, 1) if kept and self.sink_keys is not None else None,
-            sink_values=self.sink_values.flatten(0, 1) if kept and self.sink_values is not None else None,
+            sink_keys=sink_keys,
+            sink_values=sink_values,
         )
 
     def decode(
