@@ -228,10 +228,8 @@ def attend_split(
             partial = (i_page * P < whole_from) | ((i_page + 1) * P > whole_to)
             first_token = i_page * P + strip * 16
             b_scores = ()
-            b_weighted = ()
             b_scales = ()
-            b_added = gl.zeros([16, N], gl.float32, layout=L_ACC)
-            large = gl.zeros([16, N], gl.int32, layout=L_ACC)
+            b_probabilities = ()
             for g in gl.static_range(V_GROUPS):
                 b_keys = key_operand(b_k[0][g], spread(b_k[1][g], KEY), k_table, K_ASM, D, VEC)
                 b_keys = gl.convert_layout(b_keys, L_A, assert_trivial=True)
@@ -240,23 +238,38 @@ def attend_split(
                 if SOFTCAP:
                     # cap * tanh(s / cap) * log2(e); queries are divided by the cap already
                     b_s = cap_log2 * (1.0 - 2.0 / (gl.exp2(b_s * 2.8853900817779268) + 1.0))
-                b_scale = scales_of_rows(b_factors[1], o_token, g)
-                probability = gl.exp2(b_s - gl.expand_dims(b_reference, 0))
-                if partial:
+                b_scores = b_scores + (b_s,)
+                b_scales = b_scales + (scales_of_rows(b_factors[1], o_token, g),)
+                b_probabilities = b_probabilities + (gl.exp2(b_s - gl.expand_dims(b_reference, 0)),)
+            # one branch for all groups, so that their products overlap
+            if partial:
+                b_masked = ()
+                for g in gl.static_range(V_GROUPS):
                     first_row = first_token + g * RUN
                     m_seen = seen(
                         first_row, o_token, o_column, first, end, position, window, ROWS, GROUP, WINDOW
                     )
                     # slots not written yet may hold anything
-                    b_s = gl.where(m_seen, b_s, -float("inf"))
-                    probability = gl.where(m_seen, probability, 0.0)
                     token = gl.expand_dims(first_row + o_token, 1)
-                    b_scale = gl.where((token >= first) & (token < end), b_scale, 0.0)
-                weighted = probability * b_scale
+                    b_masked = b_masked + (
+                        (
+                            gl.where(m_seen, b_scores[g], -float("inf")),
+                            gl.where((token >= first) & (token < end), b_scales[g], 0.0),
+                            gl.where(m_seen, b_probabilities[g], 0.0),
+                        ),
+                    )
+                b_scores, b_scales, b_probabilities = (), (), ()
+                for g in gl.static_range(V_GROUPS):
+                    b_scores = b_scores + (b_masked[g][0],)
+                    b_scales = b_scales + (b_masked[g][1],)
+                    b_probabilities = b_probabilities + (b_masked[g][2],)
+            b_weighted = ()
+            b_added = gl.zeros([16, N], gl.float32, layout=L_ACC)
+            large = gl.zeros([16, N], gl.int32, layout=L_ACC)
+            for g in gl.static_range(V_GROUPS):
+                weighted = b_probabilities[g] * b_scales[g]
                 large = large | weighted.to(gl.int32, bitcast=True)
-                b_scores = b_scores + (b_s,)
-                b_scales = b_scales + (b_scale,)
-                b_added += probability
+                b_added += b_probabilities[g]
                 b_weighted = b_weighted + (weighted.to(gl.float16),)
             # words of the next strip take the registers of those just used
             b_k = load_keys(p_ahead, strip_ahead, o_keys, V_GROUPS, KW, RUN, K_WORDS, K_SIGNS)
