@@ -5,7 +5,9 @@ along channels and values along tokens, the axes that attention contracts. `prot
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from tq_kernels.spec import Code, CodecSpec, KeyCenter, Rotation
 
@@ -149,6 +151,15 @@ class PageLayout:
     def __hash__(self) -> int:
         """Of what is compared; computed once, as constants of kernels are found by their layout."""
         return self._hash
+
+    def __reduce__(self) -> tuple[Callable[[], "PageLayout"], tuple[()]]:
+        """Made anew in another process, where the same names have other hashes."""
+        sizes = {
+            "head_dim": self.head_dim,
+            "num_kv_heads": self.num_kv_heads,
+            "page_tokens": self.page_tokens,
+        }
+        return partial(PageLayout, spec=self.spec, **sizes), ()
 
     def _shapes(self) -> list[tuple[str, int, int, int]]:
         shapes = []

@@ -1,7 +1,10 @@
 """Pages have the documented planes and sizes; sizes that cannot be packed are refused with a sentence."""
 
 import math
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -171,6 +174,14 @@ def test_codes_are_the_documented_ones() -> None:
     assert set(page_document.CODES) == {code.name for code in Code}
 
 
+_ELSEWHERE = """
+import pickle, sys
+from tq_kernels import PageLayout, preset
+came = pickle.load(sys.stdin.buffer)
+assert {came: 1}[PageLayout(spec=preset("tq4"), head_dim=64, num_kv_heads=3)]
+"""
+
+
 def test_equal_layouts_are_one_key() -> None:
     layout = PageLayout(spec=preset("tq4"), head_dim=64, num_kv_heads=3)
     again = pickle.loads(pickle.dumps(layout))
@@ -180,3 +191,7 @@ def test_equal_layouts_are_one_key() -> None:
     assert {layout: 1}[again] == 1
     assert again.page_bytes == layout.page_bytes == 3 * layout.section_bytes
     assert (wider, hash(wider)) != (layout, hash(layout))
+    for seed in "12":  # of hashes of names: engines send what they know to processes of their own
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        came = pickle.dumps(layout)
+        subprocess.run([sys.executable, "-c", _ELSEWHERE], input=came, env=environment, check=True)
